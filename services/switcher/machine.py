@@ -1,0 +1,64 @@
+"""The switcher's states, and every legal move between them. Nothing else decides a state.
+
+loading         waits for the KV bucket: at start, and whenever someone else wrote the plan.
+settled         the plan in force is what the workers should hold; differences are repaired.
+storing_target  the target and its epoch go to the bucket, before any worker hears of them, so
+                that a switcher started anew walks on under the same epoch.
+draining        replicas that change or go finish what they run. Late: they are stopped anyway.
+stopping        their GPUs are being freed on all ranks. Late: roll back.
+starting        new replicas start on all ranks. Late, failed, or a GPU vanished: roll back.
+committing      the target goes to the bucket as the plan in force.
+rolling_back    the plan in force is walked to once more, under a fresh epoch, so that commands
+                of the failed switch that are still under way are refused. A rollback has nothing
+                to fall back to: when it is late it commits, and repair goes on trying.
+
+A rollback is a switch whose target is the plan in force: it is stored, walked and committed in
+the same way, and that is how a switcher started anew in the middle of one knows it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.messages.plans import DeploymentPlan
+
+State = Literal[
+    "loading",
+    "settled",
+    "storing_target",
+    "draining",
+    "stopping",
+    "starting",
+    "committing",
+    "rolling_back",
+]
+
+MOVES: dict[State, frozenset[State]] = {
+    "loading": frozenset({"loading", "settled", "draining", "rolling_back"}),
+    "settled": frozenset({"storing_target", "loading"}),
+    "storing_target": frozenset({"draining", "rolling_back", "loading"}),
+    "draining": frozenset({"stopping", "loading"}),
+    "stopping": frozenset({"starting", "storing_target", "loading"}),
+    "starting": frozenset({"committing", "storing_target", "loading"}),
+    "committing": frozenset({"settled", "loading"}),
+    "rolling_back": frozenset({"committing", "loading"}),
+}
+
+WALKING: frozenset[State] = frozenset({"draining", "stopping", "starting", "rolling_back"})
+"""States in which workers are commanded towards the target, against a deadline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """A switch under way. With ``why`` it is the rollback of ``failed``, whose epoch was
+    ``failed_epoch``; both are unknown to a switcher started in the middle of it."""
+
+    target: DeploymentPlan
+    epoch: int
+    started_s: float
+    why: str = ""
+    failed: DeploymentPlan | None = None
+    failed_epoch: int = 0
+
+    @property
+    def rolling_back(self) -> bool:
+        return bool(self.why)

@@ -1,0 +1,34 @@
+"""What an operator may set on a worker."""
+
+import msgspec
+
+from shared.errors import ConfigInvalid
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``worker_id`` is the id of the GPU that this worker owns, as the topology names it."""
+
+    worker_id: str
+    report_s: float = 0.1  # between reports of a replica's load
+    worker_report_s: float = 0.5  # between reports of the worker itself
+    heartbeat_s: float = 0.5  # at most this between signs of life to an ingress that waits
+    drain_timeout_s: float = 30.0  # on SIGTERM: what runs longer is handed back
+    step_stall_s: float = 5.0  # an engine step that takes longer counts as stuck
+    ack_delay_s: float = 0.02  # acknowledgements wait at most this for chunks to travel with
+    inbox_max: int = 8192
+    settled_max: int = 16384  # ended attempts remembered, so that a late submit is not run again
+    replicas_max: int = 4
+
+    def checked(self) -> "WorkerConfig":
+        """Self, if the periods fit together; raises ConfigInvalid."""
+        for field in ("report_s", "worker_report_s", "heartbeat_s", "step_stall_s"):
+            value: float = getattr(self, field)
+            if value <= 0:
+                raise ConfigInvalid(field=field, value=value, remedy="use a time above 0 s")
+        if self.report_s > self.heartbeat_s:
+            raise ConfigInvalid(
+                field="report_s",
+                value=self.report_s,
+                remedy=f"heartbeats ride on reports: use at most heartbeat_s = {self.heartbeat_s}",
+            )
+        return self

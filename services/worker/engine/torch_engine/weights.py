@@ -1,0 +1,121 @@
+"""A stage's weights on its device: fused for speed, yet each addressable by its own name.
+
+Queries, keys and values are one matrix product, and so are gate and up. The checkpoint's tensors
+are views into the fused ones, so that loading and resharding write by name and copy once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.worker.engine.torch_engine.model_config import ModelConfig
+from services.worker.engine.torch_engine.sharding import (
+    EMBEDDING, FINAL_NORM, OUTPUT, Rank, TensorShard, stage_layers, weight_shards,
+)  # fmt: skip
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageWeights:
+    """``named`` holds every tensor of the rank under its checkpoint name."""
+
+    shards: list[TensorShard]
+    named: dict[str, Tensor]
+    embedding: Tensor | None
+    layers: list[LayerWeights]
+    final_norm: Tensor | None
+    output: Tensor | None
+
+
+def allocate_weights(
+    model: ModelConfig, rank: Rank, *, dtype: torch.dtype, device: torch.device
+) -> StageWeights:
+    """Uninitialised weights of ``rank``, to be filled by name."""
+    shards = weight_shards(model, rank)
+    allocator = _Allocator({shard.name: shard for shard in shards}, dtype, device)
+    last = rank.pp_rank == rank.pp - 1
+    embedding = allocator.one(EMBEDDING)
+    layers = [_layer(allocator, f"model.layers.{layer}.") for layer in stage_layers(model, rank)]
+    final_norm = allocator.one(FINAL_NORM)
+    output = embedding if last and model.tied_embeddings else allocator.one(OUTPUT)
+    assert allocator.named.keys() == {shard.name for shard in shards}
+    return StageWeights(
+        shards=shards,
+        named=allocator.named,
+        embedding=embedding,
+        layers=layers,
+        final_norm=final_norm,
+        output=output,
+    )
+
+
+class _Allocator:
+    def __init__(
+        self, shards: dict[str, TensorShard], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.named: dict[str, Tensor] = {}
+        self._shards = shards
+        self._dtype = dtype
+        self._device = device
+
+    def one(self, name: str) -> Tensor | None:
+        return self.fused((name,))
+
+    def needed(self, name: str) -> Tensor:
+        tensor = self.one(name)
+        assert tensor is not None, name
+        return tensor
+
+    def fused(self, names: tuple[str, ...]) -> Tensor | None:
+        """One tensor of the named shards' rows in order; None if the rank has none of them."""
+        shards = [self._shards[name] for name in names if name in self._shards]
+        if not shards:
+            return None
+        assert len(shards) == len(names), names
+        rows = [shard.shape[0] for shard in shards]
+        shape = (sum(rows), *shards[0].shape[1:])
+        whole = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self.named.update(zip(names, whole.split(rows), strict=True))
+        return whole
+
+
+def _layer(allocator: _Allocator, prefix: str) -> LayerWeights:
+    def fused(names: tuple[str, ...], kind: str) -> Tensor | None:
+        return allocator.fused(tuple(f"{prefix}{name}.{kind}" for name in names))
+
+    qkv, gate_up = fused(_QKV, "weight"), fused(_GATE_UP, "weight")
+    assert qkv is not None
+    assert gate_up is not None
+    return LayerWeights(
+        input_norm=allocator.needed(f"{prefix}input_layernorm.weight"),
+        qkv=qkv,
+        qkv_bias=fused(_QKV, "bias"),
+        query_norm=allocator.one(f"{prefix}self_attn.q_norm.weight"),
+        key_norm=allocator.one(f"{prefix}self_attn.k_norm.weight"),
+        output=allocator.needed(f"{prefix}self_attn.o_proj.weight"),
+        output_bias=allocator.one(f"{prefix}self_attn.o_proj.bias"),
+        mlp_norm=allocator.needed(f"{prefix}post_attention_layernorm.weight"),
+        gate_up=gate_up,
+        gate_up_bias=fused(_GATE_UP, "bias"),
+        down=allocator.needed(f"{prefix}mlp.down_proj.weight"),
+        down_bias=allocator.one(f"{prefix}mlp.down_proj.bias"),
+    )

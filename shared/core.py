@@ -1,0 +1,118 @@
+"""The contract between a pure core and whatever drives it: events in, effects out.
+
+A core is synchronous and deterministic: same state, event and time give the same effects. The
+runtime performs them in production, the simulator in virtual time. The set is closed: a core
+that needs something else needs a new effect here, and both drivers must learn it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shared.messages.base import DataMessage, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    subject: str
+    message: Message | DataMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer to a Query. ``to`` is opaque to the core."""
+
+    to: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Deliver ``event`` back to this core at ``at_s``. Timers are never cancelled: a core
+    ignores one that no longer fits its state."""
+
+    at_s: float
+    event: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Write ``message`` under ``key`` in the state bucket iff its revision is still ``revision``
+    (0: the key must not exist). Comes back as Stored or StoreConflict."""
+
+    key: str
+    message: Message
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read ``key``. Comes back as Loaded; until then the driver retries, the core waits."""
+
+    key: str
+    as_type: type[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Do slow work outside the core; the service's adapter for ``job`` performs it and hands its
+    outcome back as an event."""
+
+    job: str
+    argument: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Say this in the log: the name of the event, and its fields. How a core explains itself."""
+
+    event: str
+    fields: dict[str, Any]
+    level: str = "info"
+
+
+Effect = Publish | Reply | SetTimer | Store | Load | Start | Log
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question that wants a Reply."""
+
+    message: Message
+    reply_to: str
+
+
+class Started(Message, frozen=True, kw_only=True):
+    """First event of every core's life."""
+
+
+class Loaded(Message, frozen=True, kw_only=True):
+    """``message`` is None when the key holds nothing."""
+
+    key: str
+    message: Any = None
+    revision: int = 0
+
+
+class Stored(Message, frozen=True, kw_only=True):
+    key: str
+    revision: int
+
+
+class StoreConflict(Message, frozen=True, kw_only=True):
+    """Somebody else wrote ``key`` first: load it again before deciding anything."""
+
+    key: str
+
+
+class Draining(Message, frozen=True, kw_only=True):
+    """The process was told to end: admit nothing more, settle what is open."""
+
+
+class Core(Protocol):
+    def step(self, event: Any, now_s: float) -> list[Effect]:  # noqa: ANN401  # each core has its union
+        """Never awaits, never raises on what comes from outside; a list, so that it is done."""
+        ...
+
+    def check(self) -> None:
+        """Assert the invariants: after every step in simulation, when idle in production."""
+        ...

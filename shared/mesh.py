@@ -1,0 +1,133 @@
+"""The mesh as its operator wishes it: model, engine, nodes, replicas, from the topology file."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from shared.errors import ConfigInvalid
+from shared.hardware import GpuSpec, Parallelism
+from shared.ids import checked_id
+from shared.models import ModelSpec
+
+EngineKind = Literal["modelled", "torch"]
+
+
+class NodeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One host. Its GPUs, and so its workers, are named ``<node_id>-g<index>``."""
+
+    node_id: str
+    gpus: int = 1
+    gpu_kind: str = "cpu"
+    gpu_memory_bytes: int = 0
+
+    def gpu_specs(self) -> tuple[GpuSpec, ...]:
+        return tuple(
+            GpuSpec(
+                gpu_id=f"{self.node_id}-g{i}",
+                kind=self.gpu_kind,
+                memory_bytes=self.gpu_memory_bytes,
+            )
+            for i in range(self.gpus)
+        )
+
+
+class ModelledEngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The small cost model of the modelled engine: one step takes ``base_s`` plus a linear term
+    each for prompt tokens prefilled, requests decoded and tokens of context attended to."""
+
+    base_s: float = 0.004
+    prefill_token_s: float = 0.00002
+    decode_token_s: float = 0.0001
+    context_token_s: float = 0.0
+    start_s: float = 0.5
+    speedup: float = 1.0
+    block_tokens: int = 16
+    kv_blocks: int = 8192
+    batch_tokens_max: int = 2048
+    running_max: int = 256
+    waiting_max: int = 1024
+    eos_probability: float = 0.0
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which engine the workers run. ``torch`` holds that engine's own settings, which only the
+    worker understands and checks."""
+
+    kind: EngineKind = "modelled"
+    modelled: ModelledEngineSettings = msgspec.field(default_factory=ModelledEngineSettings)
+    torch: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+
+
+class ReplicaWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A replica the operator asks for; without ``gpus`` the scheduler places it."""
+
+    replica_id: str
+    parallelism: str = "tp1pp1"
+    gpus: tuple[str, ...] = ()
+
+
+class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The topology: what there is, and what should serve on it."""
+
+    name: str = "mesh"
+    model: ModelSpec = msgspec.field(default_factory=lambda: ModelSpec(model_id="modelled"))
+    engine: EngineSpec = msgspec.field(default_factory=EngineSpec)
+    nodes: tuple[NodeSpec, ...] = ()
+    replicas: tuple[ReplicaWish, ...] = ()
+
+    def gpus(self) -> tuple[GpuSpec, ...]:
+        return tuple(gpu for node in self.nodes for gpu in node.gpu_specs())
+
+    def node_of(self, gpu_id: str) -> str:
+        """The node that holds ``gpu_id``; raises ConfigInvalid."""
+        for node in self.nodes:
+            if any(gpu.gpu_id == gpu_id for gpu in node.gpu_specs()):
+                return node.node_id
+        raise ConfigInvalid(
+            field="gpu",
+            value=gpu_id,
+            remedy="name a GPU of a node in the topology's [[mesh.nodes]]",
+        )
+
+    def checked(self) -> "MeshConfig":
+        """Self, if its parts fit together; raises ConfigInvalid."""
+        known = [gpu.gpu_id for gpu in self.gpus()]
+        if len(set(known)) != len(known):
+            raise ConfigInvalid(field="mesh.nodes", value=known, remedy="give each node its own id")
+        for node in self.nodes:
+            checked_id("mesh.nodes.node_id", node.node_id)
+        if self.engine.kind == "torch" and not self.model.path:
+            raise ConfigInvalid(
+                field="mesh.model.path",
+                value="",
+                remedy="the torch engine needs a checkpoint folder (`oserve make-model DIR`)",
+            )
+        owner: dict[str, str] = {}
+        for wish in self.replicas:
+            _check_wish(wish, known=known, owner=owner, engine=self.engine.kind)
+        return self
+
+
+def _check_wish(
+    wish: ReplicaWish, *, known: list[str], owner: dict[str, str], engine: EngineKind
+) -> None:
+    field = f"mesh.replicas.{checked_id('mesh.replicas.replica_id', wish.replica_id)}"
+    shape = Parallelism.parse(wish.parallelism)
+    if engine == "torch" and shape.gpus > 1:
+        raise ConfigInvalid(
+            field=f"{field}.parallelism",
+            value=wish.parallelism,
+            remedy="the torch engine runs on one device: use tp1pp1, or the modelled engine",
+        )
+    if wish.gpus and len(wish.gpus) != shape.gpus:
+        raise ConfigInvalid(
+            field=f"{field}.gpus", value=wish.gpus, remedy=f"{shape} needs {shape.gpus} GPUs"
+        )
+    for gpu in wish.gpus:
+        if gpu not in known:
+            raise ConfigInvalid(field=f"{field}.gpus", value=gpu, remedy=f"known GPUs: {known}")
+        if gpu in owner:
+            raise ConfigInvalid(
+                field=f"{field}.gpus", value=gpu, remedy=f"already taken by {owner[gpu]}"
+            )
+        owner[gpu] = wish.replica_id

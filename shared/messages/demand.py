@@ -1,0 +1,50 @@
+"""What the profiler saw, and what the forecaster expects."""
+
+import msgspec
+
+from shared.messages.base import Message
+
+
+class TypeDemand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Requests of one type in a window. Lengths are means over the window's requests."""
+
+    request_type: int
+    requests: int
+    arrivals_rps: float
+    input_tokens_mean: float
+    output_tokens_mean: float
+    input_tokens_centroid: float
+    output_tokens_centroid: float
+    ttft_s_mean: float | None = None
+    tpot_s_mean: float | None = None
+
+
+class DemandReport(Message, frozen=True, kw_only=True):
+    """Arrivals by type in one window of completed requests; times are unix seconds."""
+
+    model_id: str
+    window_start_s: float
+    window_s: float
+    types: tuple[TypeDemand, ...] = ()
+    completed: int = 0
+    aborted: int = 0
+    rejected: int = 0
+    failed: int = 0
+
+
+class TypeForecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Expected arrivals of one type over the horizon, with the race's running errors."""
+
+    request_type: int
+    arrivals_rps: float
+    input_tokens_mean: float
+    output_tokens_mean: float
+    method: str = ""
+    error_rps_mae: float | None = None
+
+
+class ForecastReport(Message, frozen=True, kw_only=True):
+    model_id: str
+    made_at_s: float
+    horizon_s: float
+    types: tuple[TypeForecast, ...] = ()

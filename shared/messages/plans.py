@@ -1,0 +1,86 @@
+"""The deployment plan: replicas and routing weights in one object, and its way into force."""
+
+import msgspec
+
+from shared.messages.base import Message
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One copy of a model at one parallelism, on named GPUs (one worker each; the first leads)."""
+
+    replica_id: str
+    model_id: str
+    parallelism: str
+    gpus: tuple[str, ...]
+
+
+class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Replicas, and per request type the share of its requests that each replica gets.
+
+    ``weights[type][replica_id]``; type "*" holds for every type without a row of its own. Rows
+    sum to 1. ``plan_id`` is a digest of the contents.
+    """
+
+    plan_id: str
+    replicas: tuple[ReplicaSpec, ...] = ()
+    weights: dict[str, dict[str, float]] = msgspec.field(
+        default_factory=dict[str, dict[str, float]]
+    )
+    reason: str = ""
+
+
+class StoredPlan(Message, frozen=True, kw_only=True):
+    """What the KV bucket holds: the plan in force, and the target while a switch is under way."""
+
+    epoch: int
+    in_force: DeploymentPlan
+    target: DeploymentPlan | None = None
+    target_epoch: int = 0
+
+
+class AdoptPlan(Message, frozen=True, kw_only=True):
+    """The scheduler's wish, republished each period until in force. ``based_on_epoch`` is the
+    plan in force that it was computed against; the switcher refuses it when that has passed."""
+
+    plan: DeploymentPlan
+    based_on_epoch: int
+
+
+class PlanInForce(Message, frozen=True, kw_only=True):
+    """What serves now. Republished each second by the switcher; routers follow it."""
+
+    epoch: int
+    plan: DeploymentPlan
+    switching_to: str = ""  # plan_id of the target while a switch is under way
+
+
+class PlanProposed(Message, frozen=True, kw_only=True):
+    """The scheduler decided to move, with its reason."""
+
+    plan: DeploymentPlan
+    based_on_epoch: int
+    reason: str
+
+
+class PlanKept(Message, frozen=True, kw_only=True):
+    """The scheduler decided not to move, with its reason (published when the reason changes)."""
+
+    epoch: int
+    reason: str
+
+
+class SwitchStarted(Message, frozen=True, kw_only=True):
+    epoch: int
+    plan_id: str
+    replicas_stopping: tuple[str, ...] = ()
+    replicas_starting: tuple[str, ...] = ()
+
+
+class SwitchEnded(Message, frozen=True, kw_only=True):
+    """The target is in force, or the switch was rolled back; ``detail`` says why."""
+
+    epoch: int
+    plan_id: str
+    succeeded: bool
+    took_s: float
+    detail: str = ""

@@ -1,0 +1,12 @@
+"""The vocabulary of models: what every service may need to know of one."""
+
+import msgspec
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A served model. ``path`` is a local checkpoint folder; the modelled engine needs none and
+    then speaks the built-in byte-level tokenizer."""
+
+    model_id: str
+    path: str = ""
+    context_tokens_max: int = 4096

@@ -1,0 +1,67 @@
+"""The only file in which a subject is spelled out.
+
+``oserve.v1.<kind>.<noun>.<id>.<verb>``: ``cmd`` commands (one owner each), ``evt`` events, which
+the journal keeps, ``rpc`` questions, ``data`` what is frequent and worthless a second later.
+"""
+
+from dataclasses import dataclass
+from typing import Generic
+
+from shared.core import Publish
+from shared.messages import demand, plans, replicas, requests
+from shared.messages.base import M
+
+EVENTS = "oserve.v1.evt.>"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject(Generic[M]):
+    """A subject pattern and the one message type it carries."""
+
+    pattern: str
+    message: type[M]
+
+    @property
+    def wildcard(self) -> str:
+        return ".".join("*" if t.startswith("{") else t for t in self.pattern.split("."))
+
+    def of(self, **tokens: str) -> "Subject[M]":
+        """The subject with some of its tokens filled in."""
+        pattern = self.pattern
+        for name, value in tokens.items():
+            pattern = pattern.replace("{" + name + "}", value)
+        return Subject(pattern, self.message)
+
+    def send(self, message: M, **tokens: str) -> Publish:
+        return Publish(self.pattern.format(**tokens), message)
+
+
+ROUTE = Subject("oserve.v1.rpc.route", requests.RouteRequest)
+ROUTE_REPLY = Subject("oserve.v1.data.ingress.{ingress_id}.route", requests.RouteReply)
+SUBMIT_REQUEST = Subject("oserve.v1.cmd.worker.{worker_id}.submit", requests.SubmitRequest)
+ABORT_REQUEST = Subject("oserve.v1.cmd.worker.{worker_id}.abort", requests.AbortRequest)
+TOKEN_CHUNKS = Subject("oserve.v1.data.ingress.{ingress_id}.chunks", requests.TokenChunks)
+REQUESTS_COMPLETED = Subject(
+    "oserve.v1.evt.ingress.{ingress_id}.completed", requests.RequestsCompleted
+)
+
+START_REPLICA = Subject("oserve.v1.cmd.worker.{worker_id}.start", replicas.StartReplica)
+DRAIN_REPLICA = Subject("oserve.v1.cmd.worker.{worker_id}.drain", replicas.DrainReplica)
+STOP_REPLICA = Subject("oserve.v1.cmd.worker.{worker_id}.stop", replicas.StopReplica)
+RESUME_REPLICA = Subject("oserve.v1.cmd.worker.{worker_id}.resume", replicas.ResumeReplica)
+REPLICA_STARTED = Subject("oserve.v1.evt.replica.{replica_id}.started", replicas.ReplicaStarted)
+REPLICA_DRAINED = Subject("oserve.v1.evt.replica.{replica_id}.drained", replicas.ReplicaDrained)
+REPLICA_STOPPED = Subject("oserve.v1.evt.replica.{replica_id}.stopped", replicas.ReplicaStopped)
+REPLICA_FAILED = Subject("oserve.v1.evt.replica.{replica_id}.failed", replicas.ReplicaFailed)
+REPLICA_REPORT = Subject("oserve.v1.data.replica.{replica_id}.report", replicas.ReplicaReport)
+WORKER_REPORT = Subject("oserve.v1.data.worker.{worker_id}.report", replicas.WorkerReport)
+
+ADOPT_PLAN = Subject("oserve.v1.cmd.plan.adopt", plans.AdoptPlan)
+PLAN_IN_FORCE = Subject("oserve.v1.data.plan.in_force", plans.PlanInForce)
+PLAN_PROPOSED = Subject("oserve.v1.evt.plan.proposed", plans.PlanProposed)
+PLAN_KEPT = Subject("oserve.v1.evt.plan.kept", plans.PlanKept)
+SWITCH_STARTED = Subject("oserve.v1.evt.switch.started", plans.SwitchStarted)
+SWITCH_ENDED = Subject("oserve.v1.evt.switch.ended", plans.SwitchEnded)
+
+DEMAND_REPORT = Subject("oserve.v1.evt.demand.reported", demand.DemandReport)
+FORECAST_REPORT = Subject("oserve.v1.evt.forecast.reported", demand.ForecastReport)
