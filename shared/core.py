@@ -26,6 +26,15 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """A question; the answer comes as an ordinary message on the subject ``reply_to``."""
+
+    subject: str
+    message: Message
+    reply_to: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetTimer:
     """Deliver ``event`` back to this core at ``at_s``. Timers are never cancelled: a core
     ignores one that no longer fits its state."""
@@ -70,7 +79,7 @@ class Log:
     level: str = "info"
 
 
-Effect = Publish | Reply | SetTimer | Store | Load | Start | Log
+Effect = Publish | Reply | Ask | SetTimer | Store | Load | Start | Log
 
 
 @dataclass(frozen=True, slots=True)

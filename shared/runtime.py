@@ -19,6 +19,7 @@ import msgspec
 from shared.bus import Bus, Delivery
 from shared.clock import Clock
 from shared.core import (
+    Ask,
     Core,
     Draining,
     Effect,
@@ -34,7 +35,7 @@ from shared.core import (
     Store,
     StoreConflict,
     Stored,
-)  # fmt: skip
+)
 from shared.errors import BusUnavailable, PayloadTooLarge
 from shared.messages.base import Message, decode, encode
 from shared.subjects import Subject
@@ -175,6 +176,8 @@ class Runtime:
             match effect:
                 case Publish(subject=subject, message=message) | Reply(to=subject, message=message):
                     await self._publish(subject, message)
+                case Ask(subject=subject, message=message, reply_to=reply_to):
+                    await self._publish(subject, message, reply_to=reply_to)
                 case SetTimer(at_s=at_s, event=event):
                     delay_s = max(0.0, at_s - self._clock.now_s())
                     asyncio.get_running_loop().call_later(delay_s, self.feed, event)
@@ -187,9 +190,11 @@ class Runtime:
                 case Start(job=job, argument=argument):
                     self._start(job, argument)
 
-    async def _publish(self, subject: str, message: Any) -> None:  # noqa: ANN401
+    async def _publish(self, subject: str, message: Any, *, reply_to: str = "") -> None:  # noqa: ANN401
         try:
-            await self._bus.publish(subject, encode(message), headers=self._tracing.headers())
+            await self._bus.publish(
+                subject, encode(message), reply_to=reply_to, headers=self._tracing.headers()
+            )
         except (BusUnavailable, PayloadTooLarge) as error:
             log.warning("publish.failed", extra={"subject": subject, "error": str(error)})
 

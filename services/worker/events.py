@@ -7,10 +7,10 @@ and ``abort`` are cheap and are done at once, in order; the others may take thei
 
 from dataclasses import dataclass
 
+from services.worker.engine.interface import EngineLoad
 from shared.messages.base import Message
 from shared.messages.plans import ReplicaSpec
 from shared.messages.requests import FailureCode, SubmitRequest
-from services.worker.engine.interface import EngineLoad
 
 START_ENGINE = "start_engine"  # EngineStart    -> EngineReady | EngineBroken
 STOP_ENGINE = "stop_engine"  # EngineStop     -> EngineStopped
@@ -116,7 +116,9 @@ class WorkerReportTick(Message, frozen=True, kw_only=True):
 
 
 class DrainDeadline(Message, frozen=True, kw_only=True):
-    """Timer: what still runs on this replica has to be handed back."""
+    """Timer: what still runs on this replica has to be handed back. ``at_s`` tells it from timers
+    of other drains of the replica."""
 
     replica_id: str
     generation: int
+    at_s: float

@@ -48,3 +48,48 @@ class ForecastReport(Message, frozen=True, kw_only=True):
     made_at_s: float
     horizon_s: float
     types: tuple[TypeForecast, ...] = ()
+
+
+class TypeCentroid(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Centre of one type: mean of ln(1 + tokens). ``weight`` is the count behind it, capped."""
+
+    request_type: int
+    input_ln: float
+    output_ln: float
+    weight: float
+    idle_windows: int = 0
+
+
+class ModelTypes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    model_id: str
+    types: tuple[TypeCentroid, ...] = ()
+
+
+class ProfilerState(Message, frozen=True, kw_only=True):
+    """What the profiler stores each window, so that type numbers survive its restart."""
+
+    models: tuple[ModelTypes, ...] = ()
+
+
+class TypeTrack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the forecaster remembers of one type: its predictors, and how far each was off."""
+
+    request_type: int
+    last_rps: float
+    ewma_rps: float
+    input_tokens_mean: float
+    output_tokens_mean: float
+    last_errors: tuple[float, ...] = ()
+    ewma_errors: tuple[float, ...] = ()
+
+
+class ModelTracks(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    model_id: str
+    window_end_s: float
+    types: tuple[TypeTrack, ...] = ()
+
+
+class ForecasterState(Message, frozen=True, kw_only=True):
+    """What the forecaster stores after each report, so that its race survives a restart."""
+
+    models: tuple[ModelTracks, ...] = ()

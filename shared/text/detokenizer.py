@@ -71,24 +71,34 @@ class WindowDetokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int] = ()) -> None:
         self._decode = decode
         self._context = list(after[-_CONTEXT_TOKENS:])
-        self._context_text = decode(self._context) if self._context else ""
+        self._context_text = decode(self._context)
+        while self._context_text.startswith(_REPLACEMENT):  # cut inside a character
+            self._context = self._context[1:]
+            self._context_text = decode(self._context)
         self._held: list[int] = []
 
     def feed(self, tokens: Sequence[int]) -> str:
-        self._held.extend(tokens)
-        text = self._decode(self._context + self._held)
-        if text.endswith(_REPLACEMENT) and len(self._held) < _HELD_TOKENS_MAX:
-            return ""
-        if len(text) <= len(self._context_text):
-            return ""  # Special tokens so far, or a decoder that waits for the next word.
-        return self._show(text)
+        return "".join([self._feed_one(token) for token in tokens])
 
     def flush(self) -> str:
         return self._show(self._decode(self._context + self._held)) if self._held else ""
 
+    def _feed_one(self, token: int) -> str:
+        self._held.append(token)
+        text = self._decode(self._context + self._held)
+        held_enough = len(self._held) >= _HELD_TOKENS_MAX
+        if len(text) <= len(self._context_text):
+            if held_enough:  # special tokens only: they change nothing
+                self._held = []
+            return ""
+        if text.endswith(_REPLACEMENT) and not held_enough:
+            return ""
+        return self._show(text)
+
     def _show(self, text: str) -> str:
+        """The new part of ``text``. What was held becomes the context: it starts where a
+        character starts."""
         shown = text[len(self._context_text) :]
-        self._context = (self._context + self._held)[-_CONTEXT_TOKENS:]
+        self._context, self._held = self._held, []
         self._context_text = self._decode(self._context)
-        self._held = []
         return shown

@@ -13,12 +13,11 @@ class StopMatcher:
         """``stop`` holds no empty string: that would match before the first token."""
         assert all(stop), "a stop string is empty"
         self._stop = stop
-        self._held_max = max((len(text) for text in stop), default=1) - 1
         self._held = ""
         self._stopped = False
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """The text that is now final, and whether a stop string ended it. Nothing follows a stop."""
+        """The text that is now final, and whether a stop string ended it: nothing follows then."""
         if not self._stop:
             return text, False
         if self._stopped:

@@ -41,7 +41,9 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionGroup:
-    """Tiles attended in one call. ``mask`` is additive, [tiles, 1, queries, keys]."""
+    """Tiles attended in one call. ``mask`` is additive: [tiles, 1, query rows, keys], where each
+    query has a row for every query head that shares a KV head, head by head; a single query
+    has one row for all, which broadcasts."""
 
     blocks: Tensor  # [tiles, blocks]
     queries: Tensor  # [tiles, queries], index into the packed row
@@ -82,7 +84,7 @@ class BatchBuilder:
             slots=self._tensor(blocks * kv.block_tokens + positions % kv.block_tokens),
             groups=[
                 self._group(tiles, kv)
-                for tiles in _grouped(self._tiles(rows, offsets, counts, starts))
+                for tiles in self._grouped(self._tiles(rows, offsets, counts, starts))
             ],
             sampled=self._tensor(ends[samples] - 1),
         )
@@ -100,6 +102,19 @@ class BatchBuilder:
             ]
         return tiles
 
+    def _grouped(self, tiles: list[Tile]) -> list[list[Tile]]:
+        """Tiles of like size together: powers of two bound both the padding and the number of
+        groups."""
+        alike: defaultdict[tuple[int, int], list[Tile]] = defaultdict(list)
+        for tile in tiles:
+            alike[(tile.count - 1).bit_length(), max(6, (tile.keys - 1).bit_length())].append(tile)
+        groups: list[list[Tile]] = []
+        for (count_bits, keys_bits), members in alike.items():
+            mask_elements = self._heads_per_kv_head << (count_bits + keys_bits)
+            size = max(1, min(_GROUP_KEYS_MAX >> keys_bits, _MASK_ELEMENTS_MAX // mask_elements))
+            groups += [members[first : first + size] for first in range(0, len(members), size)]
+        return groups
+
     def _group(self, tiles: list[Tile], kv: KvBlocks) -> AttentionGroup:
         rows = np.array([tile.row for tile in tiles])
         counts = np.array([tile.count for tile in tiles])[:, None]
@@ -113,25 +128,14 @@ class BatchBuilder:
         seen_max = np.where(real, starts + steps, 0)
         keys = np.arange(blocks * kv.block_tokens)
         hidden = self._tensor(seen_max)[:, None, :, None] < self._tensor(keys)
+        rows_per_query = self._heads_per_kv_head if real.shape[1] > 1 else 1
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return AttentionGroup(
             blocks=self._tensor(kv.table[rows, :blocks]),
             queries=self._tensor(queries),
-            mask=mask.masked_fill_(hidden, float("-inf")),
+            mask=mask.masked_fill_(hidden, float("-inf")).repeat(1, 1, rows_per_query, 1),
             padded=None if real.all() else self._tensor(real.reshape(-1)),
         )
 
     def _tensor(self, array: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
-
-
-def _grouped(tiles: list[Tile]) -> list[list[Tile]]:
-    """Tiles of like size together: powers of two bound both the padding and the group count."""
-    alike: defaultdict[tuple[int, int], list[Tile]] = defaultdict(list)
-    for tile in tiles:
-        alike[(tile.count - 1).bit_length(), max(6, (tile.keys - 1).bit_length())].append(tile)
-    groups: list[list[Tile]] = []
-    for (_, keys_bits), members in alike.items():
-        size = max(1, _GROUP_KEYS_MAX >> keys_bits)
-        groups += [members[first : first + size] for first in range(0, len(members), size)]
-    return groups

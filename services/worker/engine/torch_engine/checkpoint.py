@@ -96,7 +96,7 @@ class Checkpoint:
         return part
 
     def _indexed(self, index: Path) -> list[Path]:
-        weight_map = read_json(index, required=True).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ConfigInvalid(
                 field=f"{_INDEX}: weight_map",

@@ -119,9 +119,8 @@ class DecoderStage:
             part[group.blocks].view(tiles, -1, self._kv_heads, self._head_dim).transpose(1, 2)
             for part in cache
         )
-        mask = group.mask.repeat(1, 1, shared, 1) if count > 1 else group.mask
         out = functional.scaled_dot_product_attention(
-            rows, keys, values, attn_mask=mask, scale=self._scale
+            rows, keys, values, attn_mask=group.mask, scale=self._scale
         )
         out = out.view(tiles, self._kv_heads, shared, count, self._head_dim)
         return out.permute(0, 3, 1, 2, 4).reshape(tiles * count, -1)

@@ -30,7 +30,8 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the engine needs to know of a model, besides its weights."""
+    """Everything that the engine needs to know of a model, besides its weights. Which tokens end
+    a text is the tokenizer's to say, so that ingress and engine cannot differ."""
 
     architecture: str
     vocabulary: int
@@ -49,14 +50,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     mlp_bias: bool
     qk_norm: bool
     sliding_window: int | None
-    eos_tokens: tuple[int, ...]
     dtype: str
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """Read ``config.json`` and ``generation_config.json``; raises ConfigInvalid."""
-    raw = read_json(folder / "config.json", required=True)
-    generation = read_json(folder / "generation_config.json", required=False)
+    """Read ``config.json``; raises ConfigInvalid."""
+    raw = read_json(folder / "config.json")
     fields = _Fields(raw)
     architecture = _architecture(raw)
     _refuse_unsupported(fields, raw)
@@ -64,7 +63,6 @@ def read_model_config(folder: Path) -> ModelConfig:
     hidden = fields.integer("hidden_size")
     llama = architecture == "LlamaForCausalLM"
     bias = fields.flag("attention_bias") if architecture != "MistralForCausalLM" else False
-    eos = generation.get("eos_token_id")
     model = ModelConfig(
         architecture=architecture,
         vocabulary=fields.integer("vocab_size"),
@@ -83,18 +81,15 @@ def read_model_config(folder: Path) -> ModelConfig:
         mlp_bias=fields.flag("mlp_bias") if llama else False,
         qk_norm=architecture == "Qwen3ForCausalLM",
         sliding_window=_sliding_window(architecture, fields, raw),
-        eos_tokens=_eos_tokens(raw.get("eos_token_id") if eos is None else eos),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
     _check_shape(model)
     return model
 
 
-def read_json(path: Path, *, required: bool) -> Json:
-    """The object in ``path``; an absent file that is not required is empty."""
+def read_json(path: Path) -> Json:
+    """The object in ``path``; raises ConfigInvalid if there is none."""
     if not path.is_file():
-        if not required:
-            return {}
         raise ConfigInvalid(
             field="model path",
             value=str(path.parent),
@@ -228,16 +223,6 @@ def _sliding_window(architecture: str, fields: _Fields, raw: Json) -> int | None
     if architecture != "MistralForCausalLM" and not fields.flag("use_sliding_window"):
         return None
     return fields.integer("sliding_window")
-
-
-def _eos_tokens(value: object) -> tuple[int, ...]:
-    values = cast("list[object]", value) if isinstance(value, list) else [value]
-    tokens = tuple(token for token in values if isinstance(token, int))
-    if value is not None and len(tokens) != len(values):
-        raise ConfigInvalid(
-            field="config.json: eos_token_id", value=value, remedy="use an integer or a list"
-        )
-    return tokens
 
 
 def _check_shape(model: ModelConfig) -> None:

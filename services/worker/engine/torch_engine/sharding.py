@@ -152,9 +152,7 @@ def _layer_shards(model: ModelConfig, rank: Rank, layer: int) -> list[TensorShar
     )
     for name, rows, part, bias in columns:
         name_ = f"{prefix}.{name}"
-        shards.append(
-            _cut(f"{name_}.weight", (rows, model.hidden), axis=0, part=part, layer=layer)
-        )
+        shards.append(_cut(f"{name_}.weight", (rows, model.hidden), axis=0, part=part, layer=layer))
         if bias:
             shards.append(_cut(f"{name_}.bias", (rows,), axis=0, part=part, layer=layer))
     rows_cut = (
@@ -163,9 +161,7 @@ def _layer_shards(model: ModelConfig, rank: Rank, layer: int) -> list[TensorShar
     )
     for name, size, part, bias in rows_cut:
         name_ = f"{prefix}.{name}"
-        shards.append(
-            _cut(f"{name_}.weight", (model.hidden, size), axis=1, part=part, layer=layer)
-        )
+        shards.append(_cut(f"{name_}.weight", (model.hidden, size), axis=1, part=part, layer=layer))
         if bias:  # added once, after the sum over ranks: every rank holds it whole
             shards.append(
                 TensorShard(name=f"{name_}.bias", full_shape=(model.hidden,), layer=layer)

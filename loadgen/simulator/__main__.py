@@ -1,0 +1,45 @@
+"""``python -m loadgen.simulator --seed 7``: run one seed, or several, and say how it went.
+
+A seed that fails prints what was broken and the newest part of its trace. The same seed and the
+same code give the same run.
+"""
+
+import argparse
+import sys
+import traceback
+
+from loadgen.simulator.mesh import Mesh
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadgen.simulator")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=1, help="this many seeds, counting up")
+    parser.add_argument("--trace", action="store_true", help="print the trace of good runs too")
+    parser.add_argument("--trace-max", type=int, default=2000, help="lines of trace kept")
+    arguments = parser.parse_args()
+    failed = 0
+    for seed in range(arguments.seed, arguments.seed + arguments.runs):
+        failed += not _run(seed, trace=arguments.trace, trace_max=arguments.trace_max)
+    if arguments.runs > 1:
+        print(f"{arguments.runs - failed} of {arguments.runs} seeds held")
+    return 1 if failed else 0
+
+
+def _run(seed: int, *, trace: bool, trace_max: int) -> bool:
+    mesh = Mesh(seed, trace_max=trace_max)
+    try:
+        outcome = mesh.run()
+    except AssertionError:
+        print("\n".join(mesh.world.trace()))
+        traceback.print_exc(file=sys.stdout)
+        print(f"seed {seed} failed; replay it: python -m loadgen.simulator --seed {seed}")
+        return False
+    if trace:
+        print("\n".join(mesh.world.trace()))
+    print(" ".join(f"{f}={getattr(outcome, f)}" for f in outcome.__dataclass_fields__))
+    return True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

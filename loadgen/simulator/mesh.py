@@ -1,0 +1,270 @@
+"""The mesh in a simulated world: real cores of every control-plane service, wired as in production.
+
+One seed draws everything: the topology, its later edit by an operator, the requests, the weather
+and the incidents. ``Mesh.run`` lets the faults rage for a while, then calms the world and waits
+until the mesh has settled; what must hold is asserted on the way and at the end.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from loadgen.simulator.client import Arrival, Client
+from loadgen.simulator.engine import Engines, EngineTimes
+from loadgen.simulator.faults import draw_incidents, draw_weather
+from loadgen.simulator.invariants import EpochWatch, PlanHistory
+from loadgen.simulator.process import Job, NodeSpec, Port
+from loadgen.simulator.world import World
+from services.router import core as router
+from services.router.config import RouterConfig
+from services.scheduler import core as scheduler
+from services.scheduler.config import SchedulerConfig
+from services.switcher import core as switcher
+from services.switcher.config import SwitcherConfig
+from services.worker.config import WorkerConfig
+from services.worker.core import WorkerCore
+from services.worker.replica import WorkerIdentity
+from shared import subjects
+from shared.core import Core
+from shared.hardware import GpuSpec, Parallelism
+from shared.mesh import MeshConfig, ReplicaWish
+from shared.mesh import NodeSpec as Host
+from shared.messages.plans import StoredPlan
+from shared.models import ModelSpec
+
+MODEL = ModelSpec(model_id="simulated")
+INGRESS = "ingress-0"
+SWITCHER = SwitcherConfig(
+    drain_timeout_s=1.5,
+    drain_grace_s=0.5,
+    stop_timeout_s=3.0,
+    start_timeout_s=4.0,
+    refusal_s=1.0,
+    refusal_s_max=4.0,
+    repair_retry_s_max=4.0,
+)
+SCHEDULER = SchedulerConfig(start_wait_s=3.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run came to; ``digest`` is equal for equal seeds and code."""
+
+    seed: int
+    digest: str
+    steps: int
+    time_s: float
+    requests: int
+    attempts: int
+    switches: int
+    rollbacks: int
+    epoch: int
+
+
+class Mesh:
+    FAULTS_S = 15.0
+    SETTLE_S = 60.0  # once calm: far beyond the sum of all timeouts above
+
+    def __init__(self, seed: int, *, trace_max: int = 2000) -> None:
+        self.seed = seed
+        rng = random.Random(f"mesh/{seed}")
+        self._hosts = tuple(
+            Host(node_id=f"n{i}", gpus=rng.randint(1, 3)) for i in range(rng.randint(2, 3))
+        )
+        self._wishes = _draw_wishes(rng, self._hosts)
+        self.times = EngineTimes(
+            start_fails=rng.choice([0.0, 0.0, 0.3]), step_breaks=rng.choice([0.0, 0.0, 0.005])
+        )
+        self.world = World(seed, weather=draw_weather(rng), trace_max=trace_max)
+        self.history = PlanHistory(self.world, writer="switcher")
+        self.epochs = EpochWatch(self.world)
+        self._engines: list[Engines] = []
+        self._add_services(rng)
+        self._plan_faults(rng)
+
+    def run(self) -> Outcome:
+        """Everything to its end; raises AssertionError if the mesh broke a promise."""
+        world = self.world
+        world.run(self.FAULTS_S)
+        world.calm()
+        self.times = EngineTimes()
+        for engines in self._engines:
+            engines.times = self.times
+        while world.now_s < self.FAULTS_S + self.SETTLE_S:
+            world.run(world.now_s + 1.0)
+            if not self.unsettled():
+                break
+        assert not self.unsettled(), f"still unsettled when calm: {self.unsettled()}"
+        stored = self._stored()
+        assert stored is not None
+        return Outcome(
+            seed=self.seed,
+            digest=world.digest,
+            steps=world.steps,
+            time_s=world.now_s,
+            requests=self.client.expected,
+            attempts=sum(self.client.ended.values()),
+            switches=self.history.switches,
+            rollbacks=self.history.rollbacks,
+            epoch=stored.epoch,
+        )
+
+    def unsettled(self) -> list[str]:
+        """What is not yet as everyone wishes; empty when the mesh is at rest."""
+        waiting: list[str] = []
+        if not self.client.done:
+            waiting.append(f"open requests {self.client.open}")
+        stored, brain = self._stored(), self.world.core("scheduler")
+        if stored is None or stored.target is not None:
+            return [*waiting, "a switch is under way"]
+        assert isinstance(brain, scheduler.Scheduler)
+        if not brain.content:
+            waiting.append(f"the scheduler wishes for {brain.wish}")
+        placed = {spec.replica_id for spec in stored.in_force.replicas}
+        if placed != {wish.replica_id for wish in self._wishes}:
+            waiting.append(f"placed are only {sorted(placed)}")
+        wanted = {(gpu, spec.replica_id) for spec in stored.in_force.replicas for gpu in spec.gpus}
+        if (held := self._held()) != wanted:
+            waiting.append(f"workers serve {sorted(held)}, the plan says {sorted(wanted)}")
+        return waiting
+
+    def _stored(self) -> StoredPlan | None:
+        return cast("StoredPlan | None", self.world.bucket.load(switcher.KEY)[0])
+
+    def _held(self) -> set[tuple[str, str]]:
+        """What the workers themselves said last, before any message was lost."""
+        return {
+            (worker_id, held.replica_id if held.phase == "serving" else f"?{held.replica_id}")
+            for worker_id, report in self.epochs.reports.items()
+            for held in report.replicas
+        }
+
+    def _add_services(self, rng: random.Random) -> None:
+        add = self.world.add
+        for i in range(2):
+            name = f"router-{i}"
+            add(
+                NodeSpec(
+                    name=name,
+                    make=lambda _n, _p, name=name: (_router(name), {}),
+                    inputs=router.INPUTS,
+                    queries=router.QUERIES,
+                )
+            )
+        add(
+            NodeSpec(
+                name="scheduler",
+                make=lambda _n, _p: (scheduler.Scheduler(SCHEDULER, self._topology()), {}),
+                inputs=scheduler.INPUTS,
+            )
+        )
+        add(
+            NodeSpec(
+                name="switcher",
+                make=lambda _n, _p: (switcher.Switcher(SWITCHER), {}),
+                inputs=switcher.INPUTS,
+            )
+        )
+        for host in self._hosts:
+            for gpu in host.gpu_specs():
+                add(self._worker(host.node_id, gpu))
+        self.client = Client(INGRESS, MODEL.model_id, _draw_arrivals(rng, self.FAULTS_S))
+        add(
+            NodeSpec(
+                name=INGRESS,
+                make=lambda _n, _p: (self.client, {}),
+                inputs=(
+                    subjects.ROUTE_REPLY.of(ingress_id=INGRESS),
+                    subjects.TOKEN_CHUNKS.of(ingress_id=INGRESS),
+                ),
+            )
+        )
+
+    def _worker(self, node_id: str, gpu: GpuSpec) -> NodeSpec:
+        worker_id = gpu.gpu_id
+
+        def make(number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
+            incarnation = f"{worker_id}-{number}"
+            identity = WorkerIdentity(
+                worker_id=worker_id,
+                incarnation=incarnation,
+                node_id=node_id,
+                gpu=gpu,
+                models=(MODEL.model_id,),
+            )
+            config = WorkerConfig(worker_id=worker_id, report_s=0.25, drain_timeout_s=1.0)
+            rng = random.Random(f"engine/{self.seed}/{incarnation}")
+            engines = Engines(port, incarnation=incarnation, times=self.times, rng=rng)
+            self._engines.append(engines)
+            return WorkerCore(config, identity), engines.jobs()
+
+        commands = (
+            subjects.START_REPLICA,
+            subjects.DRAIN_REPLICA,
+            subjects.STOP_REPLICA,
+            subjects.RESUME_REPLICA,
+            subjects.SUBMIT_REQUEST,
+            subjects.ABORT_REQUEST,
+        )
+        inputs = tuple(subject.of(worker_id=worker_id) for subject in commands)
+        return NodeSpec(name=worker_id, make=make, inputs=inputs)
+
+    def _topology(self) -> MeshConfig:
+        return MeshConfig(model=MODEL, nodes=self._hosts, replicas=self._wishes).checked()
+
+    def _plan_faults(self, rng: random.Random) -> None:
+        workers = [gpu.gpu_id for host in self._hosts for gpu in host.gpu_specs()]
+        services = ["switcher", "scheduler", "router-0", "router-1"]
+        incidents = draw_incidents(
+            rng,
+            nodes=[*workers, *services, "switcher", "switcher", "scheduler"],
+            twins=("switcher",),
+            until_s=self.FAULTS_S,
+            incidents_max=8,
+        )
+        self.world.plan(incidents)
+        if rng.random() < 0.5:  # noqa: PLR2004  # in half of the runs
+            self.world.at(rng.uniform(4.0, 12.0), lambda: self._edit_topology(rng))
+
+    def _edit_topology(self, rng: random.Random) -> None:
+        """The operator wishes for other replicas and restarts the scheduler."""
+        self._wishes = _draw_wishes(rng, self._hosts)
+        self.world.restart("scheduler")
+
+
+def simulate(seed: int) -> Outcome:
+    """One whole run."""
+    return Mesh(seed).run()
+
+
+def _router(name: str) -> Core:
+    config = RouterConfig(epoch_reset_s=5.0)
+    return router.Router(config, models=(MODEL.model_id,), instance_id=name)
+
+
+def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...]) -> tuple[ReplicaWish, ...]:
+    """One to four replicas of any shape that fit when every worker is up; some are pinned."""
+    free = {host.node_id: [gpu.gpu_id for gpu in host.gpu_specs()] for host in hosts}
+    wishes: list[ReplicaWish] = []
+    for i in range(rng.randint(1, 4)):
+        size = rng.choice([1, 1, 2])
+        roomy = [node_id for node_id, gpus in free.items() if len(gpus) >= size]
+        if not roomy:
+            continue
+        gpus = free[rng.choice(roomy)]
+        taken = tuple(gpus.pop() for _ in range(size))
+        shape = Parallelism(tp=size)
+        pinned = taken if rng.random() < 0.5 else ()  # noqa: PLR2004  # half of them
+        wishes.append(ReplicaWish(replica_id=f"r{i}", parallelism=str(shape), gpus=pinned))
+    return tuple(wishes)
+
+
+def _draw_arrivals(rng: random.Random, until_s: float) -> list[tuple[float, Arrival]]:
+    return [
+        (
+            rng.uniform(0.0, until_s),
+            Arrival(request_id=f"q{i}", output_tokens=rng.choice([1, 4, 12, 40])),
+        )
+        for i in range(rng.randint(5, 25))
+    ]

@@ -1,0 +1,73 @@
+"""What the simulated world knows of a process, and what a process may do in it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shared.core import Core, Publish
+from shared.messages.base import Message
+from shared.subjects import Subject
+
+Job = Callable[[Any], None]
+"""Performs a Start effect; its outcome, if any, comes back through the process's Port."""
+
+
+class Port(Protocol):
+    """What the adapters of one process may do. All of it ends with the process."""
+
+    @property
+    def now_s(self) -> float: ...
+
+    def feed(self, event: Message, *, delay_s: float = 0.0) -> None:
+        """Hand an event to the core."""
+        ...
+
+    def publish(self, effect: Publish) -> None: ...
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSpec:
+    """A process: how to start it (again), and what it listens to. ``make`` is given a number
+    that grows with each start, and the port for its adapters; it returns the core and the jobs
+    that perform its Start effects."""
+
+    name: str
+    make: Callable[[int, Port], tuple[Core, Mapping[str, Job]]]
+    inputs: Sequence[Subject[Any]] = ()
+    queries: Sequence[tuple[Subject[Any], str]] = ()
+
+
+@dataclass(slots=True)
+class Process:
+    core: Core
+    jobs: Mapping[str, Job]
+    number: int
+    stalled_until_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Node:
+    """A place in the mesh, and the processes that run there: one, none, or two twins."""
+
+    spec: NodeSpec
+    starts: int = 0
+    cut_until_s: float = 0.0
+    processes: dict[int, Process] = field(default_factory=dict[int, Process])
+
+    @property
+    def newest(self) -> Process | None:
+        return self.processes[max(self.processes)] if self.processes else None
+
+
+def matches(subject: str, wildcard: str) -> bool:
+    """Whether a subscription to ``wildcard`` hears ``subject``: ``*`` stands for one token, and
+    ``>`` at the end for one or more."""
+    tokens, patterns = subject.split("."), wildcard.split(".")
+    for index, pattern in enumerate(patterns):
+        if pattern == ">":
+            return len(tokens) > index
+        if index >= len(tokens) or pattern not in ("*", tokens[index]):
+            return False
+    return len(tokens) == len(patterns)

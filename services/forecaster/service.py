@@ -1,0 +1,16 @@
+"""Wires the forecaster core to the mesh."""
+
+from services.forecaster.config import ForecasterConfig
+from services.forecaster.core import INPUTS, Forecaster
+from shared.runtime import Wiring
+from shared.service import ServiceContext, run
+
+
+async def serve(config: ForecasterConfig, context: ServiceContext) -> None:
+    """Forecast until told to end."""
+    config.checked()
+    core = Forecaster(
+        config,
+        unix_offset_s=context.clock.unix_s() - context.clock.now_s(),
+    )
+    await run(core, Wiring(inputs=INPUTS, inbox_max=config.inbox_max), context)

@@ -1,0 +1,347 @@
+"""Ingress core: owns every open request until its last byte.
+
+    ROUTING -> SUBMITTED -> STREAMING -> ENDED
+       ^  \\        |            |
+       |   BACKING_OFF <--------+        refused, stalled, lost, gap: next attempt with the
+       +-------+                         tokens so far, elsewhere if there is an elsewhere
+
+Assumed of the network: any message may be lost, late, repeated or reordered. So every phase has
+a deadline (``Sweep``), attempts are numbered, and a silent stream is submitted again under the
+same attempt, which a worker that still runs it merely acknowledges. Token chunks themselves are
+the data plane (journey.take); what they say about the attempt comes here as events. Pure.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from services.ingress.config import IngressConfig
+from services.ingress.journey import Journey
+from shared import subjects
+from shared.core import Ask, Effect, Log, Publish, Start
+from shared.messages.requests import (
+    AbortRequest,
+    FailureCode,
+    FinishReason,
+    RouteReply,
+    RouteRequest,
+    SubmitRequest,
+)
+
+INPUTS = (subjects.ROUTE_REPLY, subjects.TOKEN_CHUNKS, subjects.PLAN_IN_FORCE)
+
+LossReason = Literal["refused", "failed", "stalled", "gap", "incarnation", "unacknowledged"]
+BACKOFF_S_MIN, BACKOFF_S_MAX = 0.02, 1.0
+FREE_MOVES = 2  # moves before backing off: most losses are one dead replica
+PROBE_GROWTH = 2.0
+LEADERS_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    journey: Journey
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """The replica took this attempt, or sent its first sign of life for it."""
+
+    request_id: str
+    attempt: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLost:
+    request_id: str
+    attempt: int
+    reason: LossReason
+    failure: FailureCode | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last token was taken."""
+
+    request_id: str
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StaleChunk:
+    """A chunk of an attempt that we gave up: its worker should stop."""
+
+    request_id: str
+    attempt: int
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Time passes: look for phases that last too long. ``heard`` is when each replica was last
+    heard of, by chunk or heartbeat."""
+
+    heard: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """Argument of the ``fail`` job: tell the client."""
+
+    request_id: str
+    code: FailureCode
+    detail: str
+    retry_after_s: float
+
+
+IngressEvent = (
+    Arrived | RouteReply | Acknowledged | AttemptLost | Finished | ClientGone | StaleChunk | Sweep
+)
+
+
+class IngressCore:
+    def __init__(self, config: IngressConfig, *, ingress_id: str) -> None:
+        self._config = config
+        self._ingress_id = ingress_id
+        self._reply_to = subjects.ROUTE_REPLY.of(ingress_id=ingress_id).pattern
+        self._journeys: dict[str, Journey] = {}
+        self._leaders: dict[str, str] = {}  # replica -> worker that led it last
+
+    def step(self, event: IngressEvent, now_s: float) -> list[Effect]:
+        match event:
+            case RouteReply():
+                effects = self._on_route(event, now_s)
+            case Acknowledged():
+                effects = self._on_acknowledged(event, now_s)
+            case Finished():
+                effects = self._on_finished(event)
+            case Arrived(journey=journey):
+                self._journeys[journey.request_id] = journey
+                effects = self._route(journey, now_s)
+            case AttemptLost():
+                effects = self._on_lost(event, now_s)
+            case ClientGone():
+                effects = self._on_client_gone(event)
+            case StaleChunk():
+                effects = self._on_stale_chunk(event)
+            case Sweep():
+                effects = self._on_sweep(event, now_s)
+        return list(effects)
+
+    def check(self) -> None:
+        for id_, journey in self._journeys.items():
+            assert journey.live, id_
+            assert journey.request_id == id_, id_
+            assert len(journey.tokens) <= journey.sampling.output_tokens_max, id_
+            assert journey.moves <= self._config.attempts_max, id_
+
+    def journey(self, request_id: str) -> Journey | None:
+        return self._journeys.get(request_id)
+
+    def journeys(self) -> Iterator[Journey]:
+        return iter(self._journeys.values())
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._journeys)
+
+    def _route(self, journey: Journey, now_s: float) -> Iterable[Effect]:
+        journey.phase = "routing"
+        journey.due_s = now_s + self._config.route_s
+        question = RouteRequest(
+            request_id=journey.request_id,
+            model_id=journey.model_id,
+            input_tokens=len(journey.prompt_tokens) + len(journey.tokens),
+            output_tokens_max=journey.sampling.output_tokens_max - len(journey.tokens),
+            slo_class=journey.slo_class,
+            tenant=journey.tenant,
+            prefix_hashes=journey.prefix_hashes,
+            excluded=journey.excluded,
+            attempt=journey.attempt,
+        )
+        yield Ask(subjects.ROUTE.pattern, question, self._reply_to)
+
+    def _on_route(self, reply: RouteReply, now_s: float) -> Iterable[Effect]:
+        journey = self._journeys.get(reply.request_id)
+        if journey is None or journey.phase != "routing" or reply.attempt != journey.attempt:
+            return
+        if reply.failure is not None:
+            yield from self._on_no_route(journey, reply, now_s)
+            return
+        journey.replica_id, journey.leader_id = reply.replica_id, reply.leader_id
+        journey.epoch, journey.request_type = reply.epoch, reply.request_type
+        if len(self._leaders) >= LEADERS_MAX:
+            self._leaders.pop(next(iter(self._leaders)))
+        self._leaders[reply.replica_id] = reply.leader_id
+        journey.incarnation = ""
+        journey.phase = "submitted"
+        journey.due_s = now_s + self._config.accept_s
+        yield self._submit(journey)
+
+    def _submit(self, journey: Journey) -> Publish:
+        submit = SubmitRequest(
+            request_id=journey.request_id,
+            attempt=journey.attempt,
+            ingress_id=self._ingress_id,
+            epoch=journey.epoch,
+            replica_id=journey.replica_id,
+            prompt_tokens=journey.prompt_tokens,
+            sampling=journey.sampling,
+            output_tokens=journey.tokens,
+            slo_class=journey.slo_class,
+        )
+        return subjects.SUBMIT_REQUEST.send(submit, worker_id=journey.leader_id)
+
+    def _on_no_route(self, journey: Journey, reply: RouteReply, now_s: float) -> Iterable[Effect]:
+        code = reply.failure
+        assert code is not None
+        started = bool(journey.tokens)
+        patience_s = self._config.request_s if started else self._config.first_route_s
+        hopeless = code in ("unknown_model", "too_long", "invalid")
+        overloaded = code == "overloaded" and not started
+        if hopeless or overloaded or now_s - journey.arrived_s > patience_s:
+            yield from self._fail(journey, code, reply.reason, reply.retry_after_s or 1.0)
+            return
+        yield from self._back_off(journey, now_s, reason=reply.reason)
+
+    def _on_acknowledged(self, event: Acknowledged, now_s: float) -> Iterable[Effect]:
+        journey = self._journeys.get(event.request_id)
+        if journey is None or event.attempt != journey.attempt:
+            return
+        if journey.phase == "submitted":
+            journey.phase = "streaming"
+            journey.incarnation = event.incarnation
+            journey.heard_s = now_s
+            journey.probe_s = self._config.probe_s
+            if journey.accepted_s is None:
+                journey.accepted_s = now_s
+        elif journey.phase == "streaming" and event.incarnation != journey.incarnation:
+            yield from self._move(journey, now_s, "incarnation", "its worker was restarted")
+
+    def _on_lost(self, event: AttemptLost, now_s: float) -> Iterable[Effect]:
+        journey = self._journeys.get(event.request_id)
+        if journey is None or event.attempt != journey.attempt:
+            return
+        if journey.phase not in ("submitted", "streaming"):
+            return
+        if event.failure in ("too_long", "invalid"):
+            yield from self._fail(journey, event.failure, event.detail, 0.0)
+            return
+        overloaded = event.failure == "overloaded" and not journey.tokens
+        if overloaded and journey.moves >= FREE_MOVES:
+            yield from self._fail(journey, "overloaded", event.detail, 1.0)
+            return
+        yield from self._move(journey, now_s, event.reason, event.detail)
+
+    def _move(
+        self, journey: Journey, now_s: float, reason: LossReason, detail: str
+    ) -> Iterable[Effect]:
+        """Give up the present attempt and start the next."""
+        fields = {
+            "request_id": journey.request_id,
+            "attempt": journey.attempt,
+            "replica_id": journey.replica_id,
+            "reason": reason,
+            "detail": detail,
+            "tokens": len(journey.tokens),
+        }
+        yield Log("request.moved", fields)
+        if reason not in ("refused", "failed"):  # otherwise its worker holds nothing of it
+            yield self._abort(journey)
+        if reason != "gap":  # a lost message says nothing against the replica
+            journey.exclude(journey.replica_id)
+        journey.attempt += 1
+        journey.moves += 1
+        if journey.moves >= self._config.attempts_max:
+            yield from self._fail(journey, "engine", f"gave up after {journey.moves} attempts", 1.0)
+        elif len(journey.tokens) >= journey.sampling.output_tokens_max:
+            # Only the message that said so was lost: nothing is left to generate.
+            yield Start("finish", Finished(journey.request_id, "length"))
+        elif journey.moves <= FREE_MOVES:
+            yield from self._route(journey, now_s)
+        else:
+            yield from self._back_off(journey, now_s, reason=detail)
+
+    def _back_off(self, journey: Journey, now_s: float, *, reason: str) -> Iterable[Effect]:
+        if now_s >= journey.deadline_s:
+            yield from self._fail(journey, "deadline", reason, 1.0)
+            return
+        journey.phase, journey.trouble = "backing_off", reason
+        waited_s = now_s - journey.arrived_s
+        pause_s = min(BACKOFF_S_MAX, max(BACKOFF_S_MIN, waited_s / 4))
+        journey.due_s = now_s + pause_s
+
+    def _on_finished(self, event: Finished) -> Iterable[Effect]:
+        journey = self._journeys.pop(event.request_id, None)
+        if journey is not None:
+            journey.phase, journey.finish = "ended", event.finish
+        return ()
+
+    def _on_client_gone(self, event: ClientGone) -> Iterable[Effect]:
+        journey = self._journeys.pop(event.request_id, None)
+        if journey is None:
+            return
+        if journey.phase in ("submitted", "streaming"):
+            yield self._abort(journey)
+        journey.phase, journey.finish = "ended", "abort"
+
+    def _on_stale_chunk(self, event: StaleChunk) -> Iterable[Effect]:
+        leader_id = self._leaders.get(event.replica_id)
+        if leader_id is not None:
+            abort = AbortRequest(
+                request_id=event.request_id, attempt=event.attempt, replica_id=event.replica_id
+            )
+            yield subjects.ABORT_REQUEST.send(abort, worker_id=leader_id)
+
+    def _abort(self, journey: Journey) -> Publish:
+        abort = AbortRequest(
+            request_id=journey.request_id, attempt=journey.attempt, replica_id=journey.replica_id
+        )
+        return subjects.ABORT_REQUEST.send(abort, worker_id=journey.leader_id)
+
+    def _fail(
+        self, journey: Journey, code: FailureCode, detail: str, retry_after_s: float
+    ) -> Iterable[Effect]:
+        del self._journeys[journey.request_id]
+        if journey.phase in ("submitted", "streaming"):
+            yield self._abort(journey)
+        journey.phase, journey.finish = "ended", "failed"
+        yield Start("fail", RequestFailed(journey.request_id, code, detail, retry_after_s))
+
+    def _on_sweep(self, event: Sweep, now_s: float) -> Iterable[Effect]:
+        for journey in list(self._journeys.values()):
+            if now_s >= journey.deadline_s:
+                detail = f"not done within {self._config.request_s:g} s"
+                yield from self._fail(journey, "deadline", detail, 1.0)
+            elif journey.phase == "streaming":
+                yield from self._sweep_streaming(journey, event.heard, now_s)
+            elif now_s >= journey.due_s:
+                yield from self._sweep_due(journey, now_s)
+
+    def _sweep_streaming(
+        self, journey: Journey, heard: dict[str, float], now_s: float
+    ) -> Iterable[Effect]:
+        silent_s = now_s - max(journey.heard_s, heard.get(journey.replica_id, 0.0))
+        if silent_s >= self._config.stall_s:
+            detail = f"no chunk and no heartbeat for {silent_s:.1f} s"
+            yield from self._move(journey, now_s, "stalled", detail)
+        elif now_s - journey.heard_s >= journey.probe_s:
+            journey.probe_s *= PROBE_GROWTH
+            yield self._submit(journey)
+
+    def _sweep_due(self, journey: Journey, now_s: float) -> Iterable[Effect]:
+        if journey.phase == "submitted":
+            detail = f"not acknowledged within {self._config.accept_s:g} s"
+            yield from self._move(journey, now_s, "unacknowledged", detail)
+            return
+        if not journey.tokens and now_s - journey.arrived_s > self._config.first_route_s:
+            detail = journey.trouble or "no router answered: is one running, and the broker up?"
+            yield from self._fail(journey, "no_replica", detail, 1.0)
+            return
+        yield from self._route(journey, now_s)

@@ -1,0 +1,258 @@
+"""One HTTP request and its choices: tokens in, OpenAI's bytes out.
+
+Tokens arrive in a callback of the bus. A stream's events are written to the socket from there,
+without waking its handler, which only waits for the end: at sixteen events a request that is what
+the ingress spends its time on.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from services.ingress.core import RequestFailed
+from services.ingress.journey import Journey, Taken
+from services.ingress.openai_api import ParsedRequest
+from services.ingress.openai_errors import ApiError, from_failure
+from services.ingress.openai_format import (
+    DONE,
+    Choice,
+    ChoiceStream,
+    ResponseHead,
+    TokenIds,
+    response,
+    usage_event,
+)
+from services.ingress.openai_logprobs import LogprobsFormat
+from shared.messages.requests import FinishReason, TokenLogprobs
+from shared.text import StopMatcher, Tokenizer
+
+
+class Text:
+    """What one choice's tokens spell, up to its stop string."""
+
+    __slots__ = ("_detokenizer", "_stop", "logprobs", "tokens")
+
+    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._stop = StopMatcher(parsed.stop) if parsed.stop else None
+        wanted = parsed.logprobs is not None
+        self.logprobs = LogprobsFormat(parsed.kind, tokenizer) if wanted else None
+        self.tokens = 0
+
+    def feed(self, tokens: list[int]) -> tuple[str, bool]:
+        """Text that is final, and whether a stop string ended it."""
+        self.tokens += len(tokens)
+        text = self._detokenizer.feed(tokens)
+        return (text, False) if self._stop is None else self._stop.feed(text)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the tokens."""
+        text = self._detokenizer.flush()
+        if self._stop is None:
+            return text
+        shown, stopped = self._stop.feed(text)
+        return shown if stopped else shown + self._stop.flush()
+
+
+class StreamedChoice:
+    """Writes an event for each batch of tokens."""
+
+    def __init__(
+        self,
+        stream: "Streamed",
+        journey: Journey,
+        *,
+        index: int,
+        parsed: ParsedRequest,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._out, self.journey, self._index = stream, journey, index
+        self._parsed = parsed
+        self._text = Text(parsed, tokenizer)
+        self._events = ChoiceStream(stream.head, index=index, include_usage=parsed.include_usage)
+        self._plain = self._text.logprobs is None and not parsed.return_token_ids
+        self._begun = False
+        self._stopped = False
+
+    @property
+    def output_tokens(self) -> int:
+        return self._text.tokens
+
+    def on_tokens(self, taken: Taken) -> bool:
+        text, self._stopped = self._text.feed(taken.tokens)
+        if not self._begun:
+            self._begun = True
+            first = self._events.first()
+            if first:
+                self._out.write(first)
+        if self._plain:
+            if text:
+                self._out.write(self._events.text(text))
+        else:
+            self._out.write(self._detailed(text, taken))
+        return self._stopped
+
+    def _detailed(self, text: str, taken: Taken) -> bytes:
+        logprobs = None
+        if self._text.logprobs is not None and taken.logprobs is not None:
+            logprobs = self._text.logprobs.encode(taken.tokens, taken.logprobs)
+        ids = None
+        if self._parsed.return_token_ids:
+            ids = TokenIds(position=taken.position, tokens=taken.tokens)
+        return self._events.event(text, logprobs=logprobs, token_ids=ids)
+
+    def on_end(self, finish: FinishReason) -> None:
+        rest = "" if self._stopped else self._text.flush()
+        reason = "length" if finish == "length" else "stop"
+        self._out.write(self._events.event(rest, finish=reason))
+        self._out.ended(self._index, None)
+
+    def on_fail(self, failure: RequestFailed) -> None:
+        self._out.ended(self._index, _error(failure, self.journey))
+
+
+class Streamed:
+    """A stream of server-sent events. Until ``opened`` is called, events are kept: there are no
+    headers yet, and an error may still become a proper status."""
+
+    def __init__(self, head: ResponseHead, *, num_choices: int, buffer_bytes_max: int) -> None:
+        self.head = head
+        loop = asyncio.get_running_loop()
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self.done: asyncio.Future[None] = loop.create_future()
+        self._open_choices = num_choices
+        self._kept: list[bytes] = []
+        self._send: Callable[[bytes], None] | None = None
+        self._buffered: Callable[[], int] | None = None
+        self._buffer_bytes_max = buffer_bytes_max
+
+    def opened(self, send: Callable[[bytes], None], buffered: Callable[[], int]) -> None:
+        """Headers are out: write from now on."""
+        self._send, self._buffered = send, buffered
+        late = self.kept()
+        if late:
+            send(late)
+
+    def kept(self) -> bytes:
+        """The events written so far, which the caller now sends itself."""
+        events = b"".join(self._kept)
+        self._kept.clear()
+        return events
+
+    def write(self, event: bytes) -> None:
+        if self._send is None:
+            self._kept.append(event)
+            if not self.begun.done():
+                self.begun.set_result(None)
+            return
+        self._send(event)
+        assert self._buffered is not None
+        if self._buffered() > self._buffer_bytes_max and not self.done.done():
+            self.done.set_exception(SlowClient)
+
+    def ended(self, index: int, error: ApiError | None) -> None:  # noqa: ARG002  # all alike here
+        self._open_choices -= 1
+        if error is not None and not self.done.done():
+            self.done.set_exception(error)
+        elif self._open_choices == 0 and not self.done.done():
+            self.done.set_result(None)
+        if not self.begun.done():
+            self.begun.set_result(None)
+
+    def tail(self, *, usage: tuple[int, int] | None) -> bytes:
+        if usage is None:
+            return DONE
+        return usage_event(self.head, prompt_tokens=usage[0], completion_tokens=usage[1]) + DONE
+
+
+class SlowClient(Exception):  # a condition
+    """The client reads so slowly that what it was sent fills its buffer."""
+
+
+class WholeChoice:
+    """Keeps everything for one answer at the end."""
+
+    def __init__(
+        self,
+        whole: "Whole",
+        journey: Journey,
+        *,
+        index: int,
+        parsed: ParsedRequest,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._out, self.journey, self._index = whole, journey, index
+        self._parsed = parsed
+        self._text = Text(parsed, tokenizer)
+        self._parts: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._tokens: list[int] = []
+        self._finish: FinishReason = "stop"
+        self._stopped = False
+
+    @property
+    def output_tokens(self) -> int:
+        return self._text.tokens
+
+    def on_tokens(self, taken: Taken) -> bool:
+        text, self._stopped = self._text.feed(taken.tokens)
+        self._parts.append(text)
+        self._tokens += taken.tokens
+        self._logprobs += taken.logprobs or ()
+        return self._stopped
+
+    def on_end(self, finish: FinishReason) -> None:
+        if not self._stopped:
+            self._parts.append(self._text.flush())
+        self._finish = finish
+        self._out.ended(self._index, None)
+
+    def on_fail(self, failure: RequestFailed) -> None:
+        self._out.ended(self._index, _error(failure, self.journey))
+
+    def choice(self) -> Choice:
+        logprobs = None
+        if self._text.logprobs is not None:
+            logprobs = self._text.logprobs.encode(self._tokens, self._logprobs)
+        ids = None
+        if self._parsed.return_token_ids:
+            ids = TokenIds(position=0, tokens=self._tokens)
+        return Choice(
+            index=self._index,
+            text="".join(self._parts),
+            finish="length" if self._finish == "length" else "stop",
+            logprobs=logprobs,
+            token_ids=ids,
+        )
+
+
+class Whole:
+    def __init__(self, *, num_choices: int) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._open_choices = num_choices
+
+    def ended(self, index: int, error: ApiError | None) -> None:  # noqa: ARG002  # all alike here
+        self._open_choices -= 1
+        if self.done.done():
+            return
+        if error is not None:
+            self.done.set_exception(error)
+        elif self._open_choices == 0:
+            self.done.set_result(None)
+
+    @staticmethod
+    def body(head: ResponseHead, choices: list[WholeChoice], *, prompt_tokens: int) -> bytes:
+        return response(
+            head,
+            [choice.choice() for choice in choices],
+            prompt_tokens=prompt_tokens,
+            completion_tokens=sum(choice.output_tokens for choice in choices),
+        )
+
+
+def _error(failure: RequestFailed, journey: Journey) -> ApiError:
+    return from_failure(
+        failure.code,
+        failure.detail,
+        model=journey.model_id,
+        retry_after_s=failure.retry_after_s,
+    )

@@ -1,0 +1,284 @@
+"""The HTTP edge: OpenAI's endpoints, health, metrics. Every answer says who served it and what
+the mesh added."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import HttpVersion11, web
+
+from services.ingress.admission import Admission
+from services.ingress.config import IngressConfig
+from services.ingress.exchange import SlowClient, Streamed, StreamedChoice, Whole, WholeChoice
+from services.ingress.gateway import Gateway
+from services.ingress.journey import Journey
+from services.ingress.openai_api import ParsedRequest, parse_chat, parse_completion
+from services.ingress.openai_errors import (
+    ApiError,
+    body_too_large,
+    internal_error,
+    invalid_request,
+    method_not_allowed,
+    overloaded,
+    unknown_url,
+)
+from services.ingress.openai_format import ResponseHead, model_entry, model_list
+from services.ingress.record import Recorder
+from shared.service import ServiceContext
+
+log = logging.getLogger("oserve.http")
+
+SSE_COMMENT = b": waiting\n\n"
+Parse = Callable[[bytes], ParsedRequest]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HttpEdge:
+    def __init__(
+        self,
+        config: IngressConfig,
+        context: ServiceContext,
+        gateway: Gateway,
+        admission: Admission,
+    ) -> None:
+        self._config, self._context = config, context
+        self._gateway, self._admission = gateway, admission
+        self._clock = context.clock
+        self._record = Recorder(context, gateway)
+        self._started_unix_s = int(context.clock.unix_s())
+        self._model_id = context.mesh.model.model_id
+
+    def app(self) -> web.Application:
+        app = web.Application(
+            middlewares=[self._errors], client_max_size=self._config.body_bytes_max
+        )
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model}", self._model)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, parse_completion, "cmpl")
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, parse_chat, "chatcmpl")
+
+    async def _serve(self, request: web.Request, parse: Parse, prefix: str) -> web.StreamResponse:
+        arrived_s = self._clock.now_s()
+        request_id = self._context.ids.next(prefix)
+        request["request_id"], request["arrived_s"] = request_id, arrived_s
+        identity = self._admission.authenticate(
+            request.headers.get("Authorization"), request.headers.get("x-oserve-slo-class")
+        )
+        parsed = parse(await self._body(request))
+        if self._gateway.core.open_requests + parsed.num_choices > self._config.open_requests_max:
+            raise overloaded(f"{self._config.open_requests_max} requests are open: retry later.")
+        journeys, prompt_tokens = await self._admission.journeys(
+            parsed, identity, request_id=request_id, now_s=arrived_s
+        )
+        head = ResponseHead(
+            kind=parsed.kind,
+            response_id=request_id,
+            model=parsed.model,
+            created_unix_s=int(time.time()),
+        )
+        span = self._context.tracing.start(request.path, request.headers)
+        if span is not None:
+            span.set_attribute("oserve.request_id", request_id)
+        headers = self._context.tracing.headers(span) if span is not None else None
+        try:
+            if parsed.stream:
+                return await self._stream(request, parsed, journeys, head, prompt_tokens, headers)
+            return await self._whole(request, parsed, journeys, head, prompt_tokens, headers)
+        finally:
+            for journey in journeys:
+                if journey.live:  # the client went away, or another choice failed
+                    self._gateway.abort(journey.request_id)
+                self._record.ended(journey)
+            if span is not None:
+                span.end()
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._config.body_s):
+                return await request.read()
+        except TimeoutError:
+            raise invalid_request(
+                f"The body did not arrive within {self._config.body_s:g} s."
+            ) from None
+        except web.HTTPRequestEntityTooLarge:
+            raise body_too_large(self._config.body_bytes_max) from None
+
+    async def _whole(
+        self,
+        request: web.Request,
+        parsed: ParsedRequest,
+        journeys: list[Journey],
+        head: ResponseHead,
+        prompt_tokens: int,
+        trace_headers: dict[str, str] | None,
+    ) -> web.StreamResponse:
+        whole = Whole(num_choices=len(journeys))
+        choices: list[WholeChoice] = []
+        for index, journey in enumerate(journeys):
+            choice = WholeChoice(
+                whole, journey, index=index, parsed=parsed, tokenizer=self._admission.tokenizer
+            )
+            choices.append(choice)
+            self._gateway.open(journey, choice, trace_headers)
+        request["journeys"] = journeys
+        await whole.done
+        return web.Response(
+            body=whole.body(head, choices, prompt_tokens=prompt_tokens),
+            content_type="application/json",
+            headers=self._answer_headers(request),
+        )
+
+    async def _stream(
+        self,
+        request: web.Request,
+        parsed: ParsedRequest,
+        journeys: list[Journey],
+        head: ResponseHead,
+        prompt_tokens: int,
+        trace_headers: dict[str, str] | None,
+    ) -> web.StreamResponse:
+        stream = Streamed(
+            head,
+            num_choices=len(journeys),
+            buffer_bytes_max=self._config.client_buffer_bytes_max,
+        )
+        choices: list[StreamedChoice] = []
+        for index, journey in enumerate(journeys):
+            choice = StreamedChoice(
+                stream, journey, index=index, parsed=parsed, tokenizer=self._admission.tokenizer
+            )
+            choices.append(choice)
+            self._gateway.open(journey, choice, trace_headers)
+        request["journeys"] = journeys
+        while not stream.begun.done():
+            await asyncio.wait((stream.begun,), timeout=self._config.sse_comment_s)
+            if any(journey.accepted_s is not None for journey in journeys):
+                break
+        if stream.done.done() and stream.done.exception() is not None:
+            await stream.done  # failed before its first token: a proper status
+        response = await self._open_stream(request, stream)
+        try:
+            await self._wait_with_comments(stream)
+        except ApiError as error:
+            stream.write(error.event())
+        except SlowClient:
+            log.warning("client.slow", extra={"request_id": head.response_id})
+            if request.transport is not None:
+                request.transport.abort()
+            return response
+        else:
+            counted = sum(choice.output_tokens for choice in choices)
+            usage = (prompt_tokens, counted) if parsed.include_usage else None
+            stream.write(stream.tail(usage=usage))
+        await response.write_eof()
+        return response
+
+    async def _open_stream(self, request: web.Request, stream: Streamed) -> web.StreamResponse:
+        response = web.StreamResponse(headers=self._answer_headers(request))
+        response.content_type = "text/event-stream"
+        response.headers["Cache-Control"] = "no-cache"
+        chunked = request.version >= HttpVersion11
+        if chunked:
+            response.enable_chunked_encoding()
+        await response.prepare(request)
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        # aiohttp keeps the headers back until the first write; after it the socket is ours.
+        await response.write(stream.kept() or SSE_COMMENT)
+
+        def send(event: bytes) -> None:
+            transport.write(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
+
+        stream.opened(send, transport.get_write_buffer_size)
+        return response
+
+    async def _wait_with_comments(self, stream: Streamed) -> None:
+        """Wait for the end, with a comment now and then: proxies close silent connections."""
+        while not stream.done.done():
+            await asyncio.wait((stream.done,), timeout=self._config.sse_comment_s)
+            if not stream.done.done():
+                stream.write(SSE_COMMENT)
+        await stream.done
+
+    def _answer_headers(self, request: web.Request) -> dict[str, str]:
+        journeys: list[Journey] = request.get("journeys", [])
+        now_s = self._clock.now_s()
+        arrived_s: float = request.get("arrived_s", now_s)
+        accepted = [j.accepted_s for j in journeys if j.accepted_s is not None]
+        overhead_s = (max(accepted) if accepted else now_s) - arrived_s
+        request_id = request.get("request_id") or self._context.ids.next("req")
+        return {
+            "x-request-id": request_id,
+            "x-oserve-replica": ",".join(dict.fromkeys(j.replica_id for j in journeys)) or "-",
+            "x-oserve-overhead-ms": f"{overhead_s * 1e3:.2f}",
+        }
+
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ApiError as error:
+            api_error = error
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            api_error = method_not_allowed(request.method, request.path, allowed)
+        except web.HTTPNotFound:
+            api_error = unknown_url(request.method, request.path)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("request.broken", extra={"request_id": request.get("request_id", "")})
+            api_error = internal_error("The ingress failed; its log has the cause.")
+        self._record.refused(request.path, api_error)
+        return web.Response(
+            status=api_error.status,
+            body=api_error.body(),
+            content_type="application/json",
+            headers=self._answer_headers(request) | api_error.headers(),
+        )
+
+    def _json(self, request: web.Request, body: bytes, status: int = 200) -> web.Response:
+        return web.Response(
+            status=status,
+            body=body,
+            content_type="application/json",
+            headers=self._answer_headers(request),
+        )
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self._admission.authenticate(request.headers.get("Authorization"), None)
+        return self._json(
+            request, model_list((self._model_id,), created_unix_s=self._started_unix_s)
+        )
+
+    async def _model(self, request: web.Request) -> web.Response:
+        self._admission.authenticate(request.headers.get("Authorization"), None)
+        self._admission.known(request.match_info["model"])
+        return self._json(request, model_entry(self._model_id, created_unix_s=self._started_unix_s))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return self._json(request, b'{"status":"alive"}')
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        cause = self._gateway.not_ready()
+        if cause:
+            return self._json(request, b'{"status":"not ready","cause":"%b"}' % cause.encode(), 503)
+        return self._json(request, b'{"status":"ready"}')
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=self._context.metrics.render(),
+            headers={"Content-Type": "text/plain; version=0.0.4"} | self._answer_headers(request),
+        )

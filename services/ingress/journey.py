@@ -1,0 +1,85 @@
+"""One engine request on its way through the mesh, and the rule that makes tokens exactly once.
+
+A journey outlives replicas. Every attempt carries the tokens the client already has, every chunk
+says at which position it starts, so what comes twice is cut off and what is missing is noticed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shared.messages.requests import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
+from shared.slo import SloClass
+
+Phase = Literal["routing", "backing_off", "submitted", "streaming", "ended"]
+EXCLUDED_MAX = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class Journey:
+    """State of one request; times are the ingress's monotonic seconds."""
+
+    request_id: str
+    model_id: str
+    prompt_tokens: list[int]
+    sampling: SamplingParams
+    slo_class: SloClass
+    tenant: str
+    arrived_s: float
+    deadline_s: float
+    prefix_hashes: tuple[int, ...] = ()
+
+    phase: Phase = "routing"
+    attempt: int = 0
+    moves: int = 0  # attempts that were given up
+    replica_id: str = ""
+    leader_id: str = ""
+    epoch: int = 0
+    incarnation: str = ""
+    request_type: int = -1
+    tokens: list[int] = field(default_factory=list[int])
+    excluded: tuple[str, ...] = ()
+    trouble: str = ""  # why it has no replica now, in words
+    due_s: float = 0.0  # when the present phase has lasted too long
+    probe_s: float = 0.0  # present patience with a silent stream
+    heard_s: float = 0.0
+    accepted_s: float | None = None
+    first_token_s: float | None = None
+    finish: FinishReason | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.phase != "ended"
+
+    def exclude(self, replica_id: str) -> None:
+        """Prefer other replicas from now on; the oldest exclusion is forgotten first."""
+        if replica_id and replica_id not in self.excluded:
+            self.excluded = (*self.excluded, replica_id)[-EXCLUDED_MAX:]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a chunk brought that the client does not have yet."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    position: int
+
+
+Verdict = Literal["new", "nothing", "gap"]
+
+
+def take(journey: Journey, chunk: TokenChunk) -> tuple[Verdict, Taken | None]:
+    """Add the new tokens of ``chunk`` to the journey. ``gap``: tokens before it never came, so
+    nothing of it may be shown."""
+    have = len(journey.tokens)
+    start = chunk.position
+    end = start + len(chunk.tokens)
+    if start > have:
+        return "gap", None
+    if end <= have:
+        return "nothing", None
+    skip = have - start
+    tokens = chunk.tokens[skip:] if skip else chunk.tokens
+    logprobs = chunk.logprobs[skip:] if chunk.logprobs is not None else None
+    journey.tokens += tokens
+    return "new", Taken(tokens, logprobs, have)

@@ -1,0 +1,127 @@
+"""What is kept of an ended request: metrics, one log line, one RequestCompleted."""
+
+import logging
+
+from services.ingress.gateway import Gateway
+from services.ingress.journey import Journey
+from services.ingress.openai_errors import ApiError
+from shared.messages.requests import Outcome, RequestCompleted
+from shared.service import ServiceContext
+from shared.slo import DEFAULT_TARGETS, meets, tpot_s
+
+log = logging.getLogger("oserve.request")
+
+
+class Recorder:
+    def __init__(self, context: ServiceContext, gateway: Gateway) -> None:
+        self._clock, self._gateway = context.clock, gateway
+        metrics = context.metrics
+        self._requests = metrics.counter("requests", "Ended requests", ["slo_class", "outcome"])
+        self._refused = metrics.counter("requests_refused", "Answers with an error", ["code"])
+        self._ttft = metrics.histogram(
+            "time_to_first_token_seconds", "Arrival to first token", ["slo_class"]
+        )
+        self._tpot = metrics.histogram(
+            "time_per_output_token_seconds",
+            "Mean time per output token after the first",
+            ["slo_class"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0),
+        )
+        self._e2e = metrics.histogram(
+            "request_duration_seconds", "Arrival to last token", ["slo_class"]
+        )
+        self._overhead = metrics.histogram(
+            "overhead_seconds",
+            "Arrival to the replica's acknowledgement",
+            buckets=(0.0005, 0.001, 0.002, 0.003, 0.006, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        )
+        self._tokens = metrics.counter("tokens", "Tokens of ended requests", ["direction"])
+        self._good = metrics.counter(
+            "requests_within_slo", "Completed requests that met TTFT and TPOT", ["slo_class"]
+        )
+
+    def refused(self, path: str, error: ApiError) -> None:
+        """An error answer; what had become a request is also counted by ``ended``."""
+        self._refused.labels(error.code or error.type).inc()
+        log.info(
+            "request.refused",
+            extra={"path": path[:100], "status": error.status, "code": error.code},
+        )
+
+    def ended(self, journey: Journey) -> None:
+        """Once per journey, after its last token, its failure or its client's departure."""
+        now_s = self._clock.now_s()
+        record = self._completed(journey, now_s)
+        slo_class = journey.slo_class
+        self._requests.labels(slo_class, record.outcome).inc()
+        self._tokens.labels("input").inc(record.input_tokens)
+        self._tokens.labels("output").inc(record.output_tokens)
+        if record.ttft_s is not None:
+            self._ttft.labels(slo_class).observe(record.ttft_s)
+        if record.tpot_s is not None:
+            self._tpot.labels(slo_class).observe(record.tpot_s)
+        if journey.accepted_s is not None:
+            self._overhead.observe(record.overhead_s)
+        if record.outcome == "completed":
+            self._e2e.labels(slo_class).observe(record.e2e_s)
+            target = DEFAULT_TARGETS[slo_class]
+            if meets(target, ttft_s=record.ttft_s, tpot_s=record.tpot_s):
+                self._good.labels(slo_class).inc()
+        self._gateway.completed(record)
+        log.info("request.ended", extra=_line(record))
+
+    def _completed(self, journey: Journey, now_s: float) -> RequestCompleted:
+        ttft_s = None
+        if journey.first_token_s is not None:
+            ttft_s = journey.first_token_s - journey.arrived_s
+        e2e_s = now_s - journey.arrived_s
+        tokens = len(journey.tokens)
+        accepted_s = journey.accepted_s if journey.accepted_s is not None else now_s
+        return RequestCompleted(
+            request_id=journey.request_id,
+            outcome=_outcome(journey),
+            model_id=journey.model_id,
+            tenant=journey.tenant,
+            slo_class=journey.slo_class,
+            replica_id=journey.replica_id,
+            request_type=journey.request_type,
+            input_tokens=len(journey.prompt_tokens),
+            output_tokens=tokens,
+            ttft_s=ttft_s,
+            tpot_s=None
+            if ttft_s is None
+            else tpot_s(ttft_s=ttft_s, e2e_s=e2e_s, output_tokens=tokens),
+            e2e_s=e2e_s,
+            overhead_s=accepted_s - journey.arrived_s,
+            attempts=journey.moves + 1,
+            epoch=journey.epoch,
+            finish=journey.finish,
+        )
+
+
+def _outcome(journey: Journey) -> Outcome:
+    match journey.finish:
+        case "stop" | "length":
+            return "completed"
+        case "abort":
+            return "aborted"
+        case _:
+            return "failed"
+
+
+def _line(record: RequestCompleted) -> dict[str, object]:
+    """The canonical log line: milliseconds, since people read it."""
+    return {
+        "request_id": record.request_id,
+        "outcome": record.outcome,
+        "slo_class": record.slo_class,
+        "tenant": record.tenant,
+        "replica_id": record.replica_id,
+        "epoch": record.epoch,
+        "attempts": record.attempts,
+        "input_tokens": record.input_tokens,
+        "output_tokens": record.output_tokens,
+        "ttft_ms": None if record.ttft_s is None else round(record.ttft_s * 1e3, 2),
+        "e2e_ms": round(record.e2e_s * 1e3, 2),
+        "overhead_ms": round(record.overhead_s * 1e3, 2),
+    }

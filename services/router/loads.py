@@ -1,0 +1,83 @@
+"""What a router believes of a replica's load: its last report, and our own decisions since.
+
+Reports come ten times a second, decisions a thousand times: without counting its own decisions
+a router would send a whole burst to the replica that looked idle in the last report.
+"""
+
+from collections import deque
+
+from shared.messages.replicas import ReplicaReport
+
+UNKNOWN_PRESSURE = 1.0
+"""What a silent replica is taken for: one whose every slot is busy. Others come first, and still
+it is not shunned for a number from the past."""
+
+
+class ReplicaLoad:
+    """Load of one replica at one leader. ``pressure`` is kept ready, since each decision reads
+    those of all replicas while only a report or a decision changes one."""
+
+    __slots__ = (
+        "_decided_s", "in_flight", "incarnation", "open", "phase", "pressure", "report",
+        "reported_s", "slots",
+    )  # fmt: skip
+
+    def __init__(self, *, decisions_max: int) -> None:
+        self.report: ReplicaReport | None = None
+        self.reported_s = float("-inf")
+        self.phase = ""
+        self.open = False  # serving, and its queue has room
+        self.pressure = UNKNOWN_PRESSURE
+        self.in_flight = 0
+        self.slots = 0
+        self.incarnation = ""
+        self._decided_s: deque[float] = deque(maxlen=decisions_max)
+
+    @property
+    def decisions(self) -> int:
+        """Own decisions that no report shows yet."""
+        return len(self._decided_s)
+
+    def update(self, report: ReplicaReport, *, now_s: float, decision_lag_s: float) -> None:
+        """Take a report. It shows what we decided before, except what is still on its way."""
+        if report.incarnation != self.incarnation:
+            self._decided_s.clear()
+            self.incarnation = report.incarnation
+        decided_s = self._decided_s
+        while decided_s and decided_s[0] <= now_s - decision_lag_s:
+            decided_s.popleft()
+        self.report = report
+        self.reported_s = now_s
+        self.phase = report.phase
+        self._recompute(report)
+
+    def decide(self, now_s: float) -> None:
+        """Count a request just sent there."""
+        self._decided_s.append(now_s)
+        if self.report is not None:
+            self._recompute(self.report)
+
+    def _recompute(self, report: ReplicaReport) -> None:
+        """Pressure: slots taken or KV blocks taken, whichever is scarcer, and the queue again on
+        top, because a request that waits makes no progress. Relative to the replica's own size,
+        so that unlike replicas compare."""
+        recent = len(self._decided_s)
+        self.slots = report.running_max or max(1, report.running)
+        self.in_flight = report.running + report.waiting + recent
+        queued = report.waiting + max(0, recent - max(0, self.slots - report.running))
+        blocks = report.kv_blocks_used / report.kv_blocks_total if report.kv_blocks_total else 0.0
+        self.pressure = max(self.in_flight / self.slots, blocks) + queued / self.slots
+        full = 0 < report.waiting_max <= queued
+        self.open = report.phase == "serving" and not full
+
+
+def freshness(age_s: float, *, stale_s: float, dead_s: float) -> float:
+    """How far a report of this age is believed: 1 up to ``stale_s``, falling to 0 at ``dead_s``."""
+    if age_s <= stale_s:
+        return 1.0
+    return max(0.0, (dead_s - age_s) / (dead_s - stale_s))
+
+
+def decayed(pressure: float, fresh: float) -> float:
+    """Pressure as a report of freshness ``fresh`` still supports it."""
+    return fresh * pressure + (1.0 - fresh) * max(pressure, UNKNOWN_PRESSURE)

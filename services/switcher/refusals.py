@@ -1,0 +1,45 @@
+"""How long a plan that failed is refused, so that a wish repeated each second does not drain the
+same replicas each second."""
+
+
+class Refusals:
+    """Remembers failed plans and what was logged of refused ones; both bounded."""
+
+    PLANS_MAX = 64
+
+    def __init__(self, base_s: float, base_s_max: float) -> None:
+        self._base_s, self._base_s_max = base_s, base_s_max
+        self._failures: dict[str, tuple[int, float]] = {}
+        self._told: dict[str, str] = {}
+
+    def failed(self, plan_id: str, now_s: float) -> None:
+        count, _ = self._failures.pop(plan_id, (0, 0.0))
+        wait_s = min(self._base_s * 2.0 ** min(count, 16), self._base_s_max)
+        self._failures[plan_id] = (count + 1, now_s + wait_s)
+        _bound(self._failures, self.PLANS_MAX)
+
+    def forget(self, plan_id: str) -> None:
+        self._failures.pop(plan_id, None)
+        self._told.pop(plan_id, None)
+
+    def wait_s(self, plan_id: str, now_s: float) -> float:
+        _, until_s = self._failures.get(plan_id, (0, 0.0))
+        return max(0.0, until_s - now_s)
+
+    def is_new(self, plan_id: str, refusal: str) -> bool:
+        """Whether this refusal of this plan has not been told yet; times in it do not count."""
+        kind = refusal.partition(" is refused for ")[0]
+        if self._told.get(plan_id) == kind:
+            return False
+        self._told.pop(plan_id, None)
+        self._told[plan_id] = kind
+        _bound(self._told, self.PLANS_MAX)
+        return True
+
+
+def _bound(
+    memory: dict[str, object] | dict[str, str] | dict[str, tuple[int, float]], size: int
+) -> None:
+    """Drop the oldest: dicts keep the order of insertion."""
+    while len(memory) > size:
+        del memory[next(iter(memory))]

@@ -1,0 +1,84 @@
+"""Who the worker is, and the messages it signs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from services.worker.replica import Ending, Hosted, LiveRequest
+from shared.core import Publish
+from shared.hardware import GpuSpec
+from shared.messages.replicas import ReplicaReport, WorkerReport
+from shared.messages.requests import TokenChunk, TokenChunks
+from shared.subjects import REPLICA_REPORT, TOKEN_CHUNKS, WORKER_REPORT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerIdentity:
+    """``incarnation`` is new in each run of the process: what a former run had accepted is lost,
+    and whoever sees the change knows."""
+
+    worker_id: str
+    incarnation: str
+    node_id: str
+    gpu: GpuSpec
+    models: tuple[str, ...]
+
+    def chunks(
+        self, ingress_id: str, *, replica_id: str, chunks: Iterable[TokenChunk] = ()
+    ) -> Publish:
+        """One message to an ingress; without chunks it is a heartbeat."""
+        message = TokenChunks(
+            replica_id=replica_id, incarnation=self.incarnation, chunks=list(chunks)
+        )
+        return TOKEN_CHUNKS.send(message, ingress_id=ingress_id)
+
+    def endings(
+        self, requests: Iterable[LiveRequest], ending: Ending, *, replica_id: str
+    ) -> Iterator[Publish]:
+        """The last chunks of ``requests``, one message for each ingress."""
+        by_ingress: dict[str, list[TokenChunk]] = {}
+        for request in requests:
+            chunk = ending.chunk(request_id=request.request_id, attempt=request.attempt)
+            by_ingress.setdefault(request.ingress_id, []).append(chunk)
+        for ingress_id, chunks in by_ingress.items():
+            yield self.chunks(ingress_id, replica_id=replica_id, chunks=chunks)
+
+    def worker_report(self, hosted: Iterable[Hosted], *, leaving: bool) -> Publish:
+        report = WorkerReport(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            node_id=self.node_id,
+            gpu=self.gpu,
+            models=self.models,
+            replicas=tuple(replica.snapshot() for replica in hosted),
+            leaving=leaving,
+        )
+        return WORKER_REPORT.send(report, worker_id=self.worker_id)
+
+    def replica_report(self, hosted: Hosted) -> Publish:
+        """Its load as last measured; zero until then."""
+        report = ReplicaReport(
+            replica_id=hosted.spec.replica_id,
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            epoch=hosted.epoch,
+            phase=hosted.phase,
+        )
+        measured = hosted.measured
+        if measured is not None:
+            load = measured.load
+            report = msgspec.structs.replace(
+                report,
+                running=load.running,
+                waiting=load.waiting,
+                tokens_pending=load.tokens_pending,
+                kv_blocks_used=load.kv_blocks_used,
+                kv_blocks_total=load.kv_blocks_total,
+                running_max=measured.running_max,
+                waiting_max=measured.waiting_max,
+                output_tokens_total=measured.output_tokens_total,
+                requests_total=measured.requests_total,
+                step_s=measured.step_s,
+            )
+        return REPLICA_REPORT.send(report, replica_id=hosted.spec.replica_id)

@@ -1,0 +1,58 @@
+"""The engine contract, run on every engine.
+
+To add an engine, add a function to ``CASES`` that makes its EngineCase.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from services.worker.engine.interface import Engine
+from shared.text import load_tokenizer
+from tests.unit.engine_contract import EngineCase, EngineContract, EngineLimits
+
+
+def torch_case(folder: Path) -> EngineCase:
+    pytest.importorskip("torch", reason="needs the torch extra")
+    from services.worker.engine.torch_engine.config import TorchEngineConfig  # noqa: PLC0415
+    from services.worker.engine.torch_engine.engine import load_torch_engine  # noqa: PLC0415
+    from services.worker.engine.torch_engine.make_model import make_model  # noqa: PLC0415
+
+    make_model(folder)
+
+    def make(limits: EngineLimits) -> Engine:
+        config = TorchEngineConfig(
+            threads=1,
+            running_max=limits.running_max,
+            waiting_max=limits.waiting_max,
+            batch_tokens_max=limits.batch_tokens_max,
+            kv_blocks=limits.kv_blocks,
+            block_tokens=limits.block_tokens,
+            context_tokens_max=limits.context_tokens_max,
+        )
+        return load_torch_engine(folder, config)
+
+    return EngineCase(make, load_tokenizer(str(folder)))
+
+
+CASES: dict[str, Callable[[Path], EngineCase]] = {"torch": torch_case}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EngineCase]:
+    @cache
+    def make(name: str) -> EngineCase:
+        return CASES[name](tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.torch] * (name == "torch")) for name in CASES]
+)
+class TestEngineContract(EngineContract):
+    @pytest.fixture
+    def case(self, made: Callable[[str], EngineCase], name: str) -> EngineCase:
+        return made(name)
