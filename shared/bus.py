@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false
 # (nats-py leaves parts of its signatures untyped)
-"""The message bus: a small protocol, and NATS behind it. The only importer of nats.
+"""The message bus: a small protocol, and NATS behind it. Only bus_storage imports nats too.
 
 Publishing is at most once. What must not be lost is either repeated by its owner (plans, reports,
 commands) or detected by position (token chunks). State lives in one KV bucket by compare-and-set,
@@ -10,9 +10,9 @@ events in one bounded stream.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any, Protocol, cast
 
 import msgspec
 import nats
@@ -21,15 +21,14 @@ import nats.js.errors
 import nats.micro
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import DiscardPolicy, KeyValueConfig, RetentionPolicy, StorageType, StreamConfig
+from nats.aio.subscription import Subscription as NatsSubscription
+from nats.js.kv import KeyValue
 
+from shared.bus_storage import open_storage
 from shared.errors import BusUnavailable, DeadlineExceeded, PayloadTooLarge
-from shared.subjects import EVENTS
+from shared.probe import broker_name, wait_for_broker
 
 log = logging.getLogger("oserve.bus")
-
-STATE_BUCKET = "OSERVE_STATE"
-EVENT_STREAM = "OSERVE_EVENTS"
 
 
 class BusConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,6 +112,16 @@ class Bus(Protocol):
         ...
 
 
+class _NatsSubscription:
+    def __init__(self, inner: NatsSubscription) -> None:
+        self._inner = inner
+
+    async def unsubscribe(self) -> None:
+        """Idempotent; a connection that closed has unsubscribed already."""
+        with suppress(nats.errors.Error):
+            await self._inner.unsubscribe()
+
+
 class NatsBus:
     """Bus on a NATS server with JetStream."""
 
@@ -121,6 +130,8 @@ class NatsBus:
         self._client = Client()
         self._state: Any = None
         self._errors_seen = 0
+        self._connecting = False
+        self._opened = False  # nats-py cannot close a client that never tried to connect
 
     @property
     def connected(self) -> bool:
@@ -132,61 +143,51 @@ class NatsBus:
 
     @property
     def client(self) -> Client:
-        """The NATS client, for this module's tools below."""
         return self._client
 
     async def connect(self, *, name: str) -> None:
         """Connect and make sure that bucket and stream exist. Raises BusUnavailable with the
         cause once ``connect_timeout_s`` is over."""
-        config = self._config
-        await _wait_for_port(config.url, config.connect_timeout_s)
+        config, where = self._config, broker_name(self._config.url)
+        await wait_for_broker(config.url, timeout_s=config.connect_timeout_s)
+        self._connecting = self._opened = True
         try:
-            await self._client.connect(
-                config.url,
-                name=name,
-                user=config.user or None,
-                password=config.password or None,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=config.reconnect_wait_s,  # type: ignore[arg-type]  # float works
-                pending_size=config.pending_bytes_max,
-                ping_interval=10,
-                max_outstanding_pings=3,
-                error_cb=self._on_error,
-                disconnected_cb=self._on_disconnect,
-                reconnected_cb=self._on_reconnect,
-            )
-        except (nats.errors.Error, OSError) as error:
-            raise BusUnavailable(f"broker at {config.url} refused us: {error}") from error
-        await self._ensure_storage()
-
-    async def _ensure_storage(self) -> None:
-        config = self._config
-        jetstream = self._client.jetstream(timeout=config.connect_timeout_s)
-        stream = StreamConfig(
-            name=EVENT_STREAM,
-            subjects=[EVENTS],
-            retention=RetentionPolicy.LIMITS,
-            storage=StorageType.FILE,
-            discard=DiscardPolicy.OLD,
-            max_bytes=config.journal_bytes_max,
-            max_age=config.journal_age_s_max,
-        )
-        bucket = KeyValueConfig(
-            bucket=STATE_BUCKET, history=8, max_bytes=8 << 20, storage=StorageType.FILE
-        )
-        try:
-            try:
-                await jetstream.add_stream(stream)
-            except nats.js.errors.BadRequestError:  # exists with other limits: ours win
-                await jetstream.update_stream(stream)
-            self._state = await jetstream.create_key_value(bucket)
-        except (TimeoutError, nats.errors.Error) as error:
+            async with asyncio.timeout(config.connect_timeout_s):
+                await self._client.connect(
+                    config.url,
+                    name=name,
+                    user=config.user or None,
+                    password=config.password or None,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=config.reconnect_wait_s,  # type: ignore[arg-type]  # float works
+                    pending_size=config.pending_bytes_max,
+                    ping_interval=10,
+                    max_outstanding_pings=3,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnect,
+                    reconnected_cb=self._on_reconnect,
+                )
+        except (TimeoutError, nats.errors.Error, OSError) as error:
+            await self._client.close()
             raise BusUnavailable(
-                f"JetStream at {config.url} cannot keep our state and events: {error!r}; "
+                f"broker at {where} refused us: {error!r}; check bus.url, bus.user and bus.password"
+            ) from error
+        finally:
+            self._connecting = False
+        try:
+            self._state = await open_storage(
+                self._client,
+                create_timeout_s=config.connect_timeout_s,
+                use_timeout_s=config.state_timeout_s,
+                journal_bytes_max=config.journal_bytes_max,
+                journal_age_s_max=config.journal_age_s_max,
+            )
+        except (TimeoutError, nats.errors.Error) as error:
+            await self._client.close()
+            raise BusUnavailable(
+                f"JetStream at {where} cannot keep our state and events: {error!r}; "
                 "start nats-server with JetStream enabled (-js) and a writable store"
             ) from error
-        self._jetstream = self._client.jetstream(timeout=config.state_timeout_s)
-        self._state = await self._jetstream.key_value(STATE_BUCKET)
 
     async def publish(
         self,
@@ -196,37 +197,45 @@ class NatsBus:
         reply_to: str = "",
         headers: dict[str, str] | None = None,
     ) -> None:
+        if headers:  # the broker counts them too, and hangs up on who exceeds its cap
+            size_bytes = len(payload) + sum(len(k) + len(v) + 4 for k, v in headers.items()) + 12
+            if size_bytes > self._client.max_payload:
+                raise self._too_large(subject, size_bytes)
         try:
             await self._client.publish(subject, payload, reply_to, headers)
         except nats.errors.MaxPayloadError:
-            raise PayloadTooLarge(
-                subject=subject, size_bytes=len(payload), limit_bytes=self._client.max_payload
-            ) from None
+            raise self._too_large(subject, len(payload)) from None
         except nats.errors.Error as error:
-            raise BusUnavailable(f"cannot publish on {subject}: {error}") from error
+            raise BusUnavailable(f"cannot publish on {subject}: {error!r}") from error
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
         async def on_message(message: Msg) -> None:
             handler(Delivery(message.subject, message.data, message.reply, message.headers))
 
-        return await self._client.subscribe(subject, queue=queue, cb=on_message)
+        try:
+            inner = await self._client.subscribe(subject, queue=queue, cb=on_message)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"cannot subscribe to {subject}: {error!r}") from error
+        return _NatsSubscription(inner)
 
     async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
         try:
             answer = await self._client.request(subject, payload, timeout=timeout_s)
         except (TimeoutError, nats.errors.TimeoutError):
             raise DeadlineExceeded(f"no answer on {subject} within {timeout_s} s") from None
+        except nats.errors.MaxPayloadError:
+            raise self._too_large(subject, len(payload)) from None
         except nats.errors.Error as error:
-            raise BusUnavailable(f"nobody answers {subject}: {error}") from error
+            raise BusUnavailable(f"nobody answers {subject}: {error!r}") from error
         return answer.data
 
     async def load(self, key: str) -> tuple[bytes | None, int]:
         try:
             entry = await self._state.get(key)
-        except nats.js.errors.KeyDeletedError as error:
-            return None, error.entry.revision if error.entry else 0  # type: ignore[union-attr]
-        except nats.js.errors.KeyNotFoundError:
-            return None, 0
+        except nats.js.errors.KeyNotFoundError as error:
+            # A deleted key still has a revision, and writing it again needs that one.
+            entry = cast("KeyValue.Entry | None", error.entry)
+            return None, (entry.revision or 0) if entry else 0
         except (TimeoutError, nats.errors.Error) as error:
             raise BusUnavailable(f"cannot read state {key}: {error!r}") from error
         return entry.value, entry.revision
@@ -236,6 +245,8 @@ class NatsBus:
             return await self._state.update(key, value, last=revision)
         except nats.js.errors.KeyWrongLastSequenceError:
             return None
+        except nats.errors.MaxPayloadError:
+            raise self._too_large(key, len(value)) from None
         except (TimeoutError, nats.errors.Error) as error:
             raise BusUnavailable(f"cannot write state {key}: {error!r}") from error
 
@@ -261,43 +272,30 @@ class NatsBus:
         return found
 
     async def close(self) -> None:
-        if self._client.is_closed:
+        if self._client.is_closed or not self._opened:
+            return
+        if not self._client.is_connected:
+            await self._client.close()
             return
         try:
-            await asyncio.wait_for(self._client.drain(), timeout=self._config.state_timeout_s)
+            async with asyncio.timeout(self._config.state_timeout_s):
+                await self._client.drain()
         except (TimeoutError, nats.errors.Error):
             await self._client.close()
 
+    def _too_large(self, subject: str, size_bytes: int) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            subject=subject, size_bytes=size_bytes, limit_bytes=self._client.max_payload
+        )
+
     async def _on_error(self, error: Exception) -> None:
+        if self._connecting:  # without this nats-py tries a wrong password for ever
+            raise error
         self._errors_seen += 1
         log.warning("bus.error", extra={"error": repr(error), "seen": self._errors_seen})
 
     async def _on_disconnect(self) -> None:
-        log.warning("bus.disconnected", extra={"url": self._config.url})
+        log.warning("bus.disconnected", extra={"broker": broker_name(self._config.url)})
 
     async def _on_reconnect(self) -> None:
-        log.info("bus.reconnected", extra={"url": self._config.url})
-
-
-async def _wait_for_port(url: str, timeout_s: float) -> None:
-    """nats-py sleeps two seconds after a refused first connect, so probe the port before."""
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
-    host, port = parts.hostname or "127.0.0.1", parts.port or 4222
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + timeout_s
-    cause = "no attempt made"
-    while loop.time() < deadline_s:
-        try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2.0)
-        except (TimeoutError, OSError) as error:
-            if cause == "no attempt made":
-                log.info("bus.waiting", extra={"url": url, "cause": repr(error)})
-            cause = str(error) or repr(error)
-            await asyncio.sleep(0.05)
-        else:
-            writer.close()
-            return
-    raise BusUnavailable(
-        f"no broker at {host}:{port} within {timeout_s:g} s ({cause}): start one with `oserve up` "
-        "or `nats-server -js`, or set bus.url"
-    )
+        log.info("bus.reconnected", extra={"broker": broker_name(self._config.url)})

@@ -9,15 +9,19 @@ from collections import deque
 from itertools import count
 
 from shared.bus import Delivery, Handler, Subscription
-from shared.errors import DeadlineExceeded, PayloadTooLarge
+from shared.errors import BusUnavailable, DeadlineExceeded, PayloadTooLarge
 
 JOURNAL_MAX = 100_000
 
 
 class _MemorySubscription:
     def __init__(self, bus: "MemoryBus", pattern: str, handler: Handler, queue: str) -> None:
-        self.pattern, self.handler, self.queue = pattern.split("."), handler, queue
-        self._bus = bus
+        self.pattern, self.queue = pattern.split("."), queue
+        self._bus, self._handler = bus, handler
+
+    def deliver(self, delivery: Delivery) -> None:
+        if self in self._bus.subscriptions:  # it may have left since the message was sent
+            self._handler(delivery)
 
     async def unsubscribe(self) -> None:
         if self in self._bus.subscriptions:
@@ -42,14 +46,15 @@ class MemoryBus:
         self.sent: deque[tuple[str, bytes]] = deque(maxlen=JOURNAL_MAX)
         self.registered: list[tuple[str, str, str, dict[str, str]]] = []
         self._payload_bytes_max = payload_bytes_max
-        self._turn: dict[tuple[str, str], int] = {}
+        self._turn: dict[str, int] = {}
+        self._closed = False
         self._kv: dict[str, tuple[bytes, int]] = {}
         self._revision = 0
         self._inboxes = count()
 
     @property
     def connected(self) -> bool:
-        return True
+        return not self._closed
 
     @property
     def payload_bytes_max(self) -> int:
@@ -63,40 +68,41 @@ class MemoryBus:
         reply_to: str = "",
         headers: dict[str, str] | None = None,
     ) -> None:
-        if len(payload) > self._payload_bytes_max:
-            raise PayloadTooLarge(
-                subject=subject, size_bytes=len(payload), limit_bytes=self._payload_bytes_max
-            )
+        self._check_open(f"publish on {subject}")
+        self._check_size(subject, payload)
         self.sent.append((subject, payload))
         delivery = Delivery(subject, payload, reply_to, headers)
         loop = asyncio.get_running_loop()
         for subscription in self._receivers(subject):
-            loop.call_soon(subscription.handler, delivery)
+            loop.call_soon(subscription.deliver, delivery)
 
     def _receivers(self, subject: str) -> list[_MemorySubscription]:
         tokens = subject.split(".")
         found: list[_MemorySubscription] = []
-        groups: dict[tuple[str, str], list[_MemorySubscription]] = {}
+        groups: dict[str, list[_MemorySubscription]] = {}
         for subscription in self.subscriptions:
             if not matches(subscription.pattern, tokens):
                 continue
             if subscription.queue:
-                key = (subscription.queue, ".".join(subscription.pattern))
-                groups.setdefault(key, []).append(subscription)
+                groups.setdefault(subscription.queue, []).append(subscription)
             else:
                 found.append(subscription)
-        for key, members in groups.items():
-            turn = self._turn.get(key, 0)
-            self._turn[key] = turn + 1
+        for queue, members in groups.items():
+            turn = self._turn.get(queue, 0)
+            self._turn[queue] = turn + 1
             found.append(members[turn % len(members)])
         return found
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        self._check_open(f"subscribe to {subject}")
         subscription = _MemorySubscription(self, subject, handler, queue)
         self.subscriptions.append(subscription)
         return subscription
 
     async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> bytes:
+        self._check_open(f"ask {subject}")
+        if not any(matches(s.pattern, subject.split(".")) for s in self.subscriptions):
+            raise BusUnavailable(f"nobody answers {subject}")
         inbox = f"_INBOX.{next(self._inboxes)}"
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
@@ -114,9 +120,12 @@ class MemoryBus:
             await subscription.unsubscribe()
 
     async def load(self, key: str) -> tuple[bytes | None, int]:
+        self._check_open(f"read state {key}")
         return self._kv.get(key, (None, 0))
 
     async def store(self, key: str, value: bytes, *, revision: int) -> int | None:
+        self._check_open(f"write state {key}")
+        self._check_size(key, value)
         if self._kv.get(key, (b"", 0))[1] != revision:
             return None
         self._revision += 1
@@ -134,4 +143,18 @@ class MemoryBus:
         self.registered.append((name, version, description, metadata))
 
     async def close(self) -> None:
+        """Deliver what is on its way, then leave. Idempotent."""
+        if not self._closed:
+            await asyncio.sleep(0)
+        self._closed = True
         self.subscriptions.clear()
+
+    def _check_open(self, wish: str) -> None:
+        if self._closed:
+            raise BusUnavailable(f"cannot {wish}: the bus is closed")
+
+    def _check_size(self, subject: str, payload: bytes) -> None:
+        if len(payload) > self._payload_bytes_max:
+            raise PayloadTooLarge(
+                subject=subject, size_bytes=len(payload), limit_bytes=self._payload_bytes_max
+            )

@@ -5,6 +5,7 @@ same file serves a laptop and a fleet; a process checks the sections it uses, an
 section or key is an error.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
+from msgspec.inspect import (
+    AnyType,
+    DictType,
+    ListType,
+    LiteralType,
+    StructType,
+    Type,
+    VarTupleType,
+    type_info,
+)
 
 from shared.errors import ConfigInvalid
 
@@ -20,7 +31,10 @@ SECTIONS = (
     "ingress", "router", "profiler", "forecaster", "scheduler", "switcher", "worker",
 )  # fmt: skip
 ENV_PREFIX = "OSERVE_"
-ENV_IGNORED = ("OSERVE_CONFIG",)  # names the file itself
+ENV_IGNORED = (  # name the file itself; and what only clients and the demo read
+    "OSERVE_CONFIG", "OSERVE_API_KEY", "OSERVE_TRACES",
+)  # fmt: skip
+SECRETS, SECRET = ("password",), "***"
 T = TypeVar("T")
 Tree = dict[str, Any]
 
@@ -44,9 +58,15 @@ class Settings:
         """One line per setting of a section: ``name = value  # source``."""
         lines: list[str] = []
         for path, leaf in _leaves(msgspec.to_builtins(value), name):
-            source = next((s for p, s in self.sources.items() if _covers(p, path)), "default")
-            lines.append(f"{path} = {msgspec.json.encode(leaf).decode()}  # {source}")
+            # The longest path that covers the leaf: a key set inside a table set as a whole.
+            source = self.sources[max(found, key=len)] if (found := self._covering(path)) else None
+            shown = SECRET if leaf and path.rpartition(".")[2] in SECRETS else leaf
+            text = msgspec.json.encode(shown).decode()
+            lines.append(f"{path} = {text}  # {source or 'default'}")
         return lines
+
+    def _covering(self, path: str) -> list[str]:
+        return [p for p in self.sources if path == p or path.startswith(p + ".")]
 
 
 def load_settings(
@@ -61,20 +81,28 @@ def load_settings(
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in ENV_IGNORED:
             path = name.removeprefix(ENV_PREFIX).lower().split("__")
-            _put(values, path, _parsed(environ[name]), field=name)
-            sources[".".join(path)] = name
+            _put(values, path, _parsed(environ[name], field=name), field=name)
+            _note(sources, ".".join(path), name)
     for item in sets:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigInvalid(field="--set", value=item, remedy="write --set section.key=value")
-        _put(values, key.split("."), _parsed(text), field=f"--set {key}")
-        sources[key] = "--set"
+        field = f"--set {key}"
+        _put(values, key.split("."), _parsed(text, field=field), field=field)
+        _note(sources, key, "--set")
     unknown = sorted(set(values) - set(SECTIONS))
     if unknown:
         raise ConfigInvalid(
             field=unknown[0], value=sources_of(sources, unknown[0]), remedy=f"sections: {SECTIONS}"
         )
     return Settings(values, sources)
+
+
+def _note(sources: dict[str, str], path: str, source: str) -> None:
+    """Remember where ``path`` came from; what was known of anything inside it is void."""
+    for inner in [p for p in sources if p.startswith(path + ".")]:
+        del sources[inner]
+    sources[path] = source
 
 
 def sources_of(sources: Mapping[str, str], section: str) -> str:
@@ -117,13 +145,13 @@ def _put(into: Tree, path: list[str], value: object, *, field: str) -> None:
     into[path[-1]] = value
 
 
-def _parsed(text: str) -> object:
+def _parsed(text: str, *, field: str) -> object:
     """JSON lists and objects as such; anything else stays text for the struct to convert."""
     if text[:1] in ("[", "{"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
-            raise ConfigInvalid(field="--set", value=text, remedy=f"not JSON: {error}") from None
+            raise ConfigInvalid(field=field, value=text, remedy=f"not JSON: {error}") from None
     return text
 
 
@@ -136,27 +164,46 @@ def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:  # noqa: ANN401  # b
     return [(path, tree)]
 
 
-def _covers(source_path: str, path: str) -> bool:
-    return path == source_path or path.startswith(source_path + ".")
-
-
 def _explained(
     error: msgspec.ValidationError, name: str, raw: object, as_type: type[Any]
 ) -> ConfigInvalid:
-    text = str(error)
-    where = name
-    if " - at `$" in text:
-        text, _, tail = text.partition(" - at `$")
-        where = name + tail.rstrip("`")
+    """msgspec's message with the field's full path, its value and what would be right."""
+    text, _, tail = str(error).partition(" - at `$")
+    tail = tail.rstrip("`")
+    where = name + tail
+    value, kind = _walk(raw, as_type, tail)
     if "unknown field" in text:
         unknown = text.split("`")[1]
-        known = [f.name for f in msgspec.structs.fields(as_type)] if where == name else []
-        remedy = f"unknown key; known keys: {', '.join(known)}" if known else "unknown key"
-        return ConfigInvalid(field=f"{where}.{unknown}", value=_at(raw, unknown), remedy=remedy)
+        known = ", ".join(f.name for f in kind.fields) if isinstance(kind, StructType) else "none"
+        remedy = f"unknown key; known keys: {known}"
+        return ConfigInvalid(field=f"{where}.{unknown}", value=_at(value, unknown), remedy=remedy)
     if "missing required field" in text:
         missing = text.split("`")[1]
         return ConfigInvalid(field=f"{where}.{missing}", value=None, remedy="set it: required")
-    return ConfigInvalid(field=where, value=raw if where == name else "?", remedy=text)
+    if isinstance(kind, LiteralType):
+        text = f"one of {', '.join(map(str, kind.values))}"
+    return ConfigInvalid(field=where, value=value, remedy=text)
+
+
+def _walk(raw: object, as_type: type[Any], tail: str) -> tuple[object, Type]:
+    """Value and type at msgspec's path ``tail``, such as ``.engine.modelled`` or ``.nodes[0]``."""
+    kind = type_info(as_type)
+    for step in re.findall(r"\.([^.\[\]]+)|\[([^\]]*)\]", tail):
+        name, index = step
+        if isinstance(kind, StructType):
+            kind = next((f.type for f in kind.fields if f.encode_name == name), AnyType())
+        elif isinstance(kind, (ListType, VarTupleType)):
+            kind = kind.item_type
+        elif isinstance(kind, DictType):
+            kind = kind.value_type
+        raw = _item(raw, index) if index else _at(raw, name)
+    return raw, kind
+
+
+def _item(raw: object, index: str) -> object:
+    if isinstance(raw, list) and index.isdecimal():
+        return cast("list[object]", raw)[int(index)]
+    return "?"  # msgspec does not say which key of a free table
 
 
 def _at(raw: object, key: str) -> object:

@@ -6,7 +6,7 @@ import msgspec
 
 from shared.errors import ConfigInvalid
 
-_PARALLELISM = re.compile(r"^tp([1-9]\d*)(?:pp([1-9]\d*))?$")
+_PARALLELISM = re.compile(r"tp([1-9][0-9]{0,3})(?:pp([1-9][0-9]{0,3}))?")
 
 
 class GpuSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -33,7 +33,7 @@ class Parallelism(msgspec.Struct, frozen=True, order=True):
     @classmethod
     def parse(cls, text: str) -> "Parallelism":
         """Read ``tp4pp2`` or ``tp4``; raises ConfigInvalid."""
-        match = _PARALLELISM.match(text)
+        match = _PARALLELISM.fullmatch(text)
         if match is None:
             raise ConfigInvalid(
                 field="parallelism", value=text, remedy='write it as "tp4" or "tp4pp2"'

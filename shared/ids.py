@@ -9,7 +9,7 @@ from typing import Protocol
 
 from shared.errors import ConfigInvalid
 
-_TOKEN = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class IdSource(Protocol):
@@ -39,7 +39,7 @@ class CountedIds:
 
 def checked_id(field: str, value: str) -> str:
     """``value`` if it can be a subject token; raises ConfigInvalid."""
-    if not _TOKEN.match(value):
+    if not _TOKEN.fullmatch(value):
         raise ConfigInvalid(
             field=field, value=value, remedy="use 1 to 64 letters, digits, '-' and '_'"
         )

@@ -92,10 +92,7 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def checked(self) -> "MeshConfig":
         """Self, if its parts fit together; raises ConfigInvalid."""
         known = [gpu.gpu_id for gpu in self.gpus()]
-        if len(set(known)) != len(known):
-            raise ConfigInvalid(field="mesh.nodes", value=known, remedy="give each node its own id")
-        for node in self.nodes:
-            checked_id("mesh.nodes.node_id", node.node_id)
+        _check_nodes(self.nodes)
         if self.engine.kind == "torch" and not self.model.path:
             raise ConfigInvalid(
                 field="mesh.model.path",
@@ -103,9 +100,32 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 remedy="the torch engine needs a checkpoint folder (`oserve make-model DIR`)",
             )
         owner: dict[str, str] = {}
+        wished: set[str] = set()
         for wish in self.replicas:
+            if wish.replica_id in wished:
+                raise ConfigInvalid(
+                    field="mesh.replicas.replica_id",
+                    value=wish.replica_id,
+                    remedy="give each replica its own id",
+                )
+            wished.add(wish.replica_id)
             _check_wish(wish, known=known, owner=owner, engine=self.engine.kind)
         return self
+
+
+def _check_nodes(nodes: tuple[NodeSpec, ...]) -> None:
+    seen: set[str] = set()
+    for node in nodes:
+        node_id = checked_id("mesh.nodes.node_id", node.node_id)
+        if node_id in seen:
+            raise ConfigInvalid(
+                field="mesh.nodes.node_id", value=node_id, remedy="give each node its own id"
+            )
+        seen.add(node_id)
+        if node.gpus < 1:
+            raise ConfigInvalid(
+                field=f"mesh.nodes.{node_id}.gpus", value=node.gpus, remedy="give it 1 or more"
+            )
 
 
 def _check_wish(

@@ -1,22 +1,19 @@
 """Drives one core in production: messages, timers and outcomes in, effects out.
 
 One inbox and one task that steps the core, so cores need no locks; everything else only enqueues.
-The inbox is bounded: a frequent report replaces its own older copy, a question that finds it full
-is refused through ``refuse``, anything else is dropped, counted and logged. All messages of the
-control plane may be lost anyway: their owners repeat them.
+What ends a run: being told to stop and having drained, or the first error, which it raises.
 """
 
 import asyncio
 import inspect
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from shared.bus import Bus, Delivery
+from shared.bus import Bus
 from shared.clock import Clock
 from shared.core import (
     Ask,
@@ -37,14 +34,17 @@ from shared.core import (
     Stored,
 )
 from shared.errors import BusUnavailable, PayloadTooLarge
+from shared.inbox import Arrival, Inbox
 from shared.messages.base import Message, decode, encode
 from shared.subjects import Subject
-from shared.telemetry import Metrics, Tracing
+from shared.telemetry import Metrics, Tracing, log_fields
 
 log = logging.getLogger("oserve.runtime")
 
 STATE_RETRY_S = 0.25
 CHECK_PERIOD_S = 1.0
+DRAIN_POLL_S = 0.05
+STORE_GRACE_S = 2.0  # how long a drained core's last Store may take before we leave without it
 Job = Callable[[Any], Awaitable[Message | None] | Message | None]
 
 
@@ -62,20 +62,6 @@ class Wiring:
     drain_timeout_s: float = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Latest:
-    """Marks the place in the inbox of the newest report on ``subject``."""
-
-    subject: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Traced:
-    event: Any
-    name: str
-    headers: Mapping[str, str]
-
-
 class Runtime:
     """One core, driven. ``feed`` is how a service's adapters hand in events of their own."""
 
@@ -91,82 +77,82 @@ class Runtime:
     ) -> None:
         self._core, self._wiring = core, wiring
         self._bus, self._clock, self._tracing = bus, clock, tracing
-        self._inbox: deque[Any] = deque()
-        self._latest: dict[str, tuple[Any, Mapping[str, str] | None]] = {}
-        self._wake = asyncio.Event()
+        self._inbox = Inbox(
+            inbox_max=wiring.inbox_max, refuse=self._refuse, clock=clock, metrics=metrics
+        )
         self._tasks: asyncio.TaskGroup | None = None
         self._jobs: set[asyncio.Task[None]] = set()
-        self._dropped = metrics.counter(
-            "inbox_dropped", "Messages dropped because the inbox was full", ["message"]
-        )
-        self._undecodable = metrics.counter(
-            "messages_undecodable", "Messages that did not decode", ["message"]
-        )
+        self._stores: set[asyncio.Task[None]] = set()
         self._steps = metrics.counter("core_steps", "Events the core has handled")
 
     def feed(self, event: Any) -> None:  # noqa: ANN401  # any core's event
         """Enqueue an event. Timers and outcomes are bounded by what the core asked for, so they
         always fit."""
-        self._inbox.append(event)
-        self._wake.set()
+        self._inbox.feed(event)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Subscribe, step until ``stopping`` is set and the core is drained, then return."""
         for subject in self._wiring.inputs:
-            await self._bus.subscribe(subject.wildcard, self._receiver(subject))
+            await self._bus.subscribe(subject.wildcard, self._inbox.receiver(subject))
         for subject, queue in self._wiring.queries:
-            await self._bus.subscribe(subject.wildcard, self._receiver(subject), queue=queue)
-        self._inbox.appendleft(Started())
-        self._wake.set()
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            stop = tasks.create_task(self._announce(stopping))
-            try:
-                await self._loop(stopping)
-            finally:
-                stop.cancel()
-                for task in list(self._jobs):
-                    task.cancel()
+            await self._bus.subscribe(subject.wildcard, self._inbox.receiver(subject), queue=queue)
+        self._inbox.feed_first(Started())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                stop = tasks.create_task(self._wake_at_stop(stopping))
+                try:
+                    await self._loop(stopping)
+                finally:
+                    self._tasks = None
+                    stop.cancel()
+                    for task in list(self._jobs):
+                        task.cancel()
+        except BaseExceptionGroup as group:  # one cause is the rule: show it bare
+            if len(group.exceptions) == 1:
+                raise group.exceptions[0] from None
+            raise
 
-    async def _announce(self, stopping: asyncio.Event) -> None:
+    async def _wake_at_stop(self, stopping: asyncio.Event) -> None:
         await stopping.wait()
-        self.feed(Draining())
+        self._inbox.wake()
 
     async def _loop(self, stopping: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
-        deadline_s = float("inf")
+        stopped_s: float | None = None
         checked_s = loop.time()
         while True:
-            while self._inbox:
-                await self._handle(self._inbox.popleft())
-            if loop.time() - checked_s >= CHECK_PERIOD_S:
+            for _ in range(len(self._inbox)):  # what came meanwhile waits for the checks below
+                await self._handle(self._inbox.take())
+            now_s = loop.time()
+            if now_s - checked_s >= CHECK_PERIOD_S:
                 self._core.check()
-                checked_s = loop.time()
-            if stopping.is_set():
-                deadline_s = min(deadline_s, loop.time() + self._wiring.drain_timeout_s)
-                if self._wiring.drained() and not self._inbox:
-                    return
-                if loop.time() >= deadline_s:
-                    log.warning("drain.timeout", extra={"after_s": self._wiring.drain_timeout_s})
-                    return
-            self._wake.clear()
+                checked_s = now_s
+            if stopping.is_set() and stopped_s is None:
+                stopped_s = now_s
+                self.feed(Draining())
+                continue
+            if stopped_s is not None and self._may_leave(now_s - stopped_s):
+                return
             if self._inbox:
+                await asyncio.sleep(0)  # a busy core must not starve the loop that feeds it
                 continue
-            try:
-                await asyncio.wait_for(self._wake.wait(), 0.05 if stopping.is_set() else 1.0)
-            except TimeoutError:
-                continue
+            await self._inbox.wait(CHECK_PERIOD_S if stopped_s is None else DRAIN_POLL_S)
 
-    async def _handle(self, event: Any) -> None:  # noqa: ANN401  # any core's event
-        headers: Mapping[str, str] | None = None
-        name = ""
-        if isinstance(event, _Latest):
-            event, headers = self._latest.pop(event.subject)
-        elif isinstance(event, _Traced):
-            event, name, headers = event.event, event.name, event.headers
+    def _may_leave(self, after_s: float) -> bool:
+        """Whether a core told to drain ``after_s`` ago has settled, or has had its time."""
+        if after_s >= self._wiring.drain_timeout_s:
+            log.warning("drain.timeout", extra={"after_s": self._wiring.drain_timeout_s})
+            return True
+        if self._inbox or not self._wiring.drained():
+            return False
+        return not self._stores or after_s >= STORE_GRACE_S
+
+    async def _handle(self, arrival: Arrival) -> None:
         self._steps.inc()
+        event, headers = arrival.event, arrival.headers
         if headers and self._tracing.enabled:
-            with self._tracing.span(name or type(event).__name__, headers):
+            with self._tracing.span(arrival.name or type(event).__name__, headers):
                 await self._perform(self._core.step(event, self._clock.now_s()))
         else:
             await self._perform(self._core.step(event, self._clock.now_s()))
@@ -182,9 +168,14 @@ class Runtime:
                     delay_s = max(0.0, at_s - self._clock.now_s())
                     asyncio.get_running_loop().call_later(delay_s, self.feed, event)
                 case Log(event=name, fields=fields, level=level):
-                    log.log(logging.getLevelNamesMapping()[level.upper()], name, extra=fields)
+                    log.log(
+                        logging.getLevelNamesMapping()[level.upper()],
+                        name,
+                        extra=log_fields(fields),
+                    )
                 case Store():
-                    self._spawn(self._store(effect))
+                    self._stores.add(task := self._spawn(self._store(effect)))
+                    task.add_done_callback(self._stores.discard)
                 case Load():
                     self._spawn(self._load(effect))
                 case Start(job=job, argument=argument):
@@ -198,6 +189,10 @@ class Runtime:
         except (BusUnavailable, PayloadTooLarge) as error:
             log.warning("publish.failed", extra={"subject": subject, "error": str(error)})
 
+    def _refuse(self, query: Query) -> None:
+        if self._wiring.refuse is not None and self._tasks is not None:
+            self._spawn(self._publish(query.reply_to, self._wiring.refuse(query)))
+
     def _start(self, job: str, argument: Any) -> None:  # noqa: ANN401  # the job's own type
         outcome = self._wiring.jobs[job](argument)
         if inspect.isawaitable(outcome):
@@ -210,11 +205,12 @@ class Runtime:
         if outcome is not None:
             self.feed(outcome)
 
-    def _spawn(self, work: Any) -> None:  # noqa: ANN401  # a coroutine
+    def _spawn(self, work: Any) -> asyncio.Task[None]:  # noqa: ANN401  # a coroutine
         assert self._tasks is not None
         task = self._tasks.create_task(work)
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
+        return task
 
     async def _store(self, effect: Store) -> None:
         payload = encode(effect.message)
@@ -256,49 +252,3 @@ class Runtime:
             except (msgspec.ValidationError, msgspec.DecodeError) as error:
                 log.exception("state.undecodable", extra={"key": effect.key, "error": str(error)})
         self.feed(Loaded(key=effect.key, message=message, revision=revision))
-
-    def _receiver(self, subject: Subject[Any]) -> Callable[[Delivery], None]:
-        """Decode and enqueue. Frequent snapshots (``data`` subjects) are coalesced by subject."""
-        name = subject.message.__name__
-        snapshot = ".data." in subject.pattern
-        kind = subject.message
-        decoder = msgspec.msgpack.Decoder(kind).decode
-
-        def on_delivery(delivery: Delivery) -> None:
-            try:
-                event = decoder(delivery.payload)
-            except (msgspec.ValidationError, msgspec.DecodeError) as error:
-                self._undecodable.labels(name).inc()
-                log.warning(
-                    "message.undecodable", extra={"subject": delivery.subject, "error": str(error)}
-                )
-                return
-            if snapshot:
-                self._enqueue_latest(delivery, event, name)
-            else:
-                self._enqueue(delivery, event, subject.pattern, name)
-
-        return on_delivery
-
-    def _enqueue_latest(self, delivery: Delivery, event: Any, name: str) -> None:  # noqa: ANN401
-        known = delivery.subject in self._latest
-        if not known and len(self._inbox) >= self._wiring.inbox_max:
-            self._drop(name)
-            return
-        self._latest[delivery.subject] = (event, delivery.headers)
-        if not known:
-            self.feed(_Latest(delivery.subject))
-
-    def _enqueue(self, delivery: Delivery, event: Any, pattern: str, name: str) -> None:  # noqa: ANN401
-        query = Query(event, delivery.reply_to) if delivery.reply_to else None
-        if len(self._inbox) >= self._wiring.inbox_max:
-            self._drop(name)
-            if query is not None and self._wiring.refuse is not None and self._tasks is not None:
-                self._spawn(self._publish(query.reply_to, self._wiring.refuse(query)))
-            return
-        event = query or event
-        self.feed(_Traced(event, pattern, delivery.headers) if delivery.headers else event)
-
-    def _drop(self, name: str) -> None:
-        self._dropped.labels(name).inc()
-        log.warning("inbox.full", extra={"message_type": name, "max": self._wiring.inbox_max})

@@ -130,8 +130,10 @@ async def _main(name: str, instance_id: str, sections: dict[str, Any], serve: Se
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, context.stopping.set)
-    await bus.connect(name=instance_id)
     try:
+        if not await _connected(bus, name=instance_id, stopping=context.stopping):
+            log.info("service.ended", extra={"detail": "told to end before the broker answered"})
+            return
         url = context.metrics.serve(telemetry)
         await bus.register(
             name=f"oserve-{name}",
@@ -146,3 +148,17 @@ async def _main(name: str, instance_id: str, sections: dict[str, Any], serve: Se
         await bus.close()
         context.metrics.close()
         context.tracing.close()
+
+
+async def _connected(bus: NatsBus, *, name: str, stopping: asyncio.Event) -> bool:
+    """Connect, unless told to end while the broker is awaited."""
+    connect = asyncio.create_task(bus.connect(name=name))
+    stop = asyncio.create_task(stopping.wait())
+    await asyncio.wait({connect, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if connect.done():
+        connect.result()
+        return True
+    connect.cancel()
+    await asyncio.wait({connect})
+    return False

@@ -20,6 +20,9 @@ class Subject(Generic[M]):
 
     pattern: str
     message: type[M]
+    snapshot: bool = (
+        False  # each message replaces the one before: a receiver may skip to the newest
+    )
 
     @property
     def wildcard(self) -> str:
@@ -30,7 +33,7 @@ class Subject(Generic[M]):
         pattern = self.pattern
         for name, value in tokens.items():
             pattern = pattern.replace("{" + name + "}", value)
-        return Subject(pattern, self.message)
+        return Subject(pattern, self.message, self.snapshot)
 
     def send(self, message: M, **tokens: str) -> Publish:
         return Publish(self.pattern.format(**tokens), message)
@@ -53,11 +56,15 @@ REPLICA_STARTED = Subject("oserve.v1.evt.replica.{replica_id}.started", replicas
 REPLICA_DRAINED = Subject("oserve.v1.evt.replica.{replica_id}.drained", replicas.ReplicaDrained)
 REPLICA_STOPPED = Subject("oserve.v1.evt.replica.{replica_id}.stopped", replicas.ReplicaStopped)
 REPLICA_FAILED = Subject("oserve.v1.evt.replica.{replica_id}.failed", replicas.ReplicaFailed)
-REPLICA_REPORT = Subject("oserve.v1.data.replica.{replica_id}.report", replicas.ReplicaReport)
-WORKER_REPORT = Subject("oserve.v1.data.worker.{worker_id}.report", replicas.WorkerReport)
+REPLICA_REPORT = Subject(
+    "oserve.v1.data.replica.{replica_id}.report", replicas.ReplicaReport, snapshot=True
+)
+WORKER_REPORT = Subject(
+    "oserve.v1.data.worker.{worker_id}.report", replicas.WorkerReport, snapshot=True
+)
 
 ADOPT_PLAN = Subject("oserve.v1.cmd.plan.adopt", plans.AdoptPlan)
-PLAN_IN_FORCE = Subject("oserve.v1.data.plan.in_force", plans.PlanInForce)
+PLAN_IN_FORCE = Subject("oserve.v1.data.plan.in_force", plans.PlanInForce, snapshot=True)
 PLAN_PROPOSED = Subject("oserve.v1.evt.plan.proposed", plans.PlanProposed)
 PLAN_KEPT = Subject("oserve.v1.evt.plan.kept", plans.PlanKept)
 SWITCH_STARTED = Subject("oserve.v1.evt.switch.started", plans.SwitchStarted)

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Annotated, Any, Literal
 from wsgiref.simple_server import WSGIServer
 
 import msgspec
@@ -22,19 +22,28 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client import generate_latest as _generate_latest
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({})))
+from shared.errors import ConfigInvalid
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 )  # fmt: skip
 
 
 class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     metrics_enabled: bool = True
     metrics_host: str = "127.0.0.1"
-    metrics_port: int = 0  # 0: any free port; `oserve status` tells which
+    metrics_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = (
+        0  # 0: any free port; `oserve status` tells which
+    )
     otlp_endpoint: str = ""  # e.g. http://127.0.0.1:4318; empty: no traces
-    trace_ratio: float = 1.0  # share of requests traced
+    trace_ratio: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 1.0  # share of requests traced
+
+
+def log_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``fields`` as a log call's ``extra``, which may not reuse the names of a record's own."""
+    return {f"{k}_" if k in _STANDARD else k: v for k, v in fields.items()}
 
 
 class JsonFormatter(logging.Formatter):
@@ -45,17 +54,21 @@ class JsonFormatter(logging.Formatter):
         self._service, self._instance_id = service, instance_id
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
+        fixed: dict[str, Any] = {
             "time_s": round(record.created, 6),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
             "service": self._service,
             "instance": self._instance_id,
         }
-        line |= {k: v for k, v in vars(record).items() if k not in _STANDARD}
+        own = ((k, v) for k, v in vars(record).items() if k not in _STANDARD)
+        extra = {f"{k}_" if k in fixed else k: v for k, v in own}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=repr).decode()
+            extra["exception"] = self.formatException(record.exc_info)
+        try:
+            return msgspec.json.encode(fixed | extra, enc_hook=repr).decode()
+        except (TypeError, ValueError, OverflowError):  # a field that JSON cannot hold
+            return msgspec.json.encode(fixed | {k: ascii(v) for k, v in extra.items()}).decode()
 
 
 def configure_logs(config: TelemetryConfig, *, service: str, instance_id: str) -> None:
@@ -64,7 +77,7 @@ def configure_logs(config: TelemetryConfig, *, service: str, instance_id: str) -
     handler.setFormatter(JsonFormatter(service, instance_id))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(config.log_level.upper())
+    root.setLevel(config.log_level)
     for noisy in ("nats", "aiohttp.access", "opentelemetry"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -97,12 +110,19 @@ class Metrics:
         return _generate_latest(self.registry)
 
     def serve(self, config: TelemetryConfig) -> str:
-        """Open the metrics port; its URL, or "" when disabled."""
+        """Open the metrics port; its URL, or "" when disabled. Raises ConfigInvalid."""
         if not config.metrics_enabled:
             return ""
-        self._server = start_http_server(
-            config.metrics_port, addr=config.metrics_host, registry=self.registry
-        )
+        try:
+            self._server = start_http_server(
+                config.metrics_port, addr=config.metrics_host, registry=self.registry
+            )
+        except OSError as error:
+            raise ConfigInvalid(
+                field="telemetry.metrics_port",
+                value=f"{config.metrics_host}:{config.metrics_port}",
+                remedy=f"cannot listen there ({error.strerror or error}); 0 takes any free port",
+            ) from None
         return f"http://{config.metrics_host}:{self._server[0].server_port}/metrics"
 
     def close(self) -> None:

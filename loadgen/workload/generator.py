@@ -6,6 +6,7 @@ lengths are lognormal about the medians of the moment.
 """
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,7 @@ def _between(knots: Sequence[Knot], at: float) -> Knot:
     """The knots' values at ``at``; constant before the first and after the last."""
     if at <= knots[0].at:
         return knots[0]
-    for left, right in zip(knots, knots[1:], strict=False):
+    for left, right in itertools.pairwise(knots):
         if at <= right.at:
             share = (at - left.at) / (right.at - left.at)
             return Knot(

@@ -3,7 +3,7 @@
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -53,7 +53,7 @@ def split_row(text: str) -> list[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Generator[IO[bytes]]:
     """The file's content, unpacked when its first bytes are gzip's."""
     with path.open("rb") as file:
         packed = file.peek(2)[:2] == _GZIP_MAGIC

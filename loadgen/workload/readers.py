@@ -13,7 +13,7 @@ FORMATS = (*(table.NAME for table in _TABLES), mooncake.NAME)
 
 
 def read_trace(path: Path | str) -> Iterator[TraceRecord]:
-    """The records of a trace in file order, one at a time; raises TraceInvalid where it is wrong."""
+    """A trace's records in file order, one at a time; raises TraceInvalid where it is wrong."""
     return open_trace(path)[1]
 
 

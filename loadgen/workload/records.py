@@ -15,6 +15,9 @@ TOKENS_MAX = 16_777_216
 """No published trace comes near; a larger length is a shifted column or a wrong unit."""
 
 
+HASH_ID_MAX = 2**63 - 1
+
+
 class TraceRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """When a request arrived and how long it was; never what it said.
 
@@ -77,6 +80,11 @@ class Place:
         if value < 0:
             raise self.error(column, f"{text} is before the trace's time 0")
         return value
+
+    def hash_ids(self, column: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if ids and not 0 <= min(ids) <= max(ids) <= HASH_ID_MAX:
+            raise self.error(column, "an id is not between 0 and 2^63 - 1")
+        return ids
 
     def _number(self, column: str, text: str, what: str) -> float:
         try:

@@ -6,8 +6,9 @@
        +-------+                         tokens so far, elsewhere if there is an elsewhere
 
 Assumed of the network: any message may be lost, late, repeated or reordered. So every phase has
-a deadline (``Sweep``), attempts are numbered, and a silent stream is submitted again under the
-same attempt, which a worker that still runs it merely acknowledges. Token chunks themselves are
+a deadline (``Sweep``), attempts are numbered, and a silent stream is probed: submitted again under
+the same attempt, which a worker that still runs it merely acknowledges, and one that has settled
+it does not answer. Token chunks themselves are
 the data plane (journey.take); what they say about the attempt comes here as events. Pure.
 """
 
@@ -218,11 +219,13 @@ class IngressCore:
             journey.phase = "streaming"
             journey.incarnation = event.incarnation
             journey.heard_s = now_s
-            journey.probe_s = self._config.probe_s
+            journey.probe_s, journey.probing = self._config.probe_s, False
             if journey.accepted_s is None:
                 journey.accepted_s = now_s
         elif journey.phase == "streaming" and event.incarnation != journey.incarnation:
             yield from self._move(journey, now_s, "incarnation", "its worker was restarted")
+        else:
+            journey.probing = False
 
     def _on_lost(self, event: AttemptLost, now_s: float) -> Iterable[Effect]:
         journey = self._journeys.get(event.request_id)
@@ -331,8 +334,13 @@ class IngressCore:
         if silent_s >= self._config.stall_s:
             detail = f"no chunk and no heartbeat for {silent_s:.1f} s"
             yield from self._move(journey, now_s, "stalled", detail)
-        elif now_s - journey.heard_s >= journey.probe_s:
+        elif journey.probing and now_s >= journey.due_s:
+            # Its worker has settled this attempt: the chunk that said so was lost.
+            detail = f"silent for {now_s - journey.heard_s:.1f} s, and its replica does not know it"
+            yield from self._move(journey, now_s, "unacknowledged", detail)
+        elif now_s - journey.heard_s >= journey.probe_s and not journey.probing:
             journey.probe_s *= PROBE_GROWTH
+            journey.probing, journey.due_s = True, now_s + self._config.accept_s
             yield self._submit(journey)
 
     def _sweep_due(self, journey: Journey, now_s: float) -> Iterable[Effect]:

@@ -31,8 +31,10 @@ class Text:
 
     __slots__ = ("_detokenizer", "_stop", "logprobs", "tokens")
 
-    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer) -> None:
-        self._detokenizer = tokenizer.detokenizer()
+    def __init__(self, parsed: ParsedRequest, journey: Journey, tokenizer: Tokenizer) -> None:
+        # A completion goes on with its prompt's text; a chat's answer is a text of its own.
+        after = journey.prompt_tokens if parsed.kind == "completion" else ()
+        self._detokenizer = tokenizer.detokenizer(after)
         self._stop = StopMatcher(parsed.stop) if parsed.stop else None
         wanted = parsed.logprobs is not None
         self.logprobs = LogprobsFormat(parsed.kind, tokenizer) if wanted else None
@@ -67,7 +69,7 @@ class StreamedChoice:
     ) -> None:
         self._out, self.journey, self._index = stream, journey, index
         self._parsed = parsed
-        self._text = Text(parsed, tokenizer)
+        self._text = Text(parsed, journey, tokenizer)
         self._events = ChoiceStream(stream.head, index=index, include_usage=parsed.include_usage)
         self._plain = self._text.logprobs is None and not parsed.return_token_ids
         self._begun = False
@@ -182,7 +184,7 @@ class WholeChoice:
     ) -> None:
         self._out, self.journey, self._index = whole, journey, index
         self._parsed = parsed
-        self._text = Text(parsed, tokenizer)
+        self._text = Text(parsed, journey, tokenizer)
         self._parts: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._tokens: list[int] = []

@@ -189,7 +189,8 @@ class Gateway:
                 AttemptLost(request_id, attempt, finish, chunk.failure, chunk.detail)  # type: ignore[arg-type]
             )
             return
-        if journey.phase != "streaming" or journey.incarnation != batch.incarnation:
+        streaming = journey.phase == "streaming" and journey.incarnation == batch.incarnation
+        if not streaming or journey.probing:
             self._step(Acknowledged(request_id, attempt, batch.incarnation))
             if journey.attempt != attempt:
                 return

@@ -5,6 +5,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from aiohttp import HttpVersion11, web
 
@@ -30,6 +31,18 @@ from shared.service import ServiceContext
 log = logging.getLogger("oserve.http")
 
 SSE_COMMENT = b": waiting\n\n"
+
+
+@dataclass(slots=True)
+class Seen:
+    """What every answer to a request must tell."""
+
+    request_id: str
+    arrived_s: float
+    journeys: list[Journey] = field(default_factory=list[Journey])
+
+
+SEEN = web.RequestKey("seen", Seen)
 Parse = Callable[[bytes], ParsedRequest]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -71,7 +84,7 @@ class HttpEdge:
     async def _serve(self, request: web.Request, parse: Parse, prefix: str) -> web.StreamResponse:
         arrived_s = self._clock.now_s()
         request_id = self._context.ids.next(prefix)
-        request["request_id"], request["arrived_s"] = request_id, arrived_s
+        request[SEEN] = Seen(request_id, arrived_s)
         identity = self._admission.authenticate(
             request.headers.get("Authorization"), request.headers.get("x-oserve-slo-class")
         )
@@ -131,7 +144,7 @@ class HttpEdge:
             )
             choices.append(choice)
             self._gateway.open(journey, choice, trace_headers)
-        request["journeys"] = journeys
+        request[SEEN].journeys = journeys
         await whole.done
         return web.Response(
             body=whole.body(head, choices, prompt_tokens=prompt_tokens),
@@ -160,7 +173,7 @@ class HttpEdge:
             )
             choices.append(choice)
             self._gateway.open(journey, choice, trace_headers)
-        request["journeys"] = journeys
+        request[SEEN].journeys = journeys
         while not stream.begun.done():
             await asyncio.wait((stream.begun,), timeout=self._config.sse_comment_s)
             if any(journey.accepted_s is not None for journey in journeys):
@@ -213,15 +226,14 @@ class HttpEdge:
         await stream.done
 
     def _answer_headers(self, request: web.Request) -> dict[str, str]:
-        journeys: list[Journey] = request.get("journeys", [])
         now_s = self._clock.now_s()
-        arrived_s: float = request.get("arrived_s", now_s)
-        accepted = [j.accepted_s for j in journeys if j.accepted_s is not None]
-        overhead_s = (max(accepted) if accepted else now_s) - arrived_s
-        request_id = request.get("request_id") or self._context.ids.next("req")
+        seen = request.get(SEEN) or Seen(self._context.ids.next("req"), now_s)
+        accepted = [j.accepted_s for j in seen.journeys if j.accepted_s is not None]
+        overhead_s = (max(accepted) if accepted else now_s) - seen.arrived_s
+        replicas = ",".join(dict.fromkeys(j.replica_id for j in seen.journeys))
         return {
-            "x-request-id": request_id,
-            "x-oserve-replica": ",".join(dict.fromkeys(j.replica_id for j in journeys)) or "-",
+            "x-request-id": seen.request_id,
+            "x-oserve-replica": replicas or "-",
             "x-oserve-overhead-ms": f"{overhead_s * 1e3:.2f}",
         }
 
@@ -239,7 +251,8 @@ class HttpEdge:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            log.exception("request.broken", extra={"request_id": request.get("request_id", "")})
+            seen = request.get(SEEN)
+            log.exception("request.broken", extra={"request_id": seen.request_id if seen else ""})
             api_error = internal_error("The ingress failed; its log has the cause.")
         self._record.refused(request.path, api_error)
         return web.Response(

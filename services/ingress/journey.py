@@ -41,6 +41,7 @@ class Journey:
     trouble: str = ""  # why it has no replica now, in words
     due_s: float = 0.0  # when the present phase has lasted too long
     probe_s: float = 0.0  # present patience with a silent stream
+    probing: bool = False  # submitted again, and not acknowledged since
     heard_s: float = 0.0
     accepted_s: float | None = None
     first_token_s: float | None = None

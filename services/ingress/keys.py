@@ -193,7 +193,7 @@ def _load_keys(path: str) -> tuple[KeySpec, ...]:
         match = _PATH.search(str(error))
         field = f"{path}: {match[1]}" if match and match[1] else path
         text = str(error)[: match.start()] if match else str(error)
-        remedy = f"{text}; see services/ingress/README.md for the fields of a key"
+        remedy = f"{text}; write [[keys]] with {', '.join(KeySpec.__struct_fields__)}"
         raise ConfigInvalid(field="keys_file", value=field, remedy=remedy) from error
     _check_keys(path, keys)
     return tuple(keys)

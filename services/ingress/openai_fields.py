@@ -104,8 +104,9 @@ class ChatCompletionRequest(CommonFields, frozen=True, kw_only=True, forbid_unkn
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    # Accepted: without tools it has no effect.
+    # Accepted: without tools, and without a prompt cache to keep, they have no effect.
     parallel_tool_calls: bool | None = None
+    prompt_cache_retention: Label | None = None
     # Accepted at their neutral value only.
     store: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -119,3 +120,5 @@ class ChatCompletionRequest(CommonFields, frozen=True, kw_only=True, forbid_unkn
     reasoning_effort: str | None = None
     verbosity: str | None = None
     web_search_options: Any = None
+    prompt_cache_options: Any = None
+    moderation: Any = None

@@ -46,6 +46,7 @@ async def serve(config: IngressConfig, context: ServiceContext) -> None:
             work.result()
         await _drain(server, gateway, config)
     finally:
+        server.close()
         stop.cancel()
         work.cancel()
         await asyncio.gather(work, stop, return_exceptions=True)

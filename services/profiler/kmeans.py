@@ -6,8 +6,9 @@ parameters of the same paper let the number of centres follow the data: R (``ref
 which a sample starts a centre of its own, and C (``coarsen_ln``), below which two centres may
 become one. We differ in three points. The rate has a floor (``memory``), so that centres follow
 traffic that drifts, as per-centre counts do in D. Sculley, "Web-scale k-means clustering" (2010).
-A centre starts only after several far samples, so that one odd request is not a type. And centres
-merge only when a far sample needs their number, so that numbers otherwise stay what they are.
+A centre starts only after several far samples, so that one odd request is not a type; the first
+ones move nothing, lest a centre be drawn into the gap. And centres merge only when a far sample
+needs their number, so that numbers otherwise stay what they are.
 
 The first centres are chosen from a sample as in k-means++ (D. Arthur and S. Vassilvitskii, 2007),
 but greedily: where that draws the next centre at random by squared distance, we take the one that
@@ -92,16 +93,17 @@ class OnlineKMeans:
     def add(self, point: Point) -> Placed:
         """Take one sample and learn from it."""
         number, d2 = self.nearest(point)
-        if d2 > self.refine_ln**2:
-            self.far_samples += 1
-            if self.far_samples >= self.refine_samples:
-                placed = self._refine(point)
-                if placed is not None:
-                    return placed
         centre = self.centres[number]
         assert centre is not None
-        centre.move(point, memory=self.memory)
         centre.idle_windows = 0
+        if d2 > self.refine_ln**2:
+            self.far_samples += 1
+            if self.far_samples < self.refine_samples:
+                return Placed(number)
+            placed = self._refine(point)
+            if placed is not None:
+                return placed
+        centre.move(point, memory=self.memory)
         return Placed(number)
 
     def end_window(self, *, idle_windows_max: int) -> list[int]:

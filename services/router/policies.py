@@ -103,14 +103,13 @@ def plan(options: Options, ask: Ask, memory: Memory) -> int:
     if total <= 0.0:  # only replicas left to which the plan gives nothing of this type
         earned = [1.0 / (1.0 + gain * load * load) for load in loads]
         total = sum(earned)
-    scale = 1.0 / total
     credits_ = memory.credits_of(ask.request_type)
     best, best_index, best_credit = -1, -1, float("-inf")
     for position, (candidate, income) in enumerate(zip(options.candidates, earned, strict=True)):
         if income <= 0.0:
             continue
         index = candidate.index
-        credit = credits_[index] = credits_[index] + income * scale
+        credit = credits_[index] = credits_[index] + income / total
         if credit > best_credit:
             best, best_index, best_credit = position, index, credit
     credits_[best_index] -= 1.0

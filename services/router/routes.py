@@ -1,6 +1,7 @@
 """The plan in force as a router reads it: per model, who may serve and each type's shares."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from services.router.loads import ReplicaLoad, decayed, freshness
 from services.router.policies import Candidate, Memory, Options
@@ -64,13 +65,19 @@ def routes_of(
         for index, spec in enumerate(specs)
     ]
     rows = {
-        request_type: [max(0.0, row.get(spec.replica_id, 0.0)) for spec in specs]
+        request_type: [_share(row, spec) for spec in specs]
         for request_type, row in plan.weights.items()
     }
     rows = {request_type: row for request_type, row in rows.items() if sum(row) > 0.0}
     rows.setdefault(ANY_TYPE, [1.0 / max(1, len(specs))] * len(specs))
     memory.replan(len(candidates))
     return Routes(candidates, rows, memory)
+
+
+def _share(row: dict[str, float], spec: ReplicaSpec) -> float:
+    """The weight, or 0 for what is none: one NaN would poison every credit."""
+    weight = row.get(spec.replica_id, 0.0)
+    return weight if isfinite(weight) and weight > 0.0 else 0.0
 
 
 def leader_of(spec: ReplicaSpec) -> str:

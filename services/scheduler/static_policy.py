@@ -34,6 +34,29 @@ class Planned:
     dropped: tuple[str, ...] = ()
 
 
+class _Board:
+    """GPUs still free and replicas already placed, while a plan is made."""
+
+    def __init__(self, offers: Iterable[GpuOffer], model_id: str) -> None:
+        self.free = {offer.gpu_id: offer for offer in sorted(offers, key=lambda o: o.gpu_id)}
+        self.placed: dict[str, ReplicaSpec] = {}
+        self._model_id = model_id
+
+    def place(self, wish: ReplicaWish, gpus: tuple[str, ...]) -> bool:
+        """Give the GPUs to the replica, if there are some and all are free."""
+        if not gpus or not all(gpu in self.free for gpu in gpus):
+            return False
+        for gpu in gpus:
+            del self.free[gpu]
+        self.placed[wish.replica_id] = ReplicaSpec(
+            replica_id=wish.replica_id,
+            model_id=self._model_id,
+            parallelism=str(Parallelism.parse(wish.parallelism)),
+            gpus=gpus,
+        )
+        return True
+
+
 def plan_static(
     wishes: Iterable[ReplicaWish],
     model_id: str,
@@ -44,53 +67,32 @@ def plan_static(
 ) -> Planned:
     """``kinds`` names the kind of every GPU ever known, so that a replica whose GPU vanished is
     placed on its like."""
-    free = {offer.gpu_id: offer for offer in sorted(offers, key=lambda offer: offer.gpu_id)}
+    board = _Board(offers, model_id)
     standing = {spec.replica_id: spec for spec in in_force.replicas}
     ordered = sorted(wishes, key=lambda wish: wish.replica_id)
-    placed: dict[str, ReplicaSpec] = {}
-
-    def place(wish: ReplicaWish, gpus: tuple[str, ...]) -> None:
-        for gpu in gpus:
-            del free[gpu]
-        shape = str(Parallelism.parse(wish.parallelism))
-        placed[wish.replica_id] = ReplicaSpec(
-            replica_id=wish.replica_id, model_id=model_id, parallelism=shape, gpus=gpus
-        )
-
+    homeless: list[ReplicaWish] = []
     for wish in ordered:
         spec = standing.get(wish.replica_id)
-        if spec and _stands(spec, wish, model_id) and all(gpu in free for gpu in spec.gpus):
-            place(wish, spec.gpus)
-    for wish in ordered:
-        pinned = wish.replica_id not in placed and wish.gpus
-        if pinned and all(gpu in free for gpu in wish.gpus):
-            place(wish, wish.gpus)
+        if not (spec and _stands(spec, wish, model_id) and board.place(wish, spec.gpus)):
+            homeless.append(wish)
+    homeless = [wish for wish in homeless if not board.place(wish, wish.gpus)]
     notes: list[str] = []
     dropped: list[str] = []
-    for wish in ordered:
-        if wish.replica_id in placed:
-            continue
+    for wish in homeless:
         spec = standing.get(wish.replica_id)
         kind = _kind_of(wish.gpus or (spec.gpus if spec else ()), kinds)
         size = Parallelism.parse(wish.parallelism).gpus
-        gpus = choose_gpus(size, kind, free.values())
-        if gpus:
-            place(wish, gpus)
-        else:
+        if not board.place(wish, choose_gpus(size, kind, board.free.values())):
             dropped.append(wish.replica_id)
-            free_now = sum(1 for offer in free.values() if not kind or offer.kind == kind)
-            notes.append(
-                f"{wish.replica_id} left out: needs {size} {kind or 'equal'} GPUs, {free_now} free"
-            )
-    for wish in ordered:
-        spec, now = standing.get(wish.replica_id), placed.get(wish.replica_id)
-        if now and spec and spec.gpus != now.gpus:
-            notes.append(f"{wish.replica_id} moves from {_names(spec.gpus)} to {_names(now.gpus)}")
-    reason = "; ".join([f"static: {len(placed)} of {len(ordered)} replicas placed", *notes])
-    if not placed:
+            free = sum(1 for offer in board.free.values() if kind in ("", offer.kind))
+            needs = f"{size} {kind or 'like'} GPU{'s' if size > 1 else ''}"
+            notes.append(f"{wish.replica_id} left out: needs {needs}, {free} free")
+    notes += _moves(standing, board.placed)
+    reason = "; ".join([f"static: {len(board.placed)} of {len(ordered)} replicas placed", *notes])
+    if not board.placed:
         return Planned(plan=None, reason=reason, dropped=tuple(dropped))
-    row = {replica_id: 1.0 / len(placed) for replica_id in sorted(placed)}
-    plan = make_plan(placed.values(), {"*": row}, reason=reason)
+    row = dict.fromkeys(sorted(board.placed), 1.0 / len(board.placed))
+    plan = make_plan(board.placed.values(), {"*": row}, reason=reason)
     return Planned(plan=plan, reason=reason, dropped=tuple(dropped))
 
 
@@ -114,6 +116,14 @@ def _stands(spec: ReplicaSpec, wish: ReplicaWish, model_id: str) -> bool:
     """Whether the replica in force is still the one that is wished for."""
     same_shape = Parallelism.parse(spec.parallelism) == Parallelism.parse(wish.parallelism)
     return same_shape and spec.model_id == model_id
+
+
+def _moves(before: Mapping[str, ReplicaSpec], after: Mapping[str, ReplicaSpec]) -> list[str]:
+    return [
+        f"{id_} moves from {_names(before[id_].gpus)} to {_names(spec.gpus)}"
+        for id_, spec in sorted(after.items())
+        if id_ in before and before[id_].gpus != spec.gpus
+    ]
 
 
 def _kind_of(gpus: tuple[str, ...], kinds: Mapping[str, str]) -> str:

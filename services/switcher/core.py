@@ -10,79 +10,36 @@ switcher (one thought dead that comes back) finds out and follows.
 from collections.abc import Iterable
 from typing import assert_never
 
-from services.switcher import walk
+from services.switcher import announce, walk
 from services.switcher.config import SwitcherConfig
-from services.switcher.machine import MOVES, WALKING, State, Switch
+from services.switcher.events import (
+    INPUTS,
+    KEY,
+    BucketEvent,
+    PhaseDeadline,
+    ReplicaEvent,
+    SwitcherEvent,
+    Tick,
+)  # fmt: skip
+from services.switcher.machine import (
+    MOVES,
+    WALKING,
+    State,
+    Switch,
+    phase_timeout_s,
+    recovered,
+    rollback_of,
+)
+from services.switcher.pacing import Pacing
 from services.switcher.refusals import Refusals
-from services.switcher.view import Part, WorkerView
-from shared import subjects
-from shared.core import (
-    Draining,
-    Effect,
-    Load,
-    Loaded,
-    Log,
-    Publish,
-    SetTimer,
-    Started,
-    Store,
-    StoreConflict,
-    Stored,
-)
-from shared.messages.base import Message
-from shared.messages.plans import (
-    AdoptPlan,
-    DeploymentPlan,
-    PlanInForce,
-    StoredPlan,
-    SwitchEnded,
-    SwitchStarted,
-)
-from shared.messages.replicas import (
-    ReplicaDrained,
-    ReplicaFailed,
-    ReplicaStarted,
-    ReplicaStopped,
-    WorkerReport,
-)
+from services.switcher.view import WorkerView
+from shared import core, subjects
+from shared.core import Effect, Log
+from shared.messages import replicas
+from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanInForce, StoredPlan
 
-KEY = "plan"
-INPUTS = (
-    subjects.ADOPT_PLAN,
-    subjects.PLAN_IN_FORCE,
-    subjects.WORKER_REPORT,
-    subjects.REPLICA_STARTED,
-    subjects.REPLICA_DRAINED,
-    subjects.REPLICA_STOPPED,
-    subjects.REPLICA_FAILED,
-)
+__all__ = ["INPUTS", "KEY", "Switcher"]
 
-
-class Tick(Message, frozen=True, kw_only=True):
-    """Timer: send again what is unanswered, notice who fell silent, repeat the plan in force."""
-
-
-class PhaseDeadline(Message, frozen=True, kw_only=True):
-    """Timer: the phase ``state`` of the switch to ``epoch`` should have ended."""
-
-    epoch: int
-    state: str
-
-
-ReplicaEvent = ReplicaStarted | ReplicaDrained | ReplicaStopped | ReplicaFailed
-SwitcherEvent = (
-    Started
-    | Draining
-    | AdoptPlan
-    | PlanInForce
-    | WorkerReport
-    | ReplicaEvent
-    | Loaded
-    | Stored
-    | StoreConflict
-    | Tick
-    | PhaseDeadline
-)
 NOTHING = StoredPlan(epoch=0, in_force=DeploymentPlan(plan_id="none", reason="nothing adopted yet"))
 
 
@@ -95,33 +52,34 @@ class Switcher:
         self._writing: StoredPlan | None = None  # what we have asked it to hold
         self._switch: Switch | None = None
         self._view = WorkerView(worker_timeout_s=config.worker_timeout_s, started_s=0.0)
-        self._sent: dict[tuple[str, Part, int], float] = {}
+        self._pacing = Pacing(config)
         self._published_s = float("-inf")
         self._refusals = Refusals(config.refusal_s, config.refusal_s_max)
 
     def step(self, event: SwitcherEvent, now_s: float) -> list[Effect]:
         match event:
-            case Started():
+            case core.Started():
                 effects = self._on_started(now_s)
             case AdoptPlan():
                 effects = self._on_adopt_plan(event, now_s)
             case PlanInForce():
                 effects = self._on_plan_in_force(event)
-            case WorkerReport():
+            case replicas.WorkerReport():
                 effects = self._on_worker_report(event, now_s)
-            case ReplicaStarted() | ReplicaDrained() | ReplicaStopped() | ReplicaFailed():
+            case (
+                replicas.ReplicaStarted()
+                | replicas.ReplicaDrained()
+                | replicas.ReplicaStopped()
+                | replicas.ReplicaFailed()
+            ):
                 effects = self._on_replica_event(event, now_s)
-            case Loaded():
-                effects = self._on_loaded(event, now_s)
-            case Stored():
-                effects = self._on_stored(event, now_s)
-            case StoreConflict():
-                effects = self._reload("the plan was written by another switcher")
+            case core.Loaded() | core.Stored() | core.StoreConflict():
+                effects = self._on_bucket(event, now_s)
             case Tick():
                 effects = self._on_tick(now_s)
             case PhaseDeadline():
                 effects = self._on_phase_deadline(event, now_s)
-            case Draining():
+            case core.Draining():
                 effects = ()  # a switch under way is walked on by whoever starts next
             case _:
                 assert_never(event)
@@ -136,7 +94,6 @@ class Switcher:
             assert stored is not None, state
             assert stored.target_epoch == switch.epoch > stored.epoch, (stored, switch)
             assert switch.rolling_back == (state == "rolling_back"), (state, switch)
-        assert len(self._sent) <= 4096, len(self._sent)  # noqa: PLR2004  # cleared in each phase
 
     @property
     def state(self) -> State:
@@ -150,26 +107,17 @@ class Switcher:
 
     def _on_started(self, now_s: float) -> Iterable[Effect]:
         self._view = WorkerView(worker_timeout_s=self._config.worker_timeout_s, started_s=now_s)
-        yield Load(KEY, StoredPlan)
-        yield SetTimer(now_s + self._config.command_retry_s, Tick())
+        yield core.Load(KEY, StoredPlan)
+        yield core.SetTimer(now_s + self._config.command_retry_s, Tick())
 
     def _on_adopt_plan(self, event: AdoptPlan, now_s: float) -> Iterable[Effect]:
         stored, plan = self._stored, event.plan
         if stored is None or self._state == "loading":
             return
-        if self._switch is not None and plan.plan_id in self._switch_ids():
+        under_way = self._switch.plan_ids if self._switch else ()
+        if plan.plan_id in (stored.in_force.plan_id, *under_way):
             return
-        if plan.plan_id == stored.in_force.plan_id:
-            return
-        refusal = ""
-        if self._state != "settled":
-            refusal = f"a switch is under way ({self._state})"
-        elif event.based_on_epoch != stored.epoch:
-            refusal = f"based on epoch {event.based_on_epoch}, in force is {stored.epoch}"
-        elif faults := walk.faults_of(plan):
-            refusal = f"invalid: {faults}"
-        elif (wait_s := self._refusals.wait_s(plan.plan_id, now_s)) > 0:
-            refusal = f"it failed before and is refused for {wait_s:.0f} s"
+        refusal = self._refusals.refusal(event, self._state, stored, now_s)
         if refusal:
             if self._refusals.is_new(plan.plan_id, refusal):
                 yield Log("plan.refused", {"plan_id": plan.plan_id, "reason": refusal}, "warning")
@@ -182,44 +130,36 @@ class Switcher:
         if self._stored is not None and event.epoch > self._stored.epoch:
             yield from self._reload(f"another switcher has put epoch {event.epoch} in force")
 
-    def _on_worker_report(self, report: WorkerReport, now_s: float) -> Iterable[Effect]:
+    def _on_worker_report(self, report: replicas.WorkerReport, now_s: float) -> Iterable[Effect]:
         if self._view.on_report(report, now_s):
             yield from self._advance(now_s)
 
     def _on_replica_event(self, event: ReplicaEvent, now_s: float) -> Iterable[Effect]:
         self._view.on_event(event)
-        if isinstance(event, ReplicaFailed):
-            yield Log(
-                "replica.failed",
-                {
-                    "replica_id": event.replica_id,
-                    "worker_id": event.worker_id,
-                    "epoch": event.epoch,
-                    "detail": event.detail,
-                },
-                "warning",
-            )
+        if isinstance(event, replicas.ReplicaFailed):
+            yield Log("replica.failed", announce.fields(event), "warning")
         yield from self._advance(now_s)
 
-    def _on_loaded(self, event: Loaded, now_s: float) -> Iterable[Effect]:
-        self._revision = event.revision
-        stored = event.message
-        if not isinstance(stored, StoredPlan):
-            # An empty bucket under a running switcher was wiped: what we know is better.
-            yield from self._write(self._stored or NOTHING)
-            return
-        yield from self._follow(stored, now_s)
-
-    def _on_stored(self, event: Stored, now_s: float) -> Iterable[Effect]:
-        stored, self._writing = self._writing, None
-        if stored is None:
-            return
-        self._revision = event.revision
-        yield from self._follow(stored, now_s)
+    def _on_bucket(self, event: BucketEvent, now_s: float) -> Iterable[Effect]:
+        match event:
+            case core.Loaded(message=StoredPlan() as stored):
+                self._revision = event.revision
+                yield from self._follow(stored, now_s)
+            case core.Loaded():
+                # An empty bucket under a running switcher was wiped: what we know is better.
+                self._revision = event.revision
+                yield from self._write(self._stored or NOTHING)
+            case core.Stored():
+                if self._writing is not None:  # else we are loading what it has become
+                    self._revision = event.revision
+                    yield from self._follow(self._writing, now_s)
+            case core.StoreConflict():
+                yield from self._reload("the plan was written by another switcher")
 
     def _on_tick(self, now_s: float) -> Iterable[Effect]:
-        yield SetTimer(now_s + self._config.command_retry_s, Tick())
+        yield core.SetTimer(now_s + self._config.command_retry_s, Tick())
         if self._stored is not None and self._state != "loading":
+            self._pacing.prune(now_s)
             yield from self._advance(now_s)
             if now_s - self._published_s >= self._config.publish_period_s:
                 yield self._plan_in_force(now_s)
@@ -262,7 +202,7 @@ class Switcher:
         if stored.target is None:
             switch, self._switch = self._switch, None
             self._move("settled")
-            self._sent.clear()
+            self._pacing.clear()
             self._view.prune(epoch=stored.epoch, now_s=now_s)
             if switch is not None and switch.epoch == stored.epoch:
                 yield from self._ended(switch, now_s)
@@ -273,71 +213,46 @@ class Switcher:
             return
         switch = self._switch
         if switch is None or switch.epoch != stored.target_epoch:
-            back = stored.target.plan_id == stored.in_force.plan_id
-            why = "a rollback was under way when the switcher started" if back else ""
-            switch = Switch(
-                target=stored.target, epoch=stored.target_epoch, started_s=now_s, why=why
-            )
-            self._switch = switch
+            switch = self._switch = recovered(stored, stored.target, now_s)
             yield Log("plan.recovered", {"epoch": stored.epoch, "switching": True})
         elif not switch.rolling_back:
-            yield self._switch_started(switch, stored)
+            yield announce.switch_started(switch, stored)
         yield self._plan_in_force(now_s)
         yield from self._enter("rolling_back" if switch.rolling_back else "draining", now_s)
 
     def _enter(self, state: State, now_s: float) -> Iterable[Effect]:
-        switch, config = self._switch, self._config
+        switch = self._switch
         assert switch is not None, state
         self._move(state)
-        self._sent.clear()
-        timeout_s = {
-            "draining": config.drain_timeout_s + config.drain_grace_s,
-            "stopping": config.stop_timeout_s,
-            "starting": config.start_timeout_s,
-            "rolling_back": config.stop_timeout_s + config.start_timeout_s,
-        }[state]
-        yield SetTimer(now_s + timeout_s, PhaseDeadline(epoch=switch.epoch, state=state))
+        self._pacing.clear()
+        timeout_s = phase_timeout_s(state, self._config)
+        yield core.SetTimer(now_s + timeout_s, PhaseDeadline(epoch=switch.epoch, state=state))
         yield from self._advance(now_s)
 
     def _advance(self, now_s: float) -> Iterable[Effect]:
         """Send what the present phase still needs; if that is nothing, go to the next."""
-        stored, switch, view = self._stored, self._switch, self._view
-        if stored is None:
+        stored, switch = self._stored, self._switch
+        if self._state == "settled" and stored is not None and stored.epoch > 0:
+            repairs = walk.repairs(stored.in_force, self._view, now_s, epoch=stored.epoch)
+            yield from self._send(repairs, now_s)
+        if stored is None or switch is None or self._state not in WALKING:
             return
-        if self._state == "settled":
-            if stored.epoch > 0:
-                commands = walk.repairs(stored.in_force, view, now_s, epoch=stored.epoch)
-                yield from self._send(commands, now_s)
-            return
-        if switch is None:
-            return
-        origin, timeout_s = stored.in_force, self._config.drain_timeout_s
-        commands: list[walk.Command] = []
-        after: State | None = None
-        match self._state:
-            case "draining":
-                commands = walk.drains(origin, switch, view, now_s, timeout_s=timeout_s)
-                after = "stopping"
-            case "stopping":
-                commands = walk.stops(origin, switch, view, now_s)
-                after = "starting"
-            case "starting":
-                commands, failure = walk.starts(origin, switch, view, now_s)
-                if failure:
-                    yield from self._roll_back(failure, now_s)
-                    return
-                after = "committing"
-            case "rolling_back":
-                commands, done = walk.restored(switch, view, now_s, epoch=switch.epoch)
-                after = "committing" if done else None
-            case _:
-                return
-        if commands or after is None:
-            yield from self._send(commands, now_s)
-        elif after == "committing":
+        step = walk.next_step(
+            self._state,
+            stored.in_force,
+            switch,
+            self._view,
+            now_s,
+            drain_timeout_s=self._config.drain_timeout_s,
+        )
+        if step.failure:
+            yield from self._roll_back(step.failure, now_s)
+        elif step.after == "committing":
             yield from self._commit()
+        elif step.after is not None:
+            yield from self._enter(step.after, now_s)
         else:
-            yield from self._enter(after, now_s)
+            yield from self._send(step.commands, now_s)
 
     def _commit(self) -> Iterable[Effect]:
         assert self._switch is not None
@@ -352,29 +267,15 @@ class Switcher:
         assert stored is not None
         assert failed is not None
         yield Log("switch.rollback", {"epoch": failed.epoch, "reason": why}, "warning")
-        back = Switch(
-            target=stored.in_force,
-            epoch=self._next_epoch(),
-            started_s=failed.started_s,
-            why=why,
-            failed=failed.target,
-            failed_epoch=failed.epoch,
-        )
+        back = rollback_of(failed, stored.in_force, epoch=self._next_epoch(), why=why)
         self._refusals.failed(failed.target.plan_id, now_s)
         yield from self._begin(back, stored)
 
     def _ended(self, switch: Switch, now_s: float) -> Iterable[Effect]:
-        plan_id = switch.failed.plan_id if switch.failed else switch.target.plan_id
-        if not switch.rolling_back:
-            self._refusals.forget(plan_id)
-        ended = SwitchEnded(
-            epoch=switch.failed_epoch or switch.epoch,
-            plan_id=plan_id,
-            succeeded=not switch.rolling_back,
-            took_s=now_s - switch.started_s,
-            detail=switch.why,
-        )
-        yield Log("switch.ended", {f: getattr(ended, f) for f in ended.__struct_fields__})
+        ended = announce.switch_ended(switch, now_s)
+        if ended.succeeded:
+            self._refusals.forget(ended.plan_id)
+        yield Log("switch.ended", announce.fields(ended))
         yield subjects.SWITCH_ENDED.send(ended)
 
     # Leaves
@@ -389,59 +290,22 @@ class Switcher:
         self._move("loading")
         self._writing = None
         yield Log("plan.reload", {"reason": why}, "warning")
-        yield Load(KEY, StoredPlan)
+        yield core.Load(KEY, StoredPlan)
 
     def _write(self, plan: StoredPlan) -> Iterable[Effect]:
         self._writing = plan
-        yield Store(KEY, plan, self._revision)
+        yield core.Store(KEY, plan, self._revision)
 
     def _next_epoch(self) -> int:
         """Above every epoch ever used, as far as the bucket, the workers and we remember."""
-        stored = self._stored
-        assert stored is not None
+        stored = self._stored or NOTHING
         used = self._switch.epoch if self._switch else 0
         return max(stored.epoch, stored.target_epoch, used, self._view.epoch_max) + 1
 
-    def _send(self, commands: list[walk.Command], now_s: float) -> Iterable[Publish]:
-        """Publish those not sent within their retry time; a part that keeps failing waits
-        twice as long each time."""
-        config = self._config
-        for command in commands:
-            part = walk.part_of(command)
-            failures = min(self._view.failures.get(part, 0), 16)
-            retry_s = min(config.command_retry_s * 2**failures, config.repair_retry_s_max)
-            key = (type(command).__name__, part, command.epoch)
-            if now_s - self._sent.get(key, float("-inf")) >= retry_s:
-                self._sent[key] = now_s
-                yield walk.publish(command)
+    def _send(self, commands: list[walk.Command], now_s: float) -> Iterable[core.Publish]:
+        return self._pacing.due(commands, self._view.failures, now_s)
 
-    def _plan_in_force(self, now_s: float) -> Publish:
-        stored = self._stored
-        assert stored is not None
+    def _plan_in_force(self, now_s: float) -> core.Publish:
+        assert self._stored is not None
         self._published_s = now_s
-        return subjects.PLAN_IN_FORCE.send(
-            PlanInForce(
-                epoch=stored.epoch,
-                plan=stored.in_force,
-                switching_to=stored.target.plan_id if stored.target else "",
-            )
-        )
-
-    def _switch_ids(self) -> set[str]:
-        """Plans that a repeated wish for is no news of while this switch is under way."""
-        switch = self._switch
-        assert switch is not None
-        return {switch.target.plan_id} | ({switch.failed.plan_id} if switch.failed else set())
-
-    @staticmethod
-    def _switch_started(switch: Switch, stored: StoredPlan) -> Publish:
-        going = walk.leaving(stored.in_force, switch.target)
-        coming = walk.arriving(stored.in_force, switch.target)
-        return subjects.SWITCH_STARTED.send(
-            SwitchStarted(
-                epoch=switch.epoch,
-                plan_id=switch.target.plan_id,
-                replicas_stopping=tuple(spec.replica_id for spec in going),
-                replicas_starting=tuple(spec.replica_id for spec in coming),
-            )
-        )
+        return announce.plan_in_force(self._stored)

@@ -19,7 +19,8 @@ the same way, and that is how a switcher started anew in the middle of one knows
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.messages.plans import DeploymentPlan
+from services.switcher.config import SwitcherConfig
+from shared.messages.plans import DeploymentPlan, StoredPlan
 
 State = Literal[
     "loading",
@@ -47,6 +48,16 @@ WALKING: frozenset[State] = frozenset({"draining", "stopping", "starting", "roll
 """States in which workers are commanded towards the target, against a deadline."""
 
 
+def phase_timeout_s(state: State, config: SwitcherConfig) -> float:
+    """How long the walk may stay in ``state``."""
+    return {
+        "draining": config.drain_timeout_s + config.drain_grace_s,
+        "stopping": config.stop_timeout_s,
+        "starting": config.start_timeout_s,
+        "rolling_back": config.stop_timeout_s + config.start_timeout_s,
+    }[state]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
     """A switch under way. With ``why`` it is the rollback of ``failed``, whose epoch was
@@ -62,3 +73,26 @@ class Switch:
     @property
     def rolling_back(self) -> bool:
         return bool(self.why)
+
+    @property
+    def plan_ids(self) -> tuple[str, ...]:
+        """Plans that a repeated wish for is no news of while this switch is under way."""
+        return (self.target.plan_id, *((self.failed.plan_id,) if self.failed else ()))
+
+
+def recovered(stored: StoredPlan, target: DeploymentPlan, now_s: float) -> Switch:
+    """The switch that a bucket shows in the middle of its way."""
+    back = target.plan_id == stored.in_force.plan_id
+    why = "a rollback was under way when the switcher started" if back else ""
+    return Switch(target=target, epoch=stored.target_epoch, started_s=now_s, why=why)
+
+
+def rollback_of(failed: Switch, in_force: DeploymentPlan, *, epoch: int, why: str) -> Switch:
+    return Switch(
+        target=in_force,
+        epoch=epoch,
+        started_s=failed.started_s,
+        why=why,
+        failed=failed.target,
+        failed_epoch=failed.epoch,
+    )

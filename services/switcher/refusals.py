@@ -1,5 +1,11 @@
-"""How long a plan that failed is refused, so that a wish repeated each second does not drain the
-same replicas each second."""
+"""Which plans are refused, and for how long one that failed: a wish is repeated each second,
+and must not drain the same replicas each second."""
+
+from typing import Any
+
+from services.switcher.machine import State
+from services.switcher.walk import faults_of
+from shared.messages.plans import AdoptPlan, StoredPlan
 
 
 class Refusals:
@@ -26,6 +32,18 @@ class Refusals:
         _, until_s = self._failures.get(plan_id, (0, 0.0))
         return max(0.0, until_s - now_s)
 
+    def refusal(self, event: AdoptPlan, state: State, stored: StoredPlan, now_s: float) -> str:
+        """Why this plan is not adopted now; "" if it is."""
+        if state != "settled":
+            return f"a switch is under way ({state})"
+        if event.based_on_epoch != stored.epoch:
+            return f"based on epoch {event.based_on_epoch}, in force is {stored.epoch}"
+        if faults := faults_of(event.plan):
+            return f"invalid: {faults}"
+        if (wait_s := self.wait_s(event.plan.plan_id, now_s)) > 0:
+            return f"it failed before and is refused for {wait_s:.0f} s"
+        return ""
+
     def is_new(self, plan_id: str, refusal: str) -> bool:
         """Whether this refusal of this plan has not been told yet; times in it do not count."""
         kind = refusal.partition(" is refused for ")[0]
@@ -37,9 +55,7 @@ class Refusals:
         return True
 
 
-def _bound(
-    memory: dict[str, object] | dict[str, str] | dict[str, tuple[int, float]], size: int
-) -> None:
+def _bound(memory: dict[str, Any], size: int) -> None:
     """Drop the oldest: dicts keep the order of insertion."""
     while len(memory) > size:
         del memory[next(iter(memory))]

@@ -8,7 +8,7 @@ that the phase is done.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.switcher.machine import Switch
+from services.switcher.machine import State, Switch
 from services.switcher.view import Part, WorkerView
 from shared import subjects
 from shared.core import Publish
@@ -38,6 +38,16 @@ class Wanted:
             and held.rank == self.rank
             and Parallelism.parse(held.parallelism) == Parallelism.parse(self.spec.parallelism)
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Next:
+    """What a phase still has to command; when that is nothing, the phase ``after`` it. With
+    ``failure`` the switch cannot succeed any more. Neither: wait."""
+
+    commands: list[Command]
+    after: State | None = None
+    failure: str = ""
 
 
 def publish(command: Command) -> Publish:
@@ -94,6 +104,34 @@ def parts(specs: Iterable[ReplicaSpec]) -> list[Part]:
 
 def wanted_by_worker(plan: DeploymentPlan) -> dict[str, Wanted]:
     return {gpu: Wanted(spec, rank) for spec in plan.replicas for rank, gpu in enumerate(spec.gpus)}
+
+
+def next_step(
+    state: State,
+    origin: DeploymentPlan,
+    switch: Switch,
+    view: WorkerView,
+    now_s: float,
+    *,
+    drain_timeout_s: float,
+) -> Next:
+    """What the walk does in ``state``, from ``origin`` to the target of ``switch``."""
+    match state:
+        case "draining":
+            commands = drains(origin, switch, view, now_s, timeout_s=drain_timeout_s)
+            return Next(commands=commands, after=None if commands else "stopping")
+        case "stopping":
+            commands = stops(origin, switch, view, now_s)
+            return Next(commands=commands, after=None if commands else "starting")
+        case "starting":
+            commands, failure = starts(origin, switch, view, now_s)
+            done = not commands and not failure
+            return Next(commands=commands, failure=failure, after="committing" if done else None)
+        case "rolling_back":
+            commands, done = restored(switch, view, now_s, epoch=switch.epoch)
+            return Next(commands=commands, after="committing" if done else None)
+        case _:
+            return Next(commands=[])
 
 
 def drains(

@@ -83,7 +83,7 @@ def test_any_values_in_known_fields(kind: str, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", PARSERS)
 @given(field=st.text(min_size=1, max_size=12), value=JSON)
-def test_unknown_fields_are_named(kind: str, field: str, value: Any) -> None:  # noqa: ANN401  # JSON
+def test_unknown_fields_are_named(kind: str, field: str, value: Any) -> None:
     """A misspelt field must be called by its name, whatever characters it has."""
     if field in FIELDS:
         return

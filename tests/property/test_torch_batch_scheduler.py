@@ -1,5 +1,6 @@
 """The batch scheduler under random requests, aborts and memory."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,15 +43,14 @@ class Driver:
             sampling=SamplingParams(output_tokens_max=output),
         )
         sequence = Sequence(request)
-        try:
+        full = len(self.live) >= self.running_max + self.waiting_max
+        fits = prompt + output - 1 <= self.kv.total * self.kv.block_tokens
+        if fits and not full:
             self.scheduler.add(sequence)
-        except Rejected as refused:
-            full = len(self.live) >= self.running_max + self.waiting_max
-            fits = prompt + output - 1 <= self.kv.total * self.kv.block_tokens
-            assert refused.code == ("overloaded" if fits else "too_long")
-            assert full or not fits
-        else:
             self.live[key] = sequence
+        else:
+            with pytest.raises(Rejected, match="overloaded" if fits else "too_long"):
+                self.scheduler.add(sequence)
 
     def abort(self, key: str) -> None:
         assert self.scheduler.remove(key) == (self.live.pop(key, None) is not None)

@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 
 from services.worker.engine.torch_engine.model_config import ModelConfig, RopeConfig
 from services.worker.engine.torch_engine.sharding import (
-    EMBEDDING, Rank, TensorShard, kv_heads, kv_shards, query_heads, stage_layers, weight_shards,
-)  # fmt: skip
+    EMBEDDING,
+    Rank,
+    TensorShard,
+    kv_heads,
+    kv_shards,
+    query_heads,
+    stage_layers,
+    weight_shards,
+)
 from shared.errors import ConfigInvalid
 
 

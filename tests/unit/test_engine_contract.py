@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from services.worker.engine.interface import Engine
-from shared.text import load_tokenizer
+from services.worker.engine.modelled import ModelledEngine
+from shared.mesh import ModelledEngineSettings
+from shared.text import byte_tokenizer, load_tokenizer
 from tests.unit.engine_contract import EngineCase, EngineContract, EngineLimits
 
 
@@ -37,7 +39,25 @@ def torch_case(folder: Path) -> EngineCase:
     return EngineCase(make, load_tokenizer(str(folder)))
 
 
-CASES: dict[str, Callable[[Path], EngineCase]] = {"torch": torch_case}
+def modelled_case(_: Path) -> EngineCase:
+    def make(limits: EngineLimits) -> Engine:
+        settings = ModelledEngineSettings(
+            running_max=limits.running_max,
+            waiting_max=limits.waiting_max,
+            batch_tokens_max=limits.batch_tokens_max,
+            kv_blocks=limits.kv_blocks,
+            block_tokens=limits.block_tokens,
+            eos_probability=0.02,
+        )
+        return ModelledEngine(settings, context_tokens_max=limits.context_tokens_max)
+
+    return EngineCase(make, byte_tokenizer())
+
+
+CASES: dict[str, Callable[[Path], EngineCase]] = {
+    "torch": torch_case,
+    "modelled": modelled_case,
+}
 
 
 @pytest.fixture(scope="module")

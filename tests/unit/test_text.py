@@ -276,5 +276,5 @@ def test_config_files_may_be_absent(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, frozenset())
 
 
-def _transformers(path: str) -> Any:  # noqa: ANN401  # transformers has no stubs
+def _transformers(path: str) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

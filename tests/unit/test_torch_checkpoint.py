@@ -9,8 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-
 from services.worker.engine.torch_engine.checkpoint import Checkpoint  # noqa: E402
 from services.worker.engine.torch_engine.make_model import make_model  # noqa: E402
 from services.worker.engine.torch_engine.model_config import read_model_config  # noqa: E402
@@ -20,8 +18,14 @@ from services.worker.engine.torch_engine.weights import allocate_weights  # noqa
 from shared.errors import ConfigInvalid  # noqa: E402
 from tests.unit.engine_contract import run  # noqa: E402
 from tests.unit.torch_oracle import (  # noqa: E402
-    copy_folder, greedy_request, load, make_oracle, prompt_of,
-)  # fmt: skip
+    copy_folder,
+    greedy_request,
+    load,
+    load_file,
+    make_oracle,
+    prompt_of,
+    save_file,
+)
 
 pytestmark = pytest.mark.torch
 Spoil = Callable[[Path], object]
@@ -116,7 +120,7 @@ def test_bad_folder_says_what_is_wrong(sound: Path, tmp_path: Path, name: str) -
 
 def test_absent_folder_says_so(tmp_path: Path) -> None:
     """Otherwise a typing error in the path would look like a damaged model."""
-    with pytest.raises(ConfigInvalid, match="config.json is missing"):
+    with pytest.raises(ConfigInvalid, match=r"config\.json is missing"):
         load(tmp_path / "absent")
 
 

@@ -8,13 +8,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-
 from services.worker.engine.torch_engine.make_model import make_model  # noqa: E402
 from shared.errors import ConfigInvalid, Rejected  # noqa: E402
 from shared.text import load_tokenizer  # noqa: E402
 from tests.unit.engine_contract import run  # noqa: E402
-from tests.unit.torch_oracle import copy_folder, greedy_request, hf, load, prompt_of  # noqa: E402
+from tests.unit.torch_oracle import (  # noqa: E402
+    copy_folder,
+    greedy_request,
+    hf,
+    load,
+    load_file,
+    prompt_of,
+    save_file,
+)
 
 pytestmark = pytest.mark.torch
 

@@ -9,8 +9,13 @@ torch = pytest.importorskip("torch", reason="needs the torch extra")
 
 from tests.unit.engine_contract import Output, finish_all, run, step  # noqa: E402
 from tests.unit.torch_oracle import (  # noqa: E402
-    FAMILIES, Oracle, greedy_request, load, make_oracle, prompt_of,
-)  # fmt: skip
+    FAMILIES,
+    Oracle,
+    greedy_request,
+    load,
+    make_oracle,
+    prompt_of,
+)
 
 pytestmark = pytest.mark.torch
 OracleOf = Callable[[str], Oracle]

@@ -1,4 +1,7 @@
-"""Small random checkpoints of several families, and what Hugging Face transformers makes of them."""
+"""Small random checkpoints of several families, and what transformers makes of them.
+
+Typed loosely on purpose: the oracle is, and tests build settings by name.
+"""
 
 import shutil
 import warnings
@@ -7,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,6 +26,16 @@ with warnings.catch_warnings():
 
 # The oracle is typed loosely and only read here.
 hf: Any = cast("Any", transformers)
+_safetensors: Any = cast("Any", safetensors.torch)
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    return _safetensors.load_file(path)
+
+
+def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    _safetensors.save_file(tensors, path)
+
 
 _SHAPE = {
     "vocab_size": 262,
@@ -93,13 +107,13 @@ def make_oracle(folder: Path, family: str, **save: Any) -> Oracle:
     for written in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / written).unlink()
     name, changes = FAMILIES[family]
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     config = getattr(hf, f"{name}Config")(**{**_SHAPE, **changes})
     model = getattr(hf, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for tensor_name, tensor in model.named_parameters():
             spread = 0.3 if tensor.ndim == 1 else 1.5 / tensor.shape[1] ** 0.5
-            tensor.normal_(1.0 if "norm" in tensor_name else 0.0, spread)
+            tensor.normal_(1.0 if "norm" in tensor_name else 0.0, spread, generator=generator)
     model.save_pretrained(folder, **save)
     return Oracle(folder, model)
 
@@ -110,20 +124,21 @@ def copy_folder(source: Path, target: Path) -> Path:
 
 
 def load(folder: Path, **settings: Any) -> TorchEngine:
+    settings.setdefault("threads", 1)
     if "kv_memory_bytes" not in settings:
-        settings = {"kv_blocks": 256, **settings}
-    engine = load_torch_engine(folder, TorchEngineConfig(**{"threads": 1, **settings}))
+        settings.setdefault("kv_blocks", 256)
+    engine = load_torch_engine(folder, TorchEngineConfig(**settings))
     assert isinstance(engine, TorchEngine)
     return engine
 
 
 def greedy_request(key: str, prompt: list[int], tokens: int, **sampling: Any) -> EngineRequest:
-    params = SamplingParams(
-        **{"output_tokens_max": tokens, "temperature": 0.0, "ignore_eos": True, **sampling}
-    )
+    wanted: dict[str, Any] = {"output_tokens_max": tokens, "temperature": 0.0, "ignore_eos": True}
+    params = SamplingParams(**(wanted | sampling))
     return EngineRequest(key=key, prompt_tokens=prompt, sampling=params)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1000 + length)
-    return torch.randint(0, 256, (length,), generator=generator).tolist()
+    tokens = torch.randint(0, 256, (length,), generator=generator)
+    return cast("list[int]", tokens.tolist())  # pyright: ignore[reportUnknownMemberType]  # untyped in torch

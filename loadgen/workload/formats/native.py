@@ -12,6 +12,7 @@ from typing import cast, get_args
 
 from loadgen.workload.formats.table import Row, read_rows
 from loadgen.workload.records import HASH_BLOCK_TOKENS, TraceRecord
+from shared.errors import ConfigInvalid
 from shared.slo import SloClass
 
 NAME = "oserve"
@@ -56,8 +57,7 @@ def read(
 def write(records: Iterable[TraceRecord], path: Path) -> int:
     """Write ``records`` in this format, gzip when the name ends in ``.gz``; returns how many."""
     count = 0
-    opened = gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")
-    with opened as file:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
         file.write(",".join(_WRITTEN) + "\n")
         for record in records:
             file.write(_row_text(record) + "\n")
@@ -77,7 +77,11 @@ def _row_text(record: TraceRecord) -> str:
 
 
 def _quoted(text: str) -> str:
-    if any(mark in text for mark in ',"#'):
+    if text != text.strip() or len(text.splitlines()) > 1:
+        raise ConfigInvalid(
+            field="record", value=text, remedy="a text cell cannot hold line breaks or outer blanks"
+        )
+    if "," in text or '"' in text:
         doubled = text.replace('"', '""')
         return f'"{doubled}"'
     return text
@@ -96,7 +100,8 @@ def _slo_class(row: Row, column: str) -> SloClass | None:
 def _hash_ids(row: Row) -> tuple[int, ...]:
     text = row.optional("hash_ids")
     try:
-        return tuple(int(part) for part in text.split())
+        ids = tuple(int(part) for part in text.split())
     except ValueError:
         problem = f"{text[:60]!r} is not a list of whole numbers separated by blanks"
         raise row.place.error("hash_ids", problem) from None
+    return row.place.hash_ids("hash_ids", ids)

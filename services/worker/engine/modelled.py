@@ -11,38 +11,36 @@ goes on as if undisturbed. The terms of a step's time that grow with tokens are 
 replica's GPUs, and its KV blocks multiplied by them; ``base_s`` is paid by every shape.
 """
 
-from array import array
 from collections import deque
-from zlib import crc32
 
 from services.worker.engine.interface import EngineChunk, EngineLoad, EngineRequest, StepResult
+from services.worker.engine.made_up import (
+    EOS_BITS,
+    LETTER_BITS,
+    LETTER_MASK,
+    letter_tokens,
+    made_up_logprobs,
+    mix,
+    root_of,
+)
+from services.worker.engine.modelled_settings import check_settings
 from services.worker.engine.torch_engine.stopping import StopCheck
 from services.worker.engine.torch_engine.validation import check_request
-from shared.errors import ConfigInvalid, Rejected
+from shared.errors import Rejected
 from shared.mesh import ModelledEngineSettings
-from shared.messages.requests import FinishReason, TokenLogprobs
+from shared.messages.requests import FinishReason
 from shared.text import Tokenizer, byte_tokenizer
-
-# Roughly as often as in English, so that made-up text has words; 128 characters, for a cheap index.
-_LETTERS = (
-    " " * 22 + "e" * 13 + "t" * 9 + "a" * 8 + "o" * 8 + "i" * 7 + "n" * 7 + "s" * 7 + "h" * 6
-    + "r" * 6 + "d" * 5 + "l" * 4 + "u" * 3 + "c" * 3 + "m" * 3 + "w" * 3 + "f" * 2 + "g" * 2
-    + "y" * 2 + "p" * 2 + "b" * 2 + "vkjxzq"[:2] + ".,"
-)  # fmt: skip
-assert len(_LETTERS) == 128  # noqa: PLR2004  # seven bits
-_32_BITS = 0xFFFFFFFF
-_EOS_BITS = 25  # of a mixed number, those that did not choose the letter
 
 
 class _Sequence:
     """One live request. ``computed`` of its ``known`` tokens are in the KV cache."""
 
     __slots__ = (
-        "blocks", "capacity", "computed", "eos_below", "key", "known", "logprobs", "number",
+        "blocks", "capacity", "computed", "ignore_eos", "key", "known", "logprobs", "number",
         "prompt", "root", "stop", "tokens_max",
     )  # fmt: skip
 
-    def __init__(self, request: EngineRequest, stop: StopCheck | None, eos_below: int) -> None:
+    def __init__(self, request: EngineRequest, stop: StopCheck | None) -> None:
         sampling = request.sampling
         self.key = request.key
         self.prompt = len(request.prompt_tokens)
@@ -54,8 +52,8 @@ class _Sequence:
         self.number = 0  # order of arrival
         self.logprobs = sampling.logprobs
         self.stop = stop  # only with stop strings: it costs per token
-        self.eos_below = 0 if sampling.ignore_eos else eos_below
-        self.root = crc32(array("q", request.prompt_tokens).tobytes(), sampling.seed & _32_BITS)
+        self.ignore_eos = sampling.ignore_eos
+        self.root = root_of(request.prompt_tokens, seed=sampling.seed)
 
 
 class ModelledEngine:
@@ -76,10 +74,11 @@ class ModelledEngine:
         self._gpus = gpus
         self._context_tokens_max = context_tokens_max
         self._tokenizer = tokenizer or byte_tokenizer()
-        self._letters = [self._tokenizer.encode(c, add_special_tokens=False)[-1] for c in _LETTERS]
+        self._letters = letter_tokens(self._tokenizer)
+        self._vocabulary = self._tokenizer.vocab_size
         self._eos_id = min(self._tokenizer.eos_ids, default=None)
         eos = settings.eos_probability if self._eos_id is not None else 0.0
-        self._eos_below = round(eos * (1 << _EOS_BITS))
+        self._eos_below = round(eos * (1 << EOS_BITS))
         self._kv_blocks = settings.kv_blocks * gpus
         self._free = self._kv_blocks
         self._live: dict[str, _Sequence] = {}
@@ -97,7 +96,7 @@ class ModelledEngine:
         settings, key = self._settings, request.key
         check_request(
             request,
-            vocabulary=self._tokenizer.vocab_size,
+            vocabulary=self._vocabulary,
             context_tokens=self._context_tokens_max,
         )
         if key in self._live or key in self._ended:
@@ -115,7 +114,7 @@ class ModelledEngine:
             if finish is not None:
                 self._ended[key] = EngineChunk(key, len(request.output_tokens), [], finish)
                 return
-        sequence = _Sequence(request, stop if request.sampling.stop else None, self._eos_below)
+        sequence = _Sequence(request, stop if request.sampling.stop else None)
         self._arrivals += 1
         sequence.number = self._arrivals
         self._live[key] = sequence
@@ -162,7 +161,9 @@ class ModelledEngine:
     def load(self) -> EngineLoad:
         pending = 0
         for sequence in self._live.values():
-            pending += max(0, sequence.known - sequence.computed - 1)
+            prefill = sequence.known - sequence.computed
+            if prefill != 1 or not sequence.computed:  # else that one is output, to be decoded
+                pending += prefill
             pending += sequence.tokens_max - sequence.known
         return EngineLoad(
             running=len(self._running),
@@ -241,27 +242,30 @@ class ModelledEngine:
         return sequence
 
     def _sample(self, sampled: list[_Sequence], chunks: list[EngineChunk]) -> None:
-        """The next token of each; murmur3's finaliser mixes what it depends on."""
-        ended = False
+        """The next token of each request that is at its end, and whether that ends it."""
+        ended, letters = False, self._letters
         for sequence in sampled:
             position = sequence.known - sequence.prompt
-            mixed = (sequence.root + position * 0x9E3779B1) & _32_BITS
-            mixed = ((mixed ^ mixed >> 16) * 0x85EBCA6B) & _32_BITS
-            mixed = ((mixed ^ mixed >> 13) * 0xC2B2AE35) & _32_BITS
-            mixed ^= mixed >> 16
-            token = self._letters[mixed & 127]
+            mixed = mix(sequence.root, position)
+            token = letters[mixed & LETTER_MASK]
             sequence.known += 1
             finish: FinishReason | None = None
             if sequence.known == sequence.tokens_max:
                 finish = "length"
-            if mixed >> 7 < sequence.eos_below:
+            if mixed >> LETTER_BITS < self._eos_below:
                 assert self._eos_id is not None
-                token, finish = self._eos_id, "stop"
+                token = self._eos_id
+                if not sequence.ignore_eos:
+                    finish = "stop"
             elif sequence.stop is not None:
                 finish = sequence.stop.feed(token)
             logprobs = None
             if sequence.logprobs is not None:
-                logprobs = [self._logprobs(token, mixed, sequence.logprobs)]
+                logprobs = [
+                    made_up_logprobs(
+                        token, mixed, count=sequence.logprobs, vocabulary=self._vocabulary
+                    )
+                ]
             chunks.append(EngineChunk(sequence.key, position, [token], finish, logprobs))
             if finish is not None:
                 ended = True
@@ -269,16 +273,6 @@ class ModelledEngine:
                 self._release(sequence)
         if ended:
             self._running = [sequence for sequence in self._running if sequence.blocks]
-
-    def _logprobs(self, token: int, mixed: int, count: int) -> TokenLogprobs:
-        """A made-up distribution, likeliest first, the chosen token at its head."""
-        first = -((mixed >> 8 & 255) + 1) / 256
-        vocabulary = self._tokenizer.vocab_size
-        return TokenLogprobs(
-            logprob=first,
-            top_tokens=[(token + rank) % vocabulary for rank in range(count)],
-            top_logprobs=[first - rank * 0.75 for rank in range(count)],
-        )
 
     def _duration_s(self, prefilled: int, decoded: int, context_tokens: int) -> float:
         settings = self._settings
@@ -297,28 +291,3 @@ class ModelledEngine:
     def _release(self, sequence: _Sequence) -> None:
         self._free += sequence.blocks
         sequence.blocks = sequence.capacity = 0
-
-
-def check_settings(settings: ModelledEngineSettings) -> None:
-    """Raises ConfigInvalid for the first setting that cannot work."""
-    at_least = {
-        "base_s": 0, "prefill_token_s": 0, "decode_token_s": 0, "context_token_s": 0, "start_s": 0,
-        "block_tokens": 1, "kv_blocks": 1, "running_max": 1, "waiting_max": 0,
-        "batch_tokens_max": settings.running_max,  # each running request decodes a token a step
-    }  # fmt: skip
-    for name, minimum in at_least.items():
-        value: float = getattr(settings, name)
-        if value < minimum:
-            raise ConfigInvalid(
-                field=f"mesh.engine.modelled.{name}", value=value, remedy=f"use {minimum} or more"
-            )
-    if settings.speedup <= 0:
-        raise ConfigInvalid(
-            field="mesh.engine.modelled.speedup", value=settings.speedup, remedy="use a factor > 0"
-        )
-    if not 0 <= settings.eos_probability <= 1:
-        raise ConfigInvalid(
-            field="mesh.engine.modelled.eos_probability",
-            value=settings.eos_probability,
-            remedy="use a probability from 0 to 1",
-        )

@@ -45,7 +45,7 @@ class AttentionGroup:
     query has a row for every query head that shares a KV head, head by head; a single query
     has one row for all, which broadcasts."""
 
-    blocks: Tensor  # [tiles, blocks]
+    blocks: Tensor  # [tiles * blocks]
     queries: Tensor  # [tiles, queries], index into the packed row
     mask: Tensor
     padded: Tensor | None  # [tiles * queries] true where real; None if nothing is padded
@@ -72,7 +72,7 @@ class BatchBuilder:
         rows = np.fromiter((chunk.sequence.row for chunk in chunks), np.int64, len(chunks))
         ends = counts.cumsum()
         offsets = ends - counts
-        positions = np.arange(ends[-1]) + np.repeat(starts - offsets, counts)
+        positions: Ints = np.arange(int(ends[-1])) + np.repeat(starts - offsets, counts)
         blocks = kv.table[np.repeat(rows, counts), positions // kv.block_tokens]
         tokens: list[int] = []
         for chunk in chunks:
@@ -117,12 +117,12 @@ class BatchBuilder:
 
     def _group(self, tiles: list[Tile], kv: KvBlocks) -> AttentionGroup:
         rows = np.array([tile.row for tile in tiles])
-        counts = np.array([tile.count for tile in tiles])[:, None]
+        counts: Ints = np.array([tile.count for tile in tiles])[:, None]
         starts = np.array([tile.start for tile in tiles])[:, None]
         offsets = np.array([tile.offset for tile in tiles])[:, None]
         blocks = kv.blocks_for(max(tile.keys for tile in tiles))
-        steps = np.arange(counts.max())[None, :]
-        real = steps < counts
+        steps: Ints = np.arange(max(tile.count for tile in tiles))[None, :]
+        real: npt.NDArray[np.bool_] = steps < counts
         queries = np.where(real, offsets + steps, 0)
         # A padded query sees the first key only: a row that sees none would yield NaN.
         seen_max = np.where(real, starts + steps, 0)
@@ -131,7 +131,7 @@ class BatchBuilder:
         rows_per_query = self._heads_per_kv_head if real.shape[1] > 1 else 1
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return AttentionGroup(
-            blocks=self._tensor(kv.table[rows, :blocks]),
+            blocks=self._tensor(kv.table[rows, :blocks].reshape(-1)),
             queries=self._tensor(queries),
             mask=mask.masked_fill_(hidden, float("-inf")).repeat(1, 1, rows_per_query, 1),
             padded=None if real.all() else self._tensor(real.reshape(-1)),

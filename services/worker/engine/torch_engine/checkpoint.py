@@ -64,7 +64,9 @@ class Checkpoint:
     def refuse_unknown(self, shards: list[TensorShard], *, tied_embeddings: bool) -> None:
         """Raises ConfigInvalid if a file holds weights that the whole model would not use: the
         model is then not what config.json says, and its output would be subtly wrong."""
-        known = {shard.name for shard in shards} | ({OUTPUT} if tied_embeddings else set())
+        known = {shard.name for shard in shards}
+        if tied_embeddings:
+            known.add(OUTPUT)  # some files repeat it
         unknown = [
             name
             for name in sorted(self._files.keys() - known)

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.interface import (
-    Engine, EngineChunk, EngineLoad, EngineRequest, StepResult,
-)  # fmt: skip
+    Engine,
+    EngineChunk,
+    EngineLoad,
+    EngineRequest,
+    StepResult,
+)
+from services.worker.engine.torch_engine import sizing
 from services.worker.engine.torch_engine.batch import BatchBuilder
 from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler, Chunk, Sequence
 from services.worker.engine.torch_engine.checkpoint import Checkpoint
@@ -19,20 +24,14 @@ from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.kv_cache import KvBlocks
 from services.worker.engine.torch_engine.model import DecoderStage
 from services.worker.engine.torch_engine.model_config import ModelConfig, read_model_config
-from services.worker.engine.torch_engine.sampling import choose, logprobs
-from services.worker.engine.torch_engine.sharding import Rank, kv_shards, weight_shards
+from services.worker.engine.torch_engine.sampling import as_list, choose, logprobs
+from services.worker.engine.torch_engine.sharding import Rank, weight_shards
 from services.worker.engine.torch_engine.stopping import StopCheck
 from services.worker.engine.torch_engine.validation import check_request
 from services.worker.engine.torch_engine.weights import allocate_weights
-from shared.errors import ConfigInvalid, EngineFailed, Rejected
+from shared.errors import EngineFailed, Rejected
 from shared.messages.requests import TokenLogprobs
 from shared.text import Tokenizer, load_tokenizer
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float32,  # wider: bfloat16 would lose digits
-}
 
 
 def load_torch_engine(path: str | Path, config: TorchEngineConfig) -> Engine:
@@ -40,18 +39,18 @@ def load_torch_engine(path: str | Path, config: TorchEngineConfig) -> Engine:
     config.validate()
     folder = Path(path)
     model = read_model_config(folder)
-    context_tokens = _context_tokens(model, config)
+    context_tokens = sizing.context_tokens(model, config)
     tokenizer = load_tokenizer(str(folder))
     checkpoint = Checkpoint(folder)
     rank = Rank()
-    device = _device(config.device)
+    device = sizing.device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    weights = allocate_weights(model, rank, dtype=_dtype(model, config), device=device)
+    weights = allocate_weights(model, rank, dtype=sizing.dtype(model, config), device=device)
     checkpoint.refuse_unknown(weight_shards(model, Rank()), tied_embeddings=model.tied_embeddings)
     checkpoint.load(weights.shards, weights.named)
     stage = DecoderStage(model, rank, weights, context_tokens=context_tokens)
-    kv_blocks = _kv_blocks(model, config, context_tokens=context_tokens, dtype=stage.dtype)
+    kv_blocks = sizing.kv_blocks(model, config, context_tokens=context_tokens, dtype=stage.dtype)
     stage.allocate_kv(blocks=kv_blocks, block_tokens=config.block_tokens)
     kv = KvBlocks(
         blocks=kv_blocks,
@@ -178,7 +177,7 @@ class TorchEngine:
         params = [sequence.request.sampling for sequence in sequences]
         positions = [sequence.output_count for sequence in sequences]
         tokens = choose(logits, params, positions)
-        finite = logits.isfinite().all(dim=-1).tolist()
+        finite = as_list(logits.isfinite().all(dim=-1), bool)
         wanted = _logprobs(sequences, tokens, logits)
         chunks: list[EngineChunk] = []
         for sequence, position, token, good in zip(
@@ -218,60 +217,3 @@ def _logprobs(
         [count for _, _, count in wanted],
     )
     return {key: [entry] for (_, key, _), entry in zip(wanted, found, strict=True)}
-
-
-def _context_tokens(model: ModelConfig, config: TorchEngineConfig) -> int:
-    asked = config.context_tokens_max or model.context_tokens
-    if asked > model.context_tokens:
-        raise ConfigInvalid(
-            field="context_tokens_max",
-            value=asked,
-            remedy=f"the model was made for {model.context_tokens} tokens: use at most that",
-        )
-    if model.sliding_window is not None and asked > model.sliding_window:
-        raise ConfigInvalid(
-            field="context_tokens_max",
-            value=asked,
-            remedy=f"the model attends a sliding window of {model.sliding_window} tokens, which "
-            "the torch engine does not compute beyond: use at most that, or the vllm engine",
-        )
-    return asked
-
-
-def _dtype(model: ModelConfig, config: TorchEngineConfig) -> torch.dtype:
-    name = model.dtype if config.dtype == "auto" else config.dtype
-    if name not in _DTYPES:
-        raise ConfigInvalid(
-            field="config.json: dtype", value=name, remedy='set the engine\'s dtype to "float32"'
-        )
-    return _DTYPES[name]
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigInvalid(
-            field="device",
-            value=name,
-            remedy=f'torch sees {torch.cuda.device_count()} CUDA devices: use "cpu", or install '
-            "torch for CUDA and its driver",
-        )
-    return device
-
-
-def _kv_blocks(
-    model: ModelConfig, config: TorchEngineConfig, *, context_tokens: int, dtype: torch.dtype
-) -> int:
-    """Never more than all rows could fill."""
-    if config.kv_blocks:
-        return config.kv_blocks
-    one = kv_shards(model, Rank(), blocks=1, block_tokens=config.block_tokens)
-    block_bytes = sum(torch.Size(shard.shape).numel() for shard in one) * dtype.itemsize
-    blocks = config.kv_memory_bytes // block_bytes
-    if not blocks:
-        raise ConfigInvalid(
-            field="kv_memory_bytes",
-            value=config.kv_memory_bytes,
-            remedy=f"one block of {config.block_tokens} tokens takes {block_bytes} bytes: raise it",
-        )
-    return min(blocks, config.running_max * -(-context_tokens // config.block_tokens))

@@ -4,21 +4,31 @@ The folder is a real one: any Hugging Face loader reads it. Its text is gibberis
 stays mostly printable and ends by itself now and then.
 """
 
+import argparse
 import math
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]  # untyped
 
 from services.worker.engine.torch_engine.byte_tokenizer import (
-    BOS_TOKEN, END_TOKEN, EOS_TOKEN, VOCABULARY, tokenizer_config_json, tokenizer_json,
-)  # fmt: skip
+    BOS_TOKEN,
+    END_TOKEN,
+    EOS_TOKEN,
+    VOCABULARY,
+    tokenizer_config_json,
+    tokenizer_json,
+)
 from services.worker.engine.torch_engine.model_config import read_model_config
 from services.worker.engine.torch_engine.sharding import (
-    EMBEDDING, OUTPUT, Rank, TensorShard, weight_shards,
-)  # fmt: skip
+    EMBEDDING,
+    OUTPUT,
+    Rank,
+    TensorShard,
+    weight_shards,
+)
 from shared.errors import ConfigInvalid
 
 _CONTEXT_TOKENS = 8192
@@ -126,3 +136,21 @@ def _preferences() -> npt.NDArray[np.float32]:
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def main() -> None:
+    """``python -m services.worker.engine.torch_engine.make_model DIR --size tiny``"""
+    parser = argparse.ArgumentParser(prog="make_model", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", default="tiny", help=", ".join(_SIZES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        make_model(arguments.folder, arguments.size, arguments.seed, overwrite=arguments.overwrite)
+    except ConfigInvalid as error:
+        raise SystemExit(f"make_model: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -81,7 +81,8 @@ class DecoderStage:
     def _project(self, layer: LayerWeights, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fused = functional.linear(hidden, layer.qkv, layer.qkv_bias)
         heads = fused.view(len(hidden), self._heads + 2 * self._kv_heads, self._head_dim)
-        queries, keys, values = heads.split((self._heads, self._kv_heads, self._kv_heads), dim=1)
+        queries, rest = heads.tensor_split((self._heads,), dim=1)
+        keys, values = rest.chunk(2, dim=1)
         return queries, keys, values
 
     def _positioned(
@@ -115,8 +116,12 @@ class DecoderStage:
         shared = self._heads // self._kv_heads
         rows = queries[group.queries].view(tiles, count, self._kv_heads, shared, self._head_dim)
         rows = rows.permute(0, 2, 3, 1, 4).reshape(tiles, self._kv_heads, -1, self._head_dim)
+        # Whole blocks are copied as rows: several times faster on a CPU than by element.
         keys, values = (
-            part[group.blocks].view(tiles, -1, self._kv_heads, self._head_dim).transpose(1, 2)
+            part.view(len(part), -1)
+            .index_select(0, group.blocks)
+            .view(tiles, -1, self._kv_heads, self._head_dim)
+            .transpose(1, 2)
             for part in cache
         )
         out = functional.scaled_dot_product_attention(

@@ -6,12 +6,23 @@ tokens: rounding moves the borders between tokens by an ulp, while an order by p
 swap whole neighbours.
 """
 
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from shared.messages.requests import SamplingParams, TokenLogprobs
 
 _MASK = 2**64 - 1
+
+
+Scalar = TypeVar("Scalar", int, float, bool)
+
+
+def as_list(tensor: Tensor, kind: type[Scalar]) -> list[Scalar]:
+    """A vector's elements; torch leaves the type of ``tolist`` open."""
+    del kind
+    return cast("list[Scalar]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -28,7 +39,7 @@ def choose(logits: Tensor, params: list[SamplingParams], positions: list[int]) -
         rows = torch.tensor(random, device=logits.device)
         chosen = _draw(logits[rows], [params[row] for row in random], draws)
         tokens.index_copy_(0, rows, chosen)
-    return [int(token) for token in tokens.tolist()]
+    return as_list(tokens, int)
 
 
 def logprobs(logits: Tensor, tokens: list[int], top_counts: list[int]) -> list[TokenLogprobs]:
@@ -37,10 +48,15 @@ def logprobs(logits: Tensor, tokens: list[int], top_counts: list[int]) -> list[T
     all_logprobs = logits.log_softmax(dim=-1)
     chosen = all_logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     top = all_logprobs.topk(max(top_counts), dim=-1)
-    rows = zip(chosen.tolist(), top.indices.tolist(), top.values.tolist(), top_counts, strict=True)
+    width = top.indices.shape[-1]
+    ids, values = as_list(top.indices.view(-1), int), as_list(top.values.view(-1), float)
     return [
-        TokenLogprobs(logprob=logprob, top_tokens=ids[:count], top_logprobs=values[:count])
-        for logprob, ids, values, count in rows
+        TokenLogprobs(
+            logprob=logprob,
+            top_tokens=ids[row * width : row * width + count],
+            top_logprobs=values[row * width : row * width + count],
+        )
+        for row, (logprob, count) in enumerate(zip(as_list(chosen, float), top_counts, strict=True))
     ]
 
 
@@ -70,10 +86,11 @@ def _keep_top(probabilities: Tensor, params: list[SamplingParams]) -> Tensor:
     """Zero all but the ``top_k`` most likely, and of those all but the smallest set that holds
     ``top_p`` of their probability."""
     size, device = probabilities.shape[-1], probabilities.device
-    top_k = torch.tensor([sampling.top_k or size for sampling in params], device=device)
+    counts = [min(sampling.top_k or size, size) for sampling in params]
+    top_k = torch.tensor(counts, device=device)
     top_p = torch.tensor([sampling.top_p for sampling in params], device=device)
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(size, device=device)
+    ordered, order = probabilities.topk(max(counts), dim=-1)  # a whole sort only where needed
+    ranks = torch.arange(max(counts), device=device)
     ordered = ordered.masked_fill(ranks >= top_k[:, None], 0.0)
     before = ordered.cumsum(dim=-1) - ordered
     total = ordered.sum(dim=-1, keepdim=True)

@@ -16,9 +16,8 @@ class StopCheck:
         self._tokens_max = sampling.output_tokens_max
         self._count = 0
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
-        self._detokenizer = (
-            tokenizer.detokenizer(after=request.prompt_tokens) if sampling.stop else None
-        )
+        # Made as the ingress makes its own: both must find the same end.
+        self._detokenizer = tokenizer.detokenizer() if sampling.stop else None
 
     def feed(self, token: int) -> FinishReason | None:
         """Why the request ends with this token, if it does."""

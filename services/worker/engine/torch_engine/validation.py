@@ -27,16 +27,16 @@ def check_request(request: EngineRequest, *, vocabulary: int, context_tokens: in
 
 
 def _sampling_problem(sampling: SamplingParams, *, vocabulary: int) -> str:
-    if sampling.output_tokens_max < 1:
-        return "output_tokens_max must be at least 1"
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        return "temperature must be 0 or a positive number"
-    if not 0 < sampling.top_p <= 1:
-        return "top_p must be above 0 and at most 1"
-    if sampling.top_k < 0:
-        return "top_k must be 0 (all tokens) or positive"
-    if not all(sampling.stop):
-        return "a stop string must not be empty"
-    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= vocabulary:
-        return f"logprobs must be between 0 and the vocabulary's size {vocabulary}"
-    return ""
+    """What is wrong with the parameters; empty if nothing is."""
+    rules = (
+        (sampling.output_tokens_max >= 1, "output_tokens_max must be at least 1"),
+        (0 <= sampling.temperature < math.inf, "temperature must be 0 or a positive number"),
+        (0 < sampling.top_p <= 1, "top_p must be above 0 and at most 1"),
+        (sampling.top_k >= 0, "top_k must be 0 (all tokens) or positive"),
+        (all(sampling.stop), "a stop string must not be empty"),
+        (
+            sampling.logprobs is None or 0 <= sampling.logprobs <= vocabulary,
+            f"logprobs must be between 0 and the vocabulary's size {vocabulary}",
+        ),
+    )
+    return next((problem for sound, problem in rules if not sound), "")

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.sharding import (
-    EMBEDDING, FINAL_NORM, OUTPUT, Rank, TensorShard, stage_layers, weight_shards,
-)  # fmt: skip
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    Rank,
+    TensorShard,
+    stage_layers,
+    weight_shards,
+)
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -94,7 +100,7 @@ class _Allocator:
         rows = [shard.shape[0] for shard in shards]
         shape = (sum(rows), *shards[0].shape[1:])
         whole = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self.named.update(zip(names, whole.split(rows), strict=True))
+        self.named.update(zip(names, torch.split(whole, rows), strict=True))
         return whole
 
 

@@ -1,0 +1,146 @@
+"""The ``oserve`` command. Each command imports what it needs, so that help is instant."""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.errors import BusUnavailable, ConfigInvalid, OServeError
+
+EXIT_CONFIG, EXIT_UNAVAILABLE, EXIT_FAILED = 78, 69, 1
+DEFAULT_TOPOLOGY = Path("deploy/topologies/laptop.toml")
+
+app = typer.Typer(
+    name="oserve",
+    help="Serve large language models on unlike replicas.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+keys_app = typer.Typer(help="API keys for the ingress.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+TopologyOption = Annotated[
+    Path, typer.Option("--topology", "-t", help="The mesh: model, nodes, replicas (TOML).")
+]
+SomeTopology = Annotated[
+    Path | None, typer.Option("--topology", "-t", help="Look for the mesh of this file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
+]
+
+
+@app.command()
+def up(
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    port: Annotated[
+        int | None, typer.Option(help="HTTP port; 0 for any free one. [default: the file's]")
+    ] = None,
+    override: Overrides = None,
+    log_dir: Annotated[Path | None, typer.Option(help="[default: <data dir>/logs]")] = None,
+) -> None:
+    """Run the whole mesh on this machine until Ctrl-C."""
+    from deploy.up import run_up  # noqa: PLC0415
+
+    raise typer.Exit(run_up(topology, overrides=override or (), port=port, log_dir=log_dir))
+
+
+@app.command()
+def status(
+    topology: SomeTopology = None,
+    data_dir: Annotated[Path | None, typer.Option(help="The mesh of this data folder.")] = None,
+    bus_url: Annotated[str, typer.Option(help="The mesh on this broker.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show services, GPUs, replicas, load, and the plan in force."""
+    from deploy.status import run_status  # noqa: PLC0415
+
+    code = run_status(topology=topology, data_dir=data_dir, bus_url=bus_url, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    topology: TopologyOption = DEFAULT_TOPOLOGY,
+    override: Overrides = None,
+) -> None:
+    """Check what usually goes wrong, and say what to do."""
+    from deploy.doctor import run_doctor  # noqa: PLC0415
+
+    raise typer.Exit(run_doctor(topology, override or ()))
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],  # --help is the replay's own
+    }
+)
+def replay(context: typer.Context) -> None:
+    """Send a trace to a mesh, and report what it felt like."""
+    from loadgen.replay import replay as command  # noqa: PLC0415
+
+    tool = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    tool.command()(command)
+    tool(args=context.args, prog_name="oserve replay")
+
+
+@app.command("make-model")
+def make_model(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    size: Annotated[str, typer.Option(help="tiny or small.")] = "tiny",
+) -> None:
+    """Write a small checkpoint with random weights."""
+    import asyncio  # noqa: PLC0415
+
+    from deploy.model import make_model as make  # noqa: PLC0415
+
+    asyncio.run(make(folder, size))
+    typer.echo(f"{folder}: a {size} model; serve it with mesh.model.path = {str(folder)!r}")
+
+
+@keys_app.command("new")
+def new_key(
+    tenant: Annotated[str, typer.Option(help="Whom the key is for.")],
+    slo_class: Annotated[
+        str, typer.Option("--class", help="interactive, standard or batch.")
+    ] = "standard",
+    key_id: Annotated[str, typer.Option("--id", help="Name in logs. [default: made up]")] = "",
+) -> None:
+    """Make an API key: the key on stderr, its entry for the keys file on stdout."""
+    from deploy.keys import new_key as make  # noqa: PLC0415
+
+    key = make(tenant=tenant, slo_class=slo_class, key_id=key_id)
+    typer.echo(f"{key.text}   (shown only now: give it to the client)", err=True)
+    typer.echo(key.entry)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(metadata.version("oserve"))
+
+
+def main() -> None:
+    """Entry point: errors that name their remedy need no stack."""
+    try:
+        app()
+    except OServeError as error:
+        typer.echo(f"oserve: {error}", err=True)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: OServeError) -> int:
+    if isinstance(error, ConfigInvalid):
+        return EXIT_CONFIG
+    return EXIT_UNAVAILABLE if isinstance(error, BusUnavailable) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    main()

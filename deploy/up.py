@@ -1,0 +1,101 @@
+"""``oserve up``: runs the mesh in the foreground until told to stop."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from deploy.local import LocalMesh, MeshFailed
+
+_KILLED = 130  # what shells say of a process that Ctrl-C ended
+
+
+def run_up(
+    topology: Path, *, overrides: Sequence[str], port: int | None, log_dir: Path | None
+) -> int:
+    """The exit code. Raises ConfigInvalid."""
+    return asyncio.run(_Foreground(topology, overrides, port, log_dir).run())
+
+
+class _Foreground:
+    """One mesh and one terminal. The first Ctrl-C drains, the second kills."""
+
+    def __init__(
+        self, topology: Path, overrides: Sequence[str], port: int | None, log_dir: Path | None
+    ) -> None:
+        self._console = Console(highlight=False)
+        self._mesh = LocalMesh(
+            topology, overrides=overrides, port=port, log_dir=log_dir, say=self._say
+        )
+        self._asked = asyncio.Event()
+        self._killed = False
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self._until_asked(self._serve())
+        except MeshFailed as failure:
+            self._say(f"stopping: {failure}")
+            await self._mesh.stop()
+            return failure.exit_code
+        self._say("draining: no new requests, open ones may finish (Ctrl-C again kills)")
+        await self._mesh.stop()
+        self._say("killed" if self._killed else "stopped")
+        return _KILLED if self._killed else 0
+
+    async def _serve(self) -> None:
+        started_s = time.monotonic()
+        mesh = self._mesh
+        self._say(f"starting mesh {mesh.topology.mesh.name}, logs in {mesh.log_dir}")
+        await mesh.start()
+        await mesh.wait_ready()
+        self._say(f"ready after {time.monotonic() - started_s:.1f} s")
+        self._console.print(_howto(mesh), markup=False, soft_wrap=True)
+        raise await mesh.failed()
+
+    async def _until_asked(self, work: object) -> None:
+        assert asyncio.iscoroutine(work)
+        serving = asyncio.create_task(work)
+        asked = asyncio.create_task(self._asked.wait())
+        await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if serving.done():
+            serving.result()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+    def _on_signal(self) -> None:
+        if self._asked.is_set():
+            self._killed = True
+            self._mesh.kill_all()
+        self._asked.set()
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, soft_wrap=True)
+
+
+def _howto(mesh: LocalMesh) -> str:
+    model_id = mesh.topology.mesh.model.model_id
+    return f"""
+The mesh serves at {mesh.url}
+
+  curl {mesh.url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{mesh.url}/v1", api_key="any")
+  messages = [{{"role": "user", "content": "Hello"}}]
+  for chunk in client.chat.completions.create(model="{model_id}", messages=messages, stream=True):
+      print(chunk.choices[0].delta.content or "", end="")
+
+  oserve status        what runs, and how loaded it is
+  oserve doctor        if something does not work
+  {mesh.log_dir}/
+                       one log file for each process
+  Ctrl-C               drains and stops
+"""

@@ -1,0 +1,142 @@
+"""A mesh of real processes pinned to cores, for the data-plane benchmark.
+
+Engines share the core of the load client; broker, ingress, router and the control services have
+the other one to themselves, so that what they use can be told apart.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+CONTROL = ("scheduler", "switcher", "profiler", "forecaster")
+DATA_PLANE = ("nats", "router", "ingress")
+READY_TIMEOUT_S = 30.0
+TICK_MS = 1000.0 / os.sysconf("SC_CLK_TCK")
+
+
+def cores() -> tuple[set[int], set[int]]:
+    """(client and engines, everything else): the first two cores that we may use."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return {allowed[0]}, {allowed[-1]}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Rig:
+    """Start with ``with``; everything is killed and removed at the end."""
+
+    def __init__(
+        self, *, engine: dict[str, float], gpus: int = 2, log_requests: bool = True
+    ) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="oserve-bench-"))
+        self._engine, self._gpus = engine, gpus
+        self._broker_port, self.port = free_port(), free_port()
+        self._level = "INFO" if log_requests else "WARNING"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        engine_core, mesh_core = cores()
+        config = self._written_config()
+        binary = Path(sys.executable).with_name("nats-server")
+        broker = [str(binary) if binary.exists() else shutil.which("nats-server") or "nats-server"]
+        broker += ["-c", str(self._folder / "nats.conf")]
+        self._spawn("nats", broker, mesh_core)
+        for name in ("ingress", "router", *CONTROL):
+            self._spawn(name, self._service(name, config), mesh_core)
+        for gpu in range(self._gpus):
+            name = f"worker-{gpu}"
+            command = [*self._service("worker", config), "--set", f"worker.worker_id=n0-g{gpu}"]
+            self._spawn(name, command, engine_core)
+        self._wait_ready()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGKILL)
+        for process in self.processes.values():
+            process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def cpu_ms(self) -> dict[str, float]:
+        """CPU time of each process so far, user and system."""
+        used: dict[str, float] = {}
+        for name, process in self.processes.items():
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            used[name] = (int(fields[11]) + int(fields[12])) * TICK_MS
+        return used
+
+    def rss_bytes(self, name: str) -> int:
+        pages = Path(f"/proc/{self.processes[name].pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def _service(self, name: str, config: Path) -> list[str]:
+        return [sys.executable, "-m", f"services.{name}", "--config", str(config)]
+
+    def _spawn(self, name: str, command: list[str], core: set[int]) -> None:
+        with (self._folder / f"{name}.log").open("wb") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+        os.sched_setaffinity(process.pid, core)
+        self.processes[name] = process
+
+    def _written_config(self) -> Path:
+        store = self._folder / "store"
+        (self._folder / "nats.conf").write_text(
+            f'listen: "127.0.0.1:{self._broker_port}"\nmax_payload: 8MB\n'
+            f'jetstream {{ store_dir: "{store}" }}\n'
+        )
+        settings = "\n".join(f"{key} = {value}" for key, value in self._engine.items())
+        nodes = f'[[mesh.nodes]]\nnode_id = "n0"\ngpus = {self._gpus}\n'
+        replicas = "".join(
+            f'[[mesh.replicas]]\nreplica_id = "r{i}"\ngpus = ["n0-g{i}"]\n'
+            for i in range(self._gpus)
+        )
+        path = self._folder / "bench.toml"
+        path.write_text(
+            '[mesh]\nname = "bench"\nmodel = { model_id = "modelled", context_tokens_max = 8192 }\n'
+            f'[mesh.engine]\nkind = "modelled"\n[mesh.engine.modelled]\n{settings}\n'
+            f"{nodes}{replicas}"
+            f'[bus]\nurl = "nats://127.0.0.1:{self._broker_port}"\n'
+            f"[ingress]\nport = {self.port}\n"
+            f'[telemetry]\nlog_level = "{self._level}"\n'
+        )
+        return path
+
+    def _wait_ready(self) -> None:
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            for name, process in self.processes.items():
+                if process.poll() is not None:
+                    log = (self._folder / f"{name}.log").read_text()[-2000:]
+                    raise RuntimeError(f"{name} ended with {process.returncode}:\n{log}")
+            try:
+                with urllib.request.urlopen(self.url + "/ready", timeout=1) as answer:  # noqa: S310  # our own URL
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.05)
+        raise RuntimeError(f"the mesh was not ready within {READY_TIMEOUT_S} s")

@@ -1,0 +1,133 @@
+"""A report as tables for a terminal."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from loadgen.report import Report, Spread, TypeReport
+
+_NOTHING = "-"
+_LATENCIES = ("TTFT", "TPOT", "ITL", "E2E")
+
+
+def report_tables(report: Report) -> RenderableType:
+    """Totals, latencies per type, and errors where there were any."""
+    parts: list[RenderableType] = [_summary(report), _latencies(report)]
+    if report.errors:
+        parts.append(_errors(report))
+    if (verdict := _verdict(report)) is not None:
+        parts.append(verdict)
+    return Group(*parts)
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits that mean something; ``-`` where nothing was measured."""
+    if value is None:
+        return _NOTHING
+    if value < 10:  # noqa: PLR2004  # from here on, decimals would claim more than we know
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"  # noqa: PLR2004  # same
+
+
+def share(value: float | None) -> str:
+    """A percentage; only a whole 1 reads 100 %, so that one failure in a million shows."""
+    if value is None:
+        return _NOTHING
+    text = f"{100 * value:.1f} %"
+    return "99.9+ %" if text == "100.0 %" and value < 1 else text
+
+
+def _summary(report: Report) -> Table:
+    overall = report.overall
+    table = Table(title="Replay", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "trace": report.about.trace,
+        "server": f"{report.about.url}  model {report.about.model}",
+        "requests": (
+            f"{overall.offered:,} offered, {overall.completed:,} completed, "
+            f"{overall.failed:,} failed"
+        ),
+        "duration": f"{report.duration_s:.1f} s, at most {report.in_flight_max:,} in flight",
+        "throughput": (
+            f"{report.throughput_rps:.2f} requests/s of {report.offered_rps:.2f} offered; "
+            f"{report.output_tokens_per_s:,.0f} output tokens/s, "
+            f"{report.input_tokens_per_s:,.0f} input tokens/s"
+        ),
+        "goodput": (
+            f"{overall.goodput_rps:.2f} requests/s; "
+            f"SLO attainment {share(overall.slo_attainment)} of those offered"
+        ),
+        "mesh overhead": _line(report.overhead_ms),
+        "sent late by": _line(report.lag_ms),
+    }
+    if report.replicas:
+        rows["replicas"] = ", ".join(f"{name} {count:,}" for name, count in report.replicas.items())
+    if report.unsent:
+        rows["not sent"] = f"{report.unsent:,}: the replay was interrupted"
+    if report.resends:
+        rows["resent"] = f"{report.resends:,} on a new connection: a kept one had closed"
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _line(spread: Spread | None) -> str:
+    if spread is None:
+        return _NOTHING
+    return (
+        f"p50 {milliseconds(spread.p50)} ms, p99 {milliseconds(spread.p99)} ms, "
+        f"max {milliseconds(spread.max)} ms"
+    )
+
+
+def _latencies(report: Report) -> Table:
+    table = Table(title="Latency in ms, of completed requests", title_justify="left")
+    table.add_column("type", no_wrap=True)
+    for name in ("offered", "failed", "SLO"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in _LATENCIES:
+        table.add_column(f"{name}\np50 / p90 / p99", justify="right")
+    for label, entry in report.types.items():
+        table.add_row(*_cells(label, entry))
+    table.add_section()
+    table.add_row(*_cells("all", report.overall), style="bold")
+    return table
+
+
+def _cells(label: str, entry: TypeReport) -> list[Text]:
+    spreads = (entry.ttft_ms, entry.tpot_ms, entry.itl_ms, entry.e2e_ms)
+    texts = [label, f"{entry.offered:,}", f"{entry.failed:,}", share(entry.slo_attainment)]
+    texts += [
+        _NOTHING
+        if spread is None
+        else " / ".join(milliseconds(value) for value in (spread.p50, spread.p90, spread.p99))
+        for spread in spreads
+    ]
+    return [Text(text) for text in texts]
+
+
+def _errors(report: Report) -> Table:
+    table = Table(title="Errors", title_justify="left")
+    table.add_column("code", no_wrap=True)
+    table.add_column("requests", justify="right")
+    table.add_column("the first said")
+    for code, count in report.errors.items():
+        table.add_row(Text(code), f"{count:,}", Text(report.error_examples.get(code, "")))
+    return table
+
+
+def _verdict(report: Report) -> Text | None:
+    """What a reader should know before believing the numbers."""
+    lag = report.lag_ms
+    if lag is not None and lag.p99 > _LAG_MS_MAX:
+        return Text(
+            f"The load generator sent late (p99 {milliseconds(lag.p99)} ms): this machine is too "
+            "busy for the offered load, and the latencies here are partly its own.",
+            style="yellow",
+        )
+    return None
+
+
+_LAG_MS_MAX = 100.0

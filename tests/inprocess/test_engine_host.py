@@ -1,0 +1,232 @@
+"""The engine host: engines that block, break, hang, or are given up while they start."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from services.worker.engine.factory import EngineFactory
+from services.worker.engine.interface import Engine, StepResult
+from services.worker.engine.modelled import ModelledEngine
+from services.worker.engine_host import EngineHost
+from services.worker.events import (
+    Admission,
+    EngineBroken,
+    EngineReady,
+    EngineStart,
+    EngineStopped,
+    RequestRefused,
+    RequestsEnded,
+)
+from services.worker.outbox import Outbox
+from shared.bus_memory import MemoryBus
+from shared.clock import SystemClock
+from shared.mesh import ModelledEngineSettings
+from shared.messages.base import Message, decode
+from shared.messages.requests import TokenChunk, TokenChunks
+from shared.telemetry import Metrics
+from tests.worker_driver import spec, submit
+
+SETTINGS = ModelledEngineSettings(base_s=0.0, start_s=0.0, running_max=2, waiting_max=2)
+NAP_S = 0.02
+
+
+class SlowEngine(ModelledEngine):
+    """Blocks like a GPU: each step waits for ``may_step``, and raises ``fault`` if there is one."""
+
+    blocking = True  # pyright: ignore[reportAssignmentType]  # a class constant in the base
+
+    def __init__(self) -> None:
+        super().__init__(SETTINGS, context_tokens_max=4096)
+        self.may_step = threading.Event()
+        self.fault: Exception | None = None
+        self.closed = False
+
+    def step(self) -> StepResult:
+        self.may_step.wait(5)
+        if self.fault is not None:
+            raise self.fault
+        return StepResult(super().step().chunks)
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+
+
+@dataclass
+class Bench:
+    """An engine host with its engine, and what came out of it."""
+
+    engine: SlowEngine
+    host: EngineHost
+    bus: MemoryBus
+    events: list[Message] = field(default_factory=list[Message])
+
+    def chunks(self) -> list[TokenChunk]:
+        sent = [decode(payload, TokenChunks) for _, payload in self.bus.sent]
+        return [chunk for message in sent for chunk in message.chunks]
+
+    def admit(self, request_id: str, *, tokens: int = 3) -> RequestRefused | None:
+        return self.host.admit(Admission(f"{request_id}/0", submit(request_id, tokens=tokens)))
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():  # conditions are about what came out
+                await asyncio.sleep(0.001)
+
+    async def heard(self, kind: type[Message]) -> Message:
+        await self.until(lambda: any(isinstance(event, kind) for event in self.events))
+        return next(event for event in self.events if isinstance(event, kind))
+
+
+@asynccontextmanager
+async def bench(
+    build: Callable[[SlowEngine], Engine] | None = None,
+) -> AsyncGenerator[Bench]:
+    engine = SlowEngine()
+    factory = EngineFactory(
+        build=lambda _: build(engine) if build else engine,
+        delay_s=0.0,
+        running_max=2,
+        waiting_max=2,
+    )
+    bus, events = MemoryBus(), list[Message]()
+    host = EngineHost(
+        EngineStart(spec(), 1),
+        factory,
+        outbox=Outbox(bus, incarnation="run", delay_s=0.001, metrics=Metrics("worker")),
+        clock=SystemClock(),
+        feed=events.append,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(host.run())
+        yield Bench(engine, host, bus, events)
+        engine.may_step.set()
+        host.stop()
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await scenario()
+
+    asyncio.run(main())
+
+
+def test_loop_stays_live_while_the_engine_blocks() -> None:
+    """Otherwise one long step would stop heartbeats, and the ingress would give up on it."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.admit("a")
+            await asyncio.sleep(NAP_S)  # returns although the step does not
+            assert not b.chunks()
+            b.engine.may_step.set()
+            await b.heard(RequestsEnded)
+            assert [chunk.position for chunk in b.chunks()] == [0, 1, 2]
+
+    run(scenario)
+
+
+def test_abort_during_a_step_silences_and_frees() -> None:
+    """Otherwise chunks would follow an abort, and the request would be computed to its end."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.admit("a", tokens=1000)
+            await asyncio.sleep(NAP_S)
+            b.host.abort("a/0")
+            b.engine.may_step.set()
+            await b.until(lambda: not b.engine.has_work)
+            assert not b.chunks()
+
+    run(scenario)
+
+
+def test_requests_that_come_during_a_step_join_the_next_or_are_refused() -> None:
+    """Otherwise they would race with the step, or be lost."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.admit("q0")
+            await asyncio.sleep(NAP_S)
+            for n in range(1, 6):
+                assert b.admit(f"q{n}") is None
+            b.engine.may_step.set()
+            await b.until(lambda: sum(isinstance(e, RequestRefused) for e in b.events) == 2)
+            await b.until(lambda: sum(c.finish == "length" for c in b.chunks()) == 4)
+
+    run(scenario)
+
+
+def test_engine_that_raises_is_closed_and_reported_with_its_cause() -> None:
+    """Otherwise an operator would not learn that the GPU ran out of memory."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.engine.fault = MemoryError("3 GiB wanted")
+            b.engine.may_step.set()
+            b.admit("a")
+            broken = await b.heard(EngineBroken)
+            assert isinstance(broken, EngineBroken)
+            assert broken.detail == "MemoryError: 3 GiB wanted"
+            assert b.engine.closed
+
+    run(scenario)
+
+
+def test_engine_that_cannot_load_is_reported() -> None:
+    """Otherwise a bad checkpoint would look like a slow start."""
+
+    def refuse(_: SlowEngine) -> Engine:
+        raise OSError("no such folder")
+
+    async def scenario() -> None:
+        async with bench(refuse) as b:
+            broken = await b.heard(EngineBroken)
+            assert isinstance(broken, EngineBroken)
+            assert broken.detail == "OSError: no such folder"
+
+    run(scenario)
+
+
+def test_stuck_step_shows_as_stalled() -> None:
+    """Otherwise a hung device would keep sending heartbeats."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            assert not b.host.measured(stall_s=0.0).stalled
+            b.admit("a")
+            await asyncio.sleep(NAP_S)
+            assert b.host.measured(stall_s=0.001).stalled
+            assert not b.host.measured(stall_s=60.0).stalled
+            b.engine.may_step.set()
+            await b.heard(RequestsEnded)
+            assert not b.host.measured(stall_s=0.001).stalled
+
+    run(scenario)
+
+
+def test_start_given_up_frees_the_engine() -> None:
+    """Otherwise a replica stopped while it loads would stay in memory."""
+    loading = threading.Event()
+
+    def load(engine: SlowEngine) -> Engine:
+        loading.wait(5)
+        return engine
+
+    async def scenario() -> None:
+        async with bench(load) as b:
+            b.host.stop()
+            await asyncio.sleep(NAP_S)
+            loading.set()
+            await b.heard(EngineStopped)
+            assert b.engine.closed
+            assert not any(isinstance(event, EngineReady) for event in b.events)
+
+    run(scenario)
