@@ -8,6 +8,7 @@ in use a request is refused here and counted as such; it never waits in a queue 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 
 from loadgen import results
 from loadgen.completion import ClientOptions, RequestWriter
@@ -17,6 +18,7 @@ from loadgen.stream import StreamReader
 from loadgen.workload.records import TraceRecord
 from shared.errors import ConfigInvalid
 
+_PUNCTUAL_S = 0.0005  # a timer is no finer than this; sooner than this is now
 _SHORT_WAIT_S = 0.5  # waiting on the event costs twice a sleep
 
 __all__ = ["ClientOptions", "Progress", "closed_loop", "replay"]
@@ -77,17 +79,16 @@ async def closed_loop(
 
 
 async def _send_on_time(run: "_Run", records: Sequence[TraceRecord]) -> None:
-    loop = asyncio.get_running_loop()
     for record in records:
         if run.progress.stop.is_set():
             return
         request = run.prepared(record)  # before it is due, so that it leaves on time
         due_s = run.origin_s + record.timestamp_s
-        delay_s = due_s - loop.time()
-        if delay_s > 0 and await _stopped_within(run.progress.stop, delay_s):
+        delay_s = due_s - monotonic()
+        if delay_s >= _PUNCTUAL_S and await _stopped_within(run.progress.stop, delay_s):
             return
         run.send(record, request)
-        if delay_s <= 0:
+        if delay_s < _PUNCTUAL_S:
             # We are late, or several are due at once: let answers be read, send the rest next.
             await asyncio.sleep(0)
 
@@ -124,7 +125,7 @@ class _Run:
         self._readers: dict[int, StreamReader] = {}
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self.origin_s = self._loop.time()
+        self.origin_s = monotonic()
         self.next_record: Iterator[TraceRecord] | None = None
         self.results: list[RequestResult] = []
 
@@ -134,7 +135,7 @@ class _Run:
 
     def send(self, record: TraceRecord, request: bytes) -> None:
         options = self._options
-        now_s = self._loop.time()
+        now_s = monotonic()
         result = RequestResult(
             index=len(self.results),
             scheduled_s=record.timestamp_s if self.next_record is None else now_s - self.origin_s,
@@ -210,7 +211,7 @@ class _Run:
         if code == results.NOT_SENT:
             result.sent_s = None
         elif result.e2e_s is None:
-            result.e2e_s = self._loop.time() - self.origin_s - (result.sent_s or 0.0)
+            result.e2e_s = monotonic() - self.origin_s - (result.sent_s or 0.0)
         progress = self.progress
         progress.in_flight -= 1
         if code == results.OK:

@@ -47,8 +47,8 @@ def draw(report: Report, path: Path) -> None:
     overall = report.overall
     attained = overall.slo_attainment
     title = (
-        f"{report.about.trace or 'replay'}: {overall.completed:,} of {overall.offered:,} requests "
-        f"completed, {report.output_tokens_per_s:,.0f} output tokens/s"
+        f"{Path(report.about.trace).name or 'replay'}: {overall.completed:,} of "
+        f"{overall.offered:,} requests completed, {report.output_tokens_per_s:,.0f} output tokens/s"
     )
     if attained is not None:
         title += f", SLO attainment {100 * attained:.1f} %"
@@ -86,7 +86,7 @@ def _draw_load(axes: Axes, report: Report) -> None:
             zorder=5,
             clip_on=False,
         )
-    _finish(axes, ylabel="requests / s", title="Load by type")
+    _finish(axes, report, ylabel="requests / s", title="Load by type")
 
 
 def _few_types(series: dict[str, list[float]], report: Report) -> dict[str, list[float]]:
@@ -100,6 +100,8 @@ def _few_types(series: dict[str, list[float]], report: Report) -> dict[str, list
 
 
 def _draw_latency(axes: Axes, report: Report) -> None:
+    from matplotlib import ticker  # noqa: PLC0415  # optional, and slow to import
+
     line = report.timeline
     times_s = _times_s(report)
     for name, colour, middle, tail in (
@@ -113,8 +115,14 @@ def _draw_latency(axes: Axes, report: Report) -> None:
         axes.fill_between(times_s, lower, upper, color=colour, alpha=0.10, linewidth=0)
     if report.overall.completed:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    _finish(axes, ylabel="ms, log scale", title="Latency of completed requests, by time of arrival")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    _finish(
+        axes,
+        report,
+        ylabel="ms, log scale",
+        title="Latency of completed requests, by time of arrival",
+    )
 
 
 def _draw_tokens(axes: Axes, report: Report) -> None:
@@ -122,15 +130,16 @@ def _draw_tokens(axes: Axes, report: Report) -> None:
     rates = report.timeline.output_tokens_per_s
     axes.fill_between(times_s, rates, color=_COLOURS[2], alpha=0.25, linewidth=0)
     axes.plot(times_s, rates, color=_COLOURS[2], linewidth=1.8, label="output tokens received")
-    _finish(axes, ylabel="tokens / s", title="Output tokens")
+    _finish(axes, report, ylabel="tokens / s", title="Output tokens")
 
 
-def _finish(axes: Axes, *, ylabel: str, title: str) -> None:
+def _finish(axes: Axes, report: Report, *, ylabel: str, title: str) -> None:
     axes.set_ylabel(ylabel)
     axes.set_title(title, loc="left", fontsize=10.5)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, report.timeline.buckets * report.timeline.bucket_s)
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(visible=True, which="major", alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -153,16 +153,14 @@ async def _replay_shown(options: ReplayOptions, console: Console) -> Report:
         transient=True,
         auto_refresh=False,
     )
+    task = bar.add_task("", total=len(arrivals), state="")
+    shown = _Shown(bar, task, progress)
     try:
         with bar:
-            task = bar.add_task("", total=len(arrivals), state="")
-            async with asyncio.TaskGroup() as tasks:
-                shown = tasks.create_task(_show(bar, task, progress))
-                try:
-                    return await replay_arrivals(arrivals, options, progress=progress)
-                finally:
-                    shown.cancel()
+            shown.refresh()
+            return await replay_arrivals(arrivals, options, progress=progress)
     finally:
+        shown.end()
         loop.remove_signal_handler(signal.SIGINT)
 
 
@@ -171,12 +169,24 @@ def _interrupted(progress: client.Progress) -> None:
     asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)  # a second one ends us
 
 
-async def _show(bar: Progress, task: TaskID, progress: client.Progress) -> None:
-    while True:
+class _Shown:
+    """Redraws the bar a few times a second, as long as the replay lasts."""
+
+    def __init__(self, bar: Progress, task: TaskID, progress: client.Progress) -> None:
+        self._bar, self._task, self._progress = bar, task, progress
+        self._next: asyncio.TimerHandle | None = None
+
+    def refresh(self) -> None:
+        progress = self._progress
         state = f"{progress.in_flight:,} in flight, {progress.failed:,} failed"
-        bar.update(task, completed=progress.completed + progress.failed, state=state)
-        bar.refresh()
-        await asyncio.sleep(_PROGRESS_PERIOD_S)
+        ended = progress.completed + progress.failed
+        self._bar.update(self._task, completed=ended, state=state)
+        self._bar.refresh()
+        self._next = asyncio.get_running_loop().call_later(_PROGRESS_PERIOD_S, self.refresh)
+
+    def end(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
 
 
 def _vocabulary(text: str) -> tuple[int, int]:

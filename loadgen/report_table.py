@@ -24,9 +24,10 @@ def milliseconds(value: float | None) -> str:
     """Three digits that mean something; ``-`` where nothing was measured."""
     if value is None:
         return _NOTHING
-    if value < 10:  # noqa: PLR2004  # from here on, decimals would claim more than we know
+    magnitude = round(abs(value), 2)
+    if magnitude < 10:  # noqa: PLR2004  # three digits
         return f"{value:.2f}"
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"  # noqa: PLR2004  # same
+    return f"{value:.1f}" if round(magnitude, 1) < 100 else f"{value:,.0f}"  # noqa: PLR2004  # same
 
 
 def share(value: float | None) -> str:

@@ -66,7 +66,7 @@ class StreamReader:
     ) -> None:
         self.result = result
         self.connection: Connection | None = None
-        self._origin_s = origin_s  # the replay's start, on the loop's clock
+        self._origin_s = origin_s  # the replay's start, on the monotonic clock
         self._on_over = on_over
         self._keep_tokens, self._chunks_max = keep_tokens, chunk_times_max
         self._partial = b""

@@ -8,6 +8,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic  # not the loop's clock: uvloop's counts whole milliseconds
 from typing import Protocol, cast
 
 from loadgen.results import BAD_ANSWER
@@ -52,7 +53,6 @@ class Connection(asyncio.Protocol):
         "_in_body",
         "_keep_alive",
         "_left",
-        "_loop",
         "_on_closed",
         "_on_free",
         "_payload",
@@ -68,7 +68,6 @@ class Connection(asyncio.Protocol):
         on_closed: Callable[["Connection", Lost | None], None],
     ) -> None:
         self._on_free, self._on_closed = on_free, on_closed
-        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._payload = b""
@@ -120,7 +119,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool | None:
         if self._in_body and not self._chunked and self._left is None:
             self._keep_alive = False
-            self._finish(self._loop.time())
+            self._finish(monotonic())
         return None
 
     def data_received(self, data: bytes) -> None:
@@ -132,7 +131,7 @@ class Connection(asyncio.Protocol):
             data = self._pending + data
             self._pending = b""
         try:
-            self._parse(data, self._loop.time())
+            self._parse(data, monotonic())
         except BadAnswer as error:
             exchange = self._exchange
             self.abort()

@@ -3,8 +3,7 @@
 """The message bus: a small protocol, and NATS behind it. Only bus_storage imports nats too.
 
 Publishing is at most once. What must not be lost is either repeated by its owner (plans, reports,
-commands) or detected by position (token chunks). State lives in one KV bucket by compare-and-set,
-events in one bounded stream.
+commands) or detected by position (token chunks).
 """
 
 import asyncio
@@ -168,7 +167,7 @@ class NatsBus:
                     reconnected_cb=self._on_reconnect,
                 )
         except (TimeoutError, nats.errors.Error, OSError) as error:
-            await self._client.close()
+            await self._leave()
             raise BusUnavailable(
                 f"broker at {where} refused us: {error!r}; check bus.url, bus.user and bus.password"
             ) from error
@@ -183,7 +182,7 @@ class NatsBus:
                 journal_age_s_max=config.journal_age_s_max,
             )
         except (TimeoutError, nats.errors.Error) as error:
-            await self._client.close()
+            await self._leave()
             raise BusUnavailable(
                 f"JetStream at {where} cannot keep our state and events: {error!r}; "
                 "start nats-server with JetStream enabled (-js) and a writable store"
@@ -272,15 +271,16 @@ class NatsBus:
         return found
 
     async def close(self) -> None:
-        if self._client.is_closed or not self._opened:
+        if not self._opened or self._client.is_closed:
             return
-        if not self._client.is_connected:
-            await self._client.close()
-            return
-        try:
-            async with asyncio.timeout(self._config.state_timeout_s):
-                await self._client.drain()
-        except (TimeoutError, nats.errors.Error):
+        if self._client.is_connected:
+            with suppress(TimeoutError, nats.errors.Error):
+                async with asyncio.timeout(self._config.state_timeout_s):
+                    await self._client.drain()
+        await self._leave()
+
+    async def _leave(self) -> None:
+        with suppress(OSError, nats.errors.Error):  # nats-py still writes to a dead connection
             await self._client.close()
 
     def _too_large(self, subject: str, size_bytes: int) -> PayloadTooLarge:

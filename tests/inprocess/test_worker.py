@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -21,6 +22,7 @@ from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import (
     DrainReplica,
     ReplicaDrained,
+    ReplicaFailed,
     ReplicaReport,
     ReplicaStarted,
     ReplicaStopped,
@@ -41,6 +43,7 @@ from shared.subjects import (
     ABORT_REQUEST,
     DRAIN_REPLICA,
     REPLICA_DRAINED,
+    REPLICA_FAILED,
     REPLICA_REPORT,
     REPLICA_STARTED,
     REPLICA_STOPPED,
@@ -95,8 +98,8 @@ class Neighbour:
         return next((c.finish for c in self.chunks(request_id, attempt) if c.finish), None)
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110  # conditions are about what was heard
+        async with asyncio.timeout(20):
+            while not condition():  # conditions are about what was heard
                 await asyncio.sleep(0.002)
 
     async def start_replica(self) -> None:
@@ -125,7 +128,10 @@ def submission(request_id: str, *, tokens: int = 8, attempt: int = 0) -> SubmitR
 
 @asynccontextmanager
 async def worker(
-    settings: ModelledEngineSettings = FAST, config: WorkerConfig = CONFIG
+    settings: ModelledEngineSettings = FAST,
+    config: WorkerConfig = CONFIG,
+    *,
+    topology: MeshConfig | None = None,
 ) -> AsyncGenerator[Neighbour]:
     bus = MemoryBus()
     context = ServiceContext(
@@ -134,7 +140,7 @@ async def worker(
         bus=bus,
         clock=SystemClock(),
         ids=CountedIds(),
-        mesh=mesh(settings),
+        mesh=topology or modelled_mesh(settings),
         metrics=Metrics("worker"),
         tracing=Tracing(TelemetryConfig(), service="worker", instance_id="w"),
     )
@@ -152,7 +158,7 @@ async def worker(
         context.stopping.set()
 
 
-def mesh(settings: ModelledEngineSettings) -> MeshConfig:
+def modelled_mesh(settings: ModelledEngineSettings) -> MeshConfig:
     return MeshConfig(
         model=ModelSpec(model_id="tiny"),
         engine=EngineSpec(kind="modelled", modelled=settings),
@@ -350,6 +356,51 @@ def test_replica_starts_again_after_a_stop() -> None:
             await mesh.until(lambda: mesh.of(ReplicaStarted))
             await mesh.submit("b")
             await mesh.until(lambda: mesh.finish("b"))
+
+    run(scenario)
+
+
+@pytest.mark.torch
+def test_torch_engine_serves_behind_the_same_worker(tmp_path: Path) -> None:
+    """Otherwise the modelled mesh would run, and the one with real tokens not."""
+    pytest.importorskip("torch", reason="needs the torch extra")
+    from services.worker.engine.torch_engine.make_model import make_model  # noqa: PLC0415
+
+    make_model(tmp_path)
+    topology = MeshConfig(
+        model=ModelSpec(model_id="tiny", path=str(tmp_path)),
+        engine=EngineSpec(kind="torch", torch={"threads": 1, "kv_blocks": 64}),
+        nodes=(NodeSpec(node_id="n0"),),
+    )
+
+    async def scenario() -> None:
+        async with worker(topology=topology) as mesh:
+            await mesh.start_replica()
+            await mesh.submit("a", tokens=12)
+            await mesh.submit("long", tokens=10**6)
+            await mesh.until(lambda: mesh.finish("a") and mesh.finish("long"))
+            tokens = [token for chunk in mesh.chunks("a") for token in chunk.tokens]
+            assert len(tokens) == 12 or mesh.finish("a") == "stop"
+            assert mesh.chunks("long")[-1].failure == "too_long"
+
+    run(scenario)
+
+
+def test_bad_checkpoint_is_reported_with_its_cause(tmp_path: Path) -> None:
+    """Otherwise an operator would see a replica that never comes up, and not why."""
+    topology = MeshConfig(
+        model=ModelSpec(model_id="tiny", path=str(tmp_path / "nothing")),
+        engine=EngineSpec(kind="torch"),
+        nodes=(NodeSpec(node_id="n0"),),
+    )
+
+    async def scenario() -> None:
+        async with worker(topology=topology) as mesh:
+            await mesh.listen(REPLICA_FAILED)
+            await mesh.tell(START_REPLICA, StartReplica(epoch=1, worker_id=WORKER, replica=spec()))
+            await mesh.until(lambda: mesh.of(ReplicaFailed))
+            assert "nothing" in mesh.of(ReplicaFailed)[0].detail
+            assert mesh.of(WorkerReport)[-1].replicas[0].phase == "failed"
 
     run(scenario)
 

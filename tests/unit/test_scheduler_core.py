@@ -39,7 +39,7 @@ def report(worker_id: str, *, leaving: bool = False, model: str = "m") -> Worker
     return WorkerReport(
         worker_id=worker_id,
         incarnation="i1",
-        node_id=worker_id.split("-")[0],
+        node_id=worker_id.partition("-")[0],
         gpu=GpuSpec(gpu_id=worker_id),
         models=(model,),
         leaving=leaving,
@@ -210,6 +210,7 @@ def test_a_late_plan_in_force_is_ignored_unless_ours_fell_silent() -> None:
     assert said(run.second(), AdoptPlan) == []
     run.now_s += 10.0
     run.in_force(EMPTY, 0)
+    run.second()  # the workers were silent as well, and settle first
     (adopt,) = said(run.second(), AdoptPlan)
     assert (adopt.plan.plan_id, adopt.based_on_epoch) == (plan.plan_id, 0)
 

@@ -47,11 +47,11 @@ def test_replicas_that_can_stay_do_stay() -> None:
                  {"n0-g1": "cpu"})  # fmt: skip
     assert placement(moved) == {"a": ("n0-g0",), "b": ("n1-g0",)}
     assert "b moves from n0-g1 to n1-g0" in moved.reason
+    assert moved.plan is not None
     back = plan(
         [wish("a", "n0-g0"), wish("b", "n0-g1")], offers("n0-g0", "n0-g1", "n1-g0"), moved.plan
     )
     assert back.plan is not None
-    assert moved.plan is not None
     assert back.plan.plan_id == moved.plan.plan_id
 
 

@@ -8,8 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
+from services.worker.engine.interface import EngineRequest  # noqa: E402
 from services.worker.engine.torch_engine.make_model import make_model  # noqa: E402
-from shared.errors import ConfigInvalid, Rejected  # noqa: E402
+from shared.errors import ConfigInvalid, EngineFailed, Rejected  # noqa: E402
+from shared.messages.requests import SamplingParams  # noqa: E402
 from shared.text import load_tokenizer  # noqa: E402
 from tests.unit.engine_contract import run  # noqa: E402
 from tests.unit.torch_oracle import (  # noqa: E402
@@ -103,6 +105,27 @@ def test_broken_weights_fail_the_request_by_name(folder: Path, tmp_path: Path) -
     assert "not finite" in chunk.detail
     engine.check()
     assert not engine.has_work
+
+
+def test_failing_device_loses_the_replica(folder: Path) -> None:
+    """Otherwise a worker would meet an error that it cannot tell from a bug of its own, and its
+    requests would hang instead of moving to another replica."""
+    engine = load(folder)
+    stage = engine._stage  # pyright: ignore[reportPrivateUsage]  # stands for a broken device
+    assert stage is not None
+    weights = stage._weights  # pyright: ignore[reportPrivateUsage]
+    weights.layers[0].down.resize_(1, 1)
+    engine.add(greedy_request("a", [1, 2, 3], 5))
+    complete = EngineRequest(
+        key="complete",
+        prompt_tokens=[1],
+        output_tokens=[2],
+        sampling=SamplingParams(output_tokens_max=1),
+    )
+    engine.add(complete)
+    with pytest.raises(EngineFailed, match="batch of 3 tokens"):
+        engine.step()
+    assert sorted(engine.drop_all()) == ["a", "complete"]
 
 
 @pytest.mark.parametrize(

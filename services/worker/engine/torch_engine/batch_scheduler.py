@@ -67,6 +67,7 @@ class BatchScheduler:
     def __init__(
         self, kv: KvBlocks, *, batch_tokens_max: int, running_max: int, waiting_max: int
     ) -> None:
+        assert batch_tokens_max >= running_max, "each running request decodes in every step"
         self.kv = kv
         self.preemptions = 0
         self._batch_tokens_max = batch_tokens_max
@@ -86,6 +87,11 @@ class BatchScheduler:
         return len(self._waiting)
 
     @property
+    def live_max(self) -> int:
+        """A free row counts as room in the queue, since the next step will take from it."""
+        return self._running_max + self._waiting_max
+
+    @property
     def tokens_pending(self) -> int:
         return sum(sequence.tokens_pending for sequence in self._live.values())
 
@@ -96,16 +102,13 @@ class BatchScheduler:
         return iter(self._live)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises Rejected when the queue is full or it can never be run.
-
-        A row that is free counts as room in the queue, since the next step will take from it.
-        """
+        """Queue a sequence; raises Rejected when the queue is full or it can never be run."""
         assert sequence.request.key not in self._live, sequence.request.key
         capacity = self.kv.total * self.kv.block_tokens
         if sequence.tokens_max - 1 > capacity:  # the last token is never computed
             detail = f"{sequence.tokens_max} tokens exceed the KV cache of {capacity} tokens"
             raise Rejected("too_long", detail)
-        if len(self._live) >= self._running_max + self._waiting_max:
+        if len(self._live) >= self.live_max:
             raise Rejected("overloaded", f"{len(self._waiting)} requests are waiting already")
         self._arrivals += 1
         sequence.number = self._arrivals
@@ -146,7 +149,7 @@ class BatchScheduler:
         self.kv.check()
         ages = [sequence.number for sequence in (*self._running, *self._waiting)]
         assert ages == sorted(set(ages)), "requests out of order"
-        assert len(ages) == len(self._live) <= self._running_max + self._waiting_max
+        assert len(ages) == len(self._live) <= self.live_max
         assert len(self._running) <= self._running_max
         blocks = 0
         for sequence in self._running:

@@ -111,6 +111,8 @@ class TorchEngine:
         stop = StopCheck(request, self._tokenizer)
         finish = stop.feed_earlier(request.output_tokens)
         if finish is not None:
+            if len(self._ended) >= self._scheduler.live_max:
+                raise Rejected("overloaded", "too many requests ended between two steps")
             self._ended[key] = EngineChunk(key, len(request.output_tokens), [], finish)
             return
         self._scheduler.add(Sequence(request))
@@ -122,18 +124,16 @@ class TorchEngine:
 
     @torch.inference_mode()
     def step(self) -> StepResult:
-        chunks = list(self._ended.values())
-        self._ended.clear()
         work = self._scheduler.schedule()
-        if not work:
-            return StepResult(chunks)
-        logits = self._forward(work)
-        for chunk in work:
-            self._scheduler.commit(chunk)
-        sampled = [chunk.sequence for chunk in work if chunk.samples]
-        if sampled:
-            chunks += self._sample(sampled, logits)
-        return StepResult(chunks)
+        try:
+            made = self._run(work) if work else []
+        except RuntimeError as error:  # torch raises it for lost devices and lack of memory
+            tokens = sum(chunk.count for chunk in work)
+            detail = f"the model failed on a batch of {tokens} tokens: {error}"
+            raise EngineFailed(detail) from error
+        ended = list(self._ended.values())
+        self._ended.clear()
+        return StepResult(ended + made)
 
     def drop_all(self) -> list[str]:
         keys = [*self._ended, *self._scheduler]
@@ -163,15 +163,13 @@ class TorchEngine:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _forward(self, work: list[Chunk]) -> Tensor:
+    def _run(self, work: list[Chunk]) -> list[EngineChunk]:
         assert self._stage is not None, "the engine is closed"
-        batch = self._builder.build(work, self._scheduler.kv)
-        try:
-            return self._stage.forward(batch)
-        except RuntimeError as error:  # torch raises it for lost devices and lack of memory
-            raise EngineFailed(
-                f"the model failed on a batch of {len(batch.tokens)} tokens: {error}"
-            ) from error
+        logits = self._stage.forward(self._builder.build(work, self._scheduler.kv))
+        sampled = [chunk.sequence for chunk in work if chunk.samples]
+        for chunk in work:
+            self._scheduler.commit(chunk)
+        return self._sample(sampled, logits) if sampled else []
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[EngineChunk]:
         params = [sequence.request.sampling for sequence in sequences]

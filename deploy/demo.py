@@ -1,0 +1,150 @@
+"""``make demo``: a mesh, two minutes of a real trace, and a worker killed in the middle of it.
+
+Ends with 0 only if every request completed. The load is fitted to the machine: first a batch of
+the trace's requests all at once tells how many per second the mesh can finish, then the trace is
+replayed at about half of that rate, so that the loss of one of two replicas hurts but is bearable.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from deploy.local import LocalMesh
+from loadgen.client import Progress
+from loadgen.replay import write_outputs
+from loadgen.report import Report
+from loadgen.report_table import report_tables
+from loadgen.run import GENERATOR, ReplayOptions, load_arrivals, replay_arrivals
+from loadgen.workload.arrivals import Selection
+from loadgen.workload.records import TraceRecord
+from shared.errors import OServeError
+
+TOPOLOGY = Path("deploy/topologies/laptop.toml")
+OUTPUTS = Path(".oserve/demo")
+TRACE = "azure2023_code_conv.csv.gz"
+TRACES = "../shared/traces"  # where the project's traces lie beside a checkout
+TRACE_START_S = 600.0
+LENGTH_SCALE = 1 / 4  # the trace is of large models: a tiny one on a CPU gets smaller prompts
+OUTPUT_TOKENS_MAX = 256
+CALIBRATION_REQUESTS = 96
+UTILISATION = 0.5
+RATE_SCALE_MAX = 8.0  # beyond, two minutes would show the load generator rather than the mesh
+PROGRESS_S = 10.0
+VICTIM = "worker-n0-g0"
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m deploy.demo", description=__doc__)
+    parser.add_argument("--duration", type=float, default=120.0, help="seconds of the trace")
+    parser.add_argument("--out", type=Path, default=OUTPUTS, help="folder of report and picture")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        completed = asyncio.run(_demo(arguments.duration, arguments.out))
+    except OServeError as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0 if completed else 1)
+
+
+async def _demo(duration_s: float, out: Path) -> bool:
+    say("starting the mesh: broker, 2 torch workers, 2 routers, ingress, and the control plane")
+    overrides = [f"up.data_dir={out / 'mesh'}"]
+    async with LocalMesh(TOPOLOGY, overrides=overrides, port=0, say=say) as mesh:
+        say(f"ready at {mesh.url}; logs in {mesh.log_dir}")
+        options = _options(mesh.url, duration_s)
+        capacity_rps = await _capacity_rps(options)
+        arrivals, scale = _fitted(options, capacity_rps, duration_s)
+        say(
+            f"the mesh finishes {capacity_rps:.1f} requests/s of this trace when pressed; replaying "
+            f"{len(arrivals)} requests in {duration_s:g} s (rate x {scale:.2f})"
+        )
+        report = await _replay_and_kill(mesh, options, arrivals, duration_s)
+    console.print(report_tables(report))
+    for path in write_outputs(report, report=out / "report.json", picture=out / "report.png"):
+        say(f"written: {path}")
+    verdict = "every request completed" if report.all_completed else "some requests did not complete"
+    say(f"{verdict}, although {VICTIM} was killed half way through")
+    return report.all_completed
+
+
+def _options(url: str, duration_s: float) -> ReplayOptions:
+    """The trace beside the checkout if there is one, else the built-in workload."""
+    trace = Path(os.environ.get("OSERVE_TRACES", TRACES)) / TRACE
+    real = trace.exists()
+    say(f"trace: {trace}" if real else f"no {trace}: using the built-in workload")
+    selection = Selection(
+        start_s=TRACE_START_S if real else 0.0,
+        duration_s=duration_s,
+        length_scale=LENGTH_SCALE,
+        output_tokens_max=OUTPUT_TOKENS_MAX,
+    )
+    return ReplayOptions(trace=str(trace) if real else GENERATOR, url=url, selection=selection)
+
+
+async def _capacity_rps(options: ReplayOptions) -> float:
+    """Requests per second when the mesh always has some waiting. The first ones warm it up."""
+    records = load_arrivals(options)
+    sample = list(itertools.islice(itertools.cycle(records), CALIBRATION_REQUESTS))
+    at_once = [msgspec.structs.replace(record, timestamp_s=0.0) for record in sample]
+    await replay_arrivals(at_once[: CALIBRATION_REQUESTS // 8], options)
+    report = await replay_arrivals(at_once, options)
+    if not report.all_completed:
+        raise OServeError(f"not every request completed while calibrating: {report.errors}")
+    return report.throughput_rps
+
+
+def _fitted(
+    options: ReplayOptions, capacity_rps: float, duration_s: float
+) -> tuple[list[TraceRecord], float]:
+    """The trace's requests at the rate that fits, and the scale that makes it so."""
+    offered_rps = len(load_arrivals(options)) / duration_s
+    scale = min(RATE_SCALE_MAX, UTILISATION * capacity_rps / offered_rps)
+    selection = msgspec.structs.replace(options.selection, rate_scale=scale)
+    return load_arrivals(msgspec.structs.replace(options, selection=selection)), scale
+
+
+async def _replay_and_kill(
+    mesh: LocalMesh, options: ReplayOptions, arrivals: list[TraceRecord], duration_s: float
+) -> Report:
+    progress = Progress()
+    async with asyncio.TaskGroup() as tasks:
+        shown = tasks.create_task(_show(progress, len(arrivals)))
+        murder = tasks.create_task(_kill(mesh, after_s=duration_s / 2))
+        report = await replay_arrivals(arrivals, options, progress=progress)
+        shown.cancel()
+        murder.cancel()
+    return report
+
+
+async def _kill(mesh: LocalMesh, *, after_s: float) -> None:
+    await asyncio.sleep(after_s)
+    say(f"SIGKILL to {VICTIM} (pid {mesh.pids()[VICTIM]})")
+    mesh.kill(VICTIM)
+
+
+async def _show(progress: Progress, offered: int) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        say(
+            f"{progress.completed} of {offered} completed, {progress.in_flight} in flight, "
+            f"{progress.failed} failed"
+        )
+
+
+def say(text: str) -> None:
+    console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

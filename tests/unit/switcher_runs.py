@@ -1,0 +1,206 @@
+"""A switcher under test, with a bucket and a clock that the test moves."""
+
+from typing import TypeVar
+
+from services.switcher.config import SwitcherConfig
+from services.switcher.core import Switcher
+from services.switcher.events import PhaseDeadline, Tick
+from shared.core import (
+    Effect,
+    Load,
+    Loaded,
+    Log,
+    Publish,
+    SetTimer,
+    Started,
+    Store,
+    StoreConflict,
+    Stored,
+)
+from shared.hardware import GpuSpec
+from shared.messages.base import Message
+from shared.messages.plans import AdoptPlan, DeploymentPlan, ReplicaSpec, StoredPlan
+from shared.messages.replicas import (
+    DrainReplica,
+    HostedReplica,
+    ReplicaDrained,
+    ReplicaFailed,
+    ReplicaPhase,
+    ReplicaStarted,
+    ReplicaStopped,
+    ResumeReplica,
+    StartReplica,
+    StopReplica,
+    WorkerReport,
+)
+
+M = TypeVar("M", bound=Message)
+CONFIG = SwitcherConfig()
+
+
+def replica(replica_id: str, *gpus: str) -> ReplicaSpec:
+    return ReplicaSpec(
+        replica_id=replica_id, model_id="m", parallelism=f"tp{len(gpus)}pp1", gpus=gpus
+    )
+
+
+def plan(plan_id: str, *replicas: ReplicaSpec) -> DeploymentPlan:
+    row = {spec.replica_id: 1.0 / len(replicas) for spec in replicas}
+    return DeploymentPlan(plan_id=plan_id, replicas=replicas, weights={"*": row})
+
+
+def hosted(
+    replica_id: str, epoch: int, phase: ReplicaPhase = "serving", *, rank: int = 0, tp: int = 1
+) -> HostedReplica:
+    return HostedReplica(
+        replica_id=replica_id, epoch=epoch, phase=phase, parallelism=f"tp{tp}pp1", rank=rank
+    )
+
+
+A = plan("A", replica("r0", "g0"))
+B = plan("B", replica("r1", "g1"))
+
+
+class Run:
+    """Events are handed in with the names of their workers; commands come back as short texts:
+    ``drain r0@g0 e2`` is DrainReplica of r0 on g0 under epoch 2."""
+
+    def __init__(self, config: SwitcherConfig = CONFIG) -> None:
+        self.core = Switcher(config)
+        self.now_s = 10.0
+        self.effects: list[Effect] = []
+        self.bucket: StoredPlan | None = None
+        self.revision = 0
+        self.epochs: dict[str, int] = {}
+        self.step(Started())
+
+    def step(self, event: Message) -> list[Effect]:
+        self.effects = self.core.step(event, self.now_s)  # type: ignore[arg-type]  # any of its events
+        self.core.check()
+        return self.effects
+
+    def loaded(self, stored: StoredPlan | None = None) -> list[Effect]:
+        """The bucket answers a Load."""
+        if stored is not None:
+            self.bucket, self.revision = stored, self.revision + 1
+        return self.step(Loaded(key="plan", message=self.bucket, revision=self.revision))
+
+    def write(self) -> list[Effect]:
+        """The bucket performs the Store among the last effects."""
+        (store,) = [effect for effect in self.effects if isinstance(effect, Store)]
+        assert isinstance(store.message, StoredPlan)
+        if store.revision != self.revision:
+            return self.step(StoreConflict(key="plan"))
+        self.bucket, self.revision = store.message, self.revision + 1
+        return self.step(Stored(key="plan", revision=self.revision))
+
+    def settled(self, *workers: str) -> "Run":
+        """An empty bucket, and workers that hold nothing."""
+        self.loaded()
+        self.write()
+        for worker_id in workers:
+            self.report(worker_id)
+        return self
+
+    def in_force(self, adopted: DeploymentPlan, epoch: int, *idle: str) -> "Run":
+        """``adopted`` is in force and served; ``idle`` workers hold nothing."""
+        self.loaded(StoredPlan(epoch=epoch, in_force=adopted, target_epoch=epoch))
+        for spec in adopted.replicas:
+            for rank, gpu in enumerate(spec.gpus):
+                self.report(gpu, hosted(spec.replica_id, epoch, rank=rank, tp=len(spec.gpus)))
+        for worker_id in idle:
+            self.report(worker_id)
+        return self
+
+    def adopt(self, wanted: DeploymentPlan, epoch: int) -> list[Effect]:
+        return self.step(AdoptPlan(plan=wanted, based_on_epoch=epoch))
+
+    def report(
+        self,
+        worker_id: str,
+        *held: HostedReplica,
+        incarnation: str = "i1",
+        leaving: bool = False,
+    ) -> list[Effect]:
+        return self.step(
+            WorkerReport(
+                worker_id=worker_id,
+                incarnation=incarnation,
+                node_id="n0",
+                gpu=GpuSpec(gpu_id=worker_id),
+                models=("m",),
+                replicas=held,
+                leaving=leaving,
+            )
+        )
+
+    def drained(self, part: str, epoch: int) -> list[Effect]:
+        replica_id, worker_id = part.split("@")
+        event = ReplicaDrained(epoch=epoch, worker_id=worker_id, replica_id=replica_id)
+        return self.step(event)
+
+    def stopped(self, part: str, epoch: int) -> list[Effect]:
+        replica_id, worker_id = part.split("@")
+        event = ReplicaStopped(epoch=epoch, worker_id=worker_id, replica_id=replica_id)
+        return self.step(event)
+
+    def started(self, part: str, epoch: int) -> list[Effect]:
+        replica_id, worker_id = part.split("@")
+        event = ReplicaStarted(epoch=epoch, worker_id=worker_id, replica_id=replica_id)
+        return self.step(event)
+
+    def failed(self, part: str, epoch: int, detail: str = "no memory") -> list[Effect]:
+        replica_id, worker_id = part.split("@")
+        return self.step(
+            ReplicaFailed(epoch=epoch, worker_id=worker_id, replica_id=replica_id, detail=detail)
+        )
+
+    def later(self, seconds: float = 0.5) -> list[Effect]:
+        """Time passes, then the periodic timer fires."""
+        self.now_s += seconds
+        return self.step(Tick())
+
+    def deadline(self, state: str, epoch: int) -> list[Effect]:
+        return self.step(PhaseDeadline(epoch=epoch, state=state))
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands among the last effects."""
+        return [text for e in self.effects if isinstance(e, Publish) and (text := _short(e))]
+
+    @property
+    def deadlines(self) -> list[tuple[str, float]]:
+        """The phase deadlines set by the last effects, in seconds from now."""
+        return [
+            (effect.event.state, effect.at_s - self.now_s)
+            for effect in self.effects
+            if isinstance(effect, SetTimer) and isinstance(effect.event, PhaseDeadline)
+        ]
+
+    @property
+    def loads(self) -> int:
+        return sum(isinstance(effect, Load) for effect in self.effects)
+
+    def said(self, kind: type[M]) -> list[M]:
+        return [
+            e.message
+            for e in self.effects
+            if isinstance(e, Publish) and isinstance(e.message, kind)
+        ]
+
+    def logged(self) -> list[str]:
+        return [effect.event for effect in self.effects if isinstance(effect, Log)]
+
+
+def _short(effect: Publish) -> str:
+    match effect.message:
+        case StartReplica() as m:
+            return f"start {m.replica.replica_id}@{m.worker_id} e{m.epoch}"
+        case DrainReplica() as m:
+            return f"drain {m.replica_id}@{m.worker_id} e{m.epoch}"
+        case StopReplica() as m:
+            return f"stop {m.replica_id}@{m.worker_id} e{m.epoch}"
+        case ResumeReplica() as m:
+            return f"resume {m.replica_id}@{m.worker_id} e{m.epoch}"
+        case _:
+            return ""
