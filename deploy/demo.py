@@ -73,7 +73,9 @@ async def _demo(duration_s: float, out: Path) -> bool:
     console.print(report_tables(report))
     for path in write_outputs(report, report=out / "report.json", picture=out / "report.png"):
         say(f"written: {path}")
-    verdict = "every request completed" if report.all_completed else "some requests did not complete"
+    verdict = (
+        "every request completed" if report.all_completed else "some requests did not complete"
+    )
     say(f"{verdict}, although {VICTIM} was killed half way through")
     return report.all_completed
 

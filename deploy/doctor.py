@@ -57,5 +57,3 @@ def _running_bus(topology: Topology) -> str:
     """The broker of the mesh that runs in the topology's data folder; "" if none does."""
     mesh = read_mesh_file(topology.data_dir) if is_locked(topology.data_dir) else None
     return mesh.bus_url if mesh is not None else ""
-
-

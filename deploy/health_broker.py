@@ -25,7 +25,9 @@ async def check_broker(topology: Topology, running_url: str) -> list[Finding]:
     try:
         info = await broker.ask_info(url)
     except BusUnavailable as error:
-        remedy = "start it (nats-server -js), correct bus.url, or unset bus.url for the embedded one"
+        remedy = (
+            "start it (nats-server -js), correct bus.url, or unset bus.url for the embedded one"
+        )
         return [failed("broker", str(error), remedy)]
     return [
         _version(info),

@@ -225,9 +225,7 @@ class LocalMesh:
             bytes_max=up.log_bytes_max,
             files_max=up.log_files_max,
         )
-        process = SupervisedProcess(
-            spec, log=log, up=up, on_exit=self._on_exit, say=self._say
-        )
+        process = SupervisedProcess(spec, log=log, up=up, on_exit=self._on_exit, say=self._say)
         self.processes[spec.name] = process
         task = asyncio.create_task(process.run(), name=spec.name)
         task.add_done_callback(self._on_supervision_ended)

@@ -58,9 +58,7 @@ def service_specs(
     return specs
 
 
-def worker_environ(
-    topology: Topology, *, index: int, environ: Mapping[str, str]
-) -> dict[str, str]:
+def worker_environ(topology: Topology, *, index: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Cores and GPU of one worker; what the operator set stays.
 
     Torch and BLAS take every core they see: workers that share a machine would thrash. And each

@@ -59,9 +59,7 @@ class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
 
-def run_status(
-    *, topology: Path | None, data_dir: Path | None, bus_url: str, as_json: bool
-) -> int:
+def run_status(*, topology: Path | None, data_dir: Path | None, bus_url: str, as_json: bool) -> int:
     """Print the status; the exit code. Raises ConfigInvalid, BusUnavailable."""
     console = Console(highlight=False)
     bus, url = find_mesh(topology=topology, data_dir=data_dir, bus_url=bus_url)
@@ -80,7 +78,9 @@ def run_status(
     return 1 if cause else 0
 
 
-def find_mesh(*, topology: Path | None, data_dir: Path | None, bus_url: str) -> tuple[BusConfig, str]:
+def find_mesh(
+    *, topology: Path | None, data_dir: Path | None, bus_url: str
+) -> tuple[BusConfig, str]:
     """Where the mesh's broker is, and its URL if it was started here. Raises ConfigInvalid,
     BusUnavailable."""
     bus = load_settings(file=None, environ=os.environ).section("bus", BusConfig)
@@ -104,7 +104,9 @@ def _only_mesh(bus: BusConfig) -> tuple[BusConfig, str]:
     running = running_meshes()
     if len(running) > 1:
         names = ", ".join(str(STATE_DIR / mesh.name) for mesh in running)
-        raise ConfigInvalid(field="--data-dir", value=None, remedy=f"several run: name one: {names}")
+        raise ConfigInvalid(
+            field="--data-dir", value=None, remedy=f"several run: name one: {names}"
+        )
     if running:
         return msgspec.structs.replace(bus, url=running[0].bus_url), running[0].url
     return bus, ""

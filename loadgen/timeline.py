@@ -9,6 +9,8 @@ import numpy as np
 from loadgen.results import RequestResult
 
 BUCKETS_MAX = 60
+_BUCKETS_MIN = 12
+_REQUESTS_PER_BUCKET = 15  # fewer, and a line shows noise
 _STEPS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -34,8 +36,8 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
 def timeline(
     results: Sequence[RequestResult], labels: Sequence[str], *, duration_s: float
 ) -> Timeline:
-    """Buckets of a round length, at most ``BUCKETS_MAX`` or so of them."""
-    bucket_s = bucket_length_s(duration_s)
+    """Buckets of a round length: at most ``BUCKETS_MAX``, fewer where requests are few."""
+    bucket_s = bucket_length_s(duration_s, requests=len(results))
     buckets = max(1, math.floor(duration_s / bucket_s) + 1)
     kinds = sorted(set(labels))
     offered = {kind: np.zeros(buckets) for kind in kinds}
@@ -75,12 +77,13 @@ def timeline(
     )
 
 
-def bucket_length_s(duration_s: float) -> float:
-    """The shortest round length that needs no more than ``BUCKETS_MAX`` buckets."""
+def bucket_length_s(duration_s: float, *, requests: int) -> float:
+    """The shortest round length that gives neither too many buckets nor too empty ones."""
+    buckets = min(BUCKETS_MAX, max(_BUCKETS_MIN, requests // _REQUESTS_PER_BUCKET))
     for step_s in _STEPS_S:
-        if duration_s <= step_s * BUCKETS_MAX:
+        if duration_s <= step_s * buckets:
             return step_s
-    return math.ceil(duration_s / BUCKETS_MAX / 3600.0) * 3600.0
+    return math.ceil(duration_s / buckets / 3600.0) * 3600.0
 
 
 def _floats(series: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> list[float]:

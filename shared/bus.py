@@ -280,7 +280,8 @@ class NatsBus:
         await self._leave()
 
     async def _leave(self) -> None:
-        with suppress(OSError, nats.errors.Error):  # nats-py still writes to a dead connection
+        # nats-py still writes to a dead connection, which uvloop calls a RuntimeError.
+        with suppress(OSError, RuntimeError, nats.errors.Error):
             await self._client.close()
 
     def _too_large(self, subject: str, size_bytes: int) -> PayloadTooLarge:

@@ -31,12 +31,12 @@ def _run(seed: int, *, trace: bool, trace_max: int) -> bool:
     try:
         outcome = mesh.run()
     except AssertionError:
-        print("\n".join(mesh.world.trace()))
+        print("\n".join(mesh.world.trace.lines()))
         traceback.print_exc(file=sys.stdout)
         print(f"seed {seed} failed; replay it: python -m loadgen.simulator --seed {seed}")
         return False
     if trace:
-        print("\n".join(mesh.world.trace()))
+        print("\n".join(mesh.world.trace.lines()))
     print(" ".join(f"{f}={getattr(outcome, f)}" for f in outcome.__dataclass_fields__))
     return True
 

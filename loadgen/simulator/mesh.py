@@ -100,7 +100,7 @@ class Mesh:
         assert stored is not None
         return Outcome(
             seed=self.seed,
-            digest=world.digest,
+            digest=world.trace.digest,
             steps=world.steps,
             time_s=world.now_s,
             requests=self.client.expected,

@@ -71,3 +71,22 @@ def matches(subject: str, wildcard: str) -> bool:
         if index >= len(tokens) or pattern not in ("*", tokens[index]):
             return False
     return len(tokens) == len(patterns)
+
+
+@dataclass(slots=True)
+class Audience:
+    """Who hears a subject: all ``listeners``, and one member of each queue group."""
+
+    listeners: list[str] = field(default_factory=list[str])
+    groups: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+
+
+def audience(subject: str, nodes: Mapping[str, Node]) -> Audience:
+    found = Audience()
+    for name, node in nodes.items():
+        if any(matches(subject, listened.wildcard) for listened in node.spec.inputs):
+            found.listeners.append(name)
+        for listened, group in node.spec.queries:
+            if matches(subject, listened.wildcard):
+                found.groups.setdefault(group, []).append(name)
+    return found

@@ -6,16 +6,15 @@ and out of order, and that processes crash, stall and are cut off. Nothing in it
 order of sets or on the hash of strings, so a seed replays bit for bit.
 """
 
-import hashlib
 import heapq
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, assert_never
 
 from loadgen.simulator.bucket import Bucket
 from loadgen.simulator.faults import CALM, Incident, Weather
-from loadgen.simulator.process import Node, NodeSpec, Process, matches
+from loadgen.simulator.process import Audience, Node, NodeSpec, Process, audience
+from loadgen.simulator.trace import Trace
 from shared.core import (
     Ask,
     Core,
@@ -33,7 +32,7 @@ from shared.core import (
     StoreConflict,
     Stored,
 )
-from shared.messages.base import DataMessage, Message, encode
+from shared.messages.base import Message
 
 Action = Callable[[], None]
 
@@ -75,23 +74,20 @@ class World:
         self.rng = random.Random(seed)
         self.weather = weather
         self.bucket = Bucket()
+        self.trace = Trace(trace_max)
         self.steps = 0
         self.taps: list[Callable[[str, Publish], None]] = []  # see each message as it is sent
         self.watches: list[Action] = []  # run after each step
-        self._trace: deque[tuple[float, str, Any]] = deque(maxlen=trace_max)
-        self._digest = hashlib.blake2b(digest_size=16)
         self._heap: list[_Due] = []
         self._seq = 0
         self._nodes: dict[str, Node] = {}
-        self._listeners: dict[str, list[str]] = {}
-        self._groups: dict[str, dict[str, list[str]]] = {}
+        self._audiences: dict[str, Audience] = {}
 
     def add(self, spec: NodeSpec) -> None:
         """Start a process that is never removed, only crashed and started again."""
         assert spec.name not in self._nodes, spec.name
         self._nodes[spec.name] = Node(spec)
-        self._listeners.clear()
-        self._groups.clear()
+        self._audiences.clear()
         self._start(spec.name)
 
     def plan(self, incidents: Sequence[Incident]) -> None:
@@ -136,15 +132,6 @@ class World:
         """Number and core of every process that runs there."""
         return [(p.number, p.core) for p in self._nodes[name].processes.values()]
 
-    @property
-    def digest(self) -> str:
-        """Of all that happened so far: equal runs have equal digests."""
-        return self._digest.hexdigest()
-
-    def trace(self) -> list[str]:
-        """The newest happenings, a line each."""
-        return [f"{at_s:9.4f}  {node} <- {event!r}" for at_s, node, event in self._trace]
-
     def schedule(
         self,
         delay_s: float,
@@ -157,25 +144,23 @@ class World:
     def publish(self, sender: str, effect: Publish) -> None:
         for tap in self.taps:
             tap(sender, effect)
-        subject = effect.subject
-        if subject not in self._listeners:
-            self._match(subject)
-        for name in self._listeners[subject]:
+        for name in self._audience(effect.subject).listeners:
             self._deliver(sender, name, effect.message)
 
     def ask(self, sender: str, effect: Ask) -> None:
         """Hand a question to one running member of each queue group that listens."""
-        if effect.subject not in self._groups:
-            self._match(effect.subject)
-        for members in self._groups[effect.subject].values():
+        for members in self._audience(effect.subject).groups.values():
             up = [name for name in members if self._nodes[name].processes]
             if up:
                 query = Query(effect.message, effect.reply_to)
                 self._deliver(sender, self.rng.choice(up), query)
 
-    def note(self, node: str, text: str) -> None:
-        """Add a line to the trace."""
-        self._trace.append((self.now_s, node, text))
+    def _audience(self, subject: str) -> Audience:
+        """Who hears ``subject``; found out once, since matching is slow."""
+        known = self._audiences.get(subject)
+        if known is None:
+            known = self._audiences[subject] = audience(subject, self._nodes)
+        return known
 
     def _deliver(self, sender: str, receiver: str, event: Any) -> None:  # noqa: ANN401
         weather, rng = self.weather, self.rng
@@ -205,7 +190,7 @@ class World:
             return
         self.steps += 1
         event = due.event
-        self._record(due.node, event)
+        self.trace.record(self.now_s, due.node, event)
         if callable(event):
             event()
         else:
@@ -232,7 +217,7 @@ class World:
                 case Start(job=job, argument=argument):
                     process.jobs[job](argument)
                 case Log(event=event, fields=fields, level=level):
-                    self.note(name, f"({level}) {event} {fields}")
+                    self.trace.note(self.now_s, name, f"({level}) {event} {fields}")
                 case _:
                     assert_never(effect)
 
@@ -266,7 +251,7 @@ class World:
         name, until_s = incident.node, self.now_s + incident.for_s
         node = self._nodes[name]
         newest = node.newest
-        self.note(name, f"-- {incident.kind} for {incident.for_s:.2f} s --")
+        self.trace.note(self.now_s, name, f"-- {incident.kind} for {incident.for_s:.2f} s --")
         match incident.kind:
             case "crash":
                 node.processes = {}
@@ -296,7 +281,7 @@ class World:
         number = node.starts
         core, jobs = node.spec.make(number, _Port(self, name, number))
         node.processes = {**node.processes, number: Process(core, jobs, number)}
-        self.note(name, f"-- started, number {number} --")
+        self.trace.note(self.now_s, name, f"-- started, number {number} --")
         self._push(self.now_s, name, number, Started())
 
     def _cut(self, name: str) -> bool:
@@ -305,23 +290,3 @@ class World:
     def _push(self, at_s: float, node: str, number: int, event: Any) -> None:  # noqa: ANN401
         self._seq += 1
         heapq.heappush(self._heap, _Due(at_s, self._seq, node, number, event))
-
-    def _match(self, subject: str) -> None:
-        """Find out once who hears ``subject``: all listeners, and one of each queue group."""
-        self._listeners[subject] = [
-            name
-            for name, node in self._nodes.items()
-            if any(matches(subject, listened.wildcard) for listened in node.spec.inputs)
-        ]
-        groups = self._groups[subject] = {}
-        for name, node in self._nodes.items():
-            for listened, group in node.spec.queries:
-                if matches(subject, listened.wildcard):
-                    groups.setdefault(group, []).append(name)
-
-    def _record(self, node: str, event: Any) -> None:  # noqa: ANN401
-        self._trace.append((self.now_s, node, event))
-        name = type(event).__name__
-        message = event.message if isinstance(event, Query) else event
-        said = encode(message) if isinstance(message, Message | DataMessage) else b""
-        self._digest.update(f"{self.now_s!r} {node} {name} ".encode() + said)

@@ -182,6 +182,8 @@ class IngressCore:
         self._leaders[reply.replica_id] = reply.leader_id
         journey.incarnation = ""
         journey.phase = "submitted"
+        if journey.accepted_s is None:
+            journey.submitted_s = now_s
         journey.due_s = now_s + self._config.accept_s
         yield self._submit(journey)
 

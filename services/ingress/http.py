@@ -228,8 +228,8 @@ class HttpEdge:
     def _answer_headers(self, request: web.Request) -> dict[str, str]:
         now_s = self._clock.now_s()
         seen = request.get(SEEN) or Seen(self._context.ids.next("req"), now_s)
-        accepted = [j.accepted_s for j in seen.journeys if j.accepted_s is not None]
-        overhead_s = (max(accepted) if accepted else now_s) - seen.arrived_s
+        overheads_s = [journey.overhead_s(now_s) for journey in seen.journeys]
+        overhead_s = max(overheads_s, default=now_s - seen.arrived_s)
         replicas = ",".join(dict.fromkeys(j.replica_id for j in seen.journeys))
         return {
             "x-request-id": seen.request_id,

@@ -43,9 +43,16 @@ class Journey:
     probe_s: float = 0.0  # present patience with a silent stream
     probing: bool = False  # submitted again, and not acknowledged since
     heard_s: float = 0.0
+    submitted_s: float | None = None  # of the attempt in progress
     accepted_s: float | None = None
     first_token_s: float | None = None
     finish: FinishReason | None = None
+
+    def overhead_s(self, now_s: float) -> float:
+        """Arrival to the submission that a replica took: what the mesh added before an engine had
+        the request. Without one, everything until now was ours."""
+        handed_over_s = self.submitted_s if self.accepted_s is not None else None
+        return (now_s if handed_over_s is None else handed_over_s) - self.arrived_s
 
     @property
     def live(self) -> bool:

@@ -32,7 +32,7 @@ class Recorder:
         )
         self._overhead = metrics.histogram(
             "overhead_seconds",
-            "Arrival to the replica's acknowledgement",
+            "Arrival to the submission that a replica took",
             buckets=(0.0005, 0.001, 0.002, 0.003, 0.006, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
         )
         self._tokens = metrics.counter("tokens", "Tokens of ended requests", ["direction"])
@@ -76,7 +76,6 @@ class Recorder:
             ttft_s = journey.first_token_s - journey.arrived_s
         e2e_s = now_s - journey.arrived_s
         tokens = len(journey.tokens)
-        accepted_s = journey.accepted_s if journey.accepted_s is not None else now_s
         return RequestCompleted(
             request_id=journey.request_id,
             outcome=_outcome(journey),
@@ -92,7 +91,7 @@ class Recorder:
             if ttft_s is None
             else tpot_s(ttft_s=ttft_s, e2e_s=e2e_s, output_tokens=tokens),
             e2e_s=e2e_s,
-            overhead_s=accepted_s - journey.arrived_s,
+            overhead_s=journey.overhead_s(now_s),
             attempts=journey.moves + 1,
             epoch=journey.epoch,
             finish=journey.finish,

@@ -10,37 +10,28 @@ switcher (one thought dead that comes back) finds out and follows.
 from collections.abc import Iterable
 from typing import assert_never
 
-from services.switcher import announce, walk
+from services.switcher import announce, machine, walk
 from services.switcher.config import SwitcherConfig
 from services.switcher.events import (
     INPUTS,
     KEY,
+    NOTHING,
     BucketEvent,
     PhaseDeadline,
     ReplicaEvent,
     SwitcherEvent,
     Tick,
-)  # fmt: skip
-from services.switcher.machine import (
-    MOVES,
-    WALKING,
-    State,
-    Switch,
-    phase_timeout_s,
-    recovered,
-    rollback_of,
 )
+from services.switcher.machine import State, Switch
 from services.switcher.pacing import Pacing
 from services.switcher.refusals import Refusals
 from services.switcher.view import WorkerView
 from shared import core, subjects
 from shared.core import Effect, Log
 from shared.messages import replicas
-from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanInForce, StoredPlan
+from shared.messages.plans import AdoptPlan, PlanInForce, StoredPlan
 
-__all__ = ["INPUTS", "KEY", "Switcher"]
-
-NOTHING = StoredPlan(epoch=0, in_force=DeploymentPlan(plan_id="none", reason="nothing adopted yet"))
+__all__ = ["INPUTS", "KEY", "NOTHING", "Switcher"]
 
 
 class Switcher:
@@ -89,9 +80,8 @@ class Switcher:
         state, switch, stored = self._state, self._switch, self._stored
         assert (state in {"storing_target", "committing"}) <= (self._writing is not None), state
         assert (state == "settled") <= (switch is None), (state, switch)
-        if state in WALKING:
-            assert switch is not None, state
-            assert stored is not None, state
+        if state in machine.WALKING:
+            assert stored and switch, state
             assert stored.target_epoch == switch.epoch > stored.epoch, (stored, switch)
             assert switch.rolling_back == (state == "rolling_back"), (state, switch)
 
@@ -213,7 +203,7 @@ class Switcher:
             return
         switch = self._switch
         if switch is None or switch.epoch != stored.target_epoch:
-            switch = self._switch = recovered(stored, stored.target, now_s)
+            switch = self._switch = machine.recovered(stored, stored.target, now_s)
             yield Log("plan.recovered", {"epoch": stored.epoch, "switching": True})
         elif not switch.rolling_back:
             yield announce.switch_started(switch, stored)
@@ -225,7 +215,7 @@ class Switcher:
         assert switch is not None, state
         self._move(state)
         self._pacing.clear()
-        timeout_s = phase_timeout_s(state, self._config)
+        timeout_s = machine.phase_timeout_s(state, self._config)
         yield core.SetTimer(now_s + timeout_s, PhaseDeadline(epoch=switch.epoch, state=state))
         yield from self._advance(now_s)
 
@@ -235,7 +225,7 @@ class Switcher:
         if self._state == "settled" and stored is not None and stored.epoch > 0:
             repairs = walk.repairs(stored.in_force, self._view, now_s, epoch=stored.epoch)
             yield from self._send(repairs, now_s)
-        if stored is None or switch is None or self._state not in WALKING:
+        if stored is None or switch is None or self._state not in machine.WALKING:
             return
         step = walk.next_step(
             self._state,
@@ -264,11 +254,10 @@ class Switcher:
 
     def _roll_back(self, why: str, now_s: float) -> Iterable[Effect]:
         stored, failed = self._stored, self._switch
-        assert stored is not None
-        assert failed is not None
-        yield Log("switch.rollback", {"epoch": failed.epoch, "reason": why}, "warning")
-        back = rollback_of(failed, stored.in_force, epoch=self._next_epoch(), why=why)
+        assert stored and failed
         self._refusals.failed(failed.target.plan_id, now_s)
+        yield Log("switch.rollback", {"epoch": failed.epoch, "reason": why}, "warning")
+        back = machine.rollback_of(failed, stored.in_force, epoch=self._next_epoch(), why=why)
         yield from self._begin(back, stored)
 
     def _ended(self, switch: Switch, now_s: float) -> Iterable[Effect]:
@@ -281,7 +270,7 @@ class Switcher:
     # Leaves
 
     def _move(self, state: State) -> None:
-        assert state in MOVES[self._state], (self._state, state)
+        assert state in machine.MOVES[self._state], (self._state, state)
         self._state = state
 
     def _reload(self, why: str) -> Iterable[Effect]:

@@ -3,7 +3,7 @@
 from shared import subjects
 from shared.core import Draining, Loaded, Started, StoreConflict, Stored
 from shared.messages.base import Message
-from shared.messages.plans import AdoptPlan, PlanInForce
+from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanInForce, StoredPlan
 from shared.messages.replicas import (
     ReplicaDrained,
     ReplicaFailed,
@@ -13,6 +13,7 @@ from shared.messages.replicas import (
 )
 
 KEY = "plan"
+NOTHING = StoredPlan(epoch=0, in_force=DeploymentPlan(plan_id="none", reason="nothing adopted yet"))
 INPUTS = (
     subjects.ADOPT_PLAN,
     subjects.PLAN_IN_FORCE,

@@ -35,6 +35,7 @@ from shared.subjects import TOKEN_CHUNKS
 log = logging.getLogger("oserve.worker")
 
 LAG_S_MAX = 0.1  # how far paced steps may fall behind and still catch up
+CHECK_PERIOD_S = 1.0  # an idle engine's invariants are checked at most this often
 STEP_WEIGHT = 0.1  # of the newest step in the mean step time
 Feed = Callable[[Message], None]
 
@@ -69,7 +70,7 @@ class EngineHost:
         self._wake = asyncio.Event()
         self._stopping = False
         self._stepping_since_s: float | None = None
-        self._due_s = 0.0
+        self._due_s = self._checked_s = 0.0
         self._load = EngineLoad()
         self.step_s = 0.0
         self.steps_total = self.output_tokens_total = self.requests_total = 0
@@ -189,9 +190,13 @@ class EngineHost:
             if engine.has_work:
                 await self._step(engine, thread)
             else:
-                await self._idle()
+                await self._idle(engine)
 
-    async def _idle(self) -> None:
+    async def _idle(self, engine: Engine) -> None:
+        now_s = self._clock.now_s()
+        if now_s - self._checked_s >= CHECK_PERIOD_S:
+            self._checked_s = now_s
+            engine.check()
         self._wake.clear()
         await self._wake.wait()
         self._due_s = self._clock.now_s()

@@ -24,12 +24,20 @@ class Outbox:
         self._pending: dict[tuple[str, str], list[TokenChunk]] = {}
         self._filled = asyncio.Event()
         self._flushing = False
+        self._endings = metrics.counter(
+            "attempts_ended_by_worker",
+            "Attempts refused, handed back or lost with their engine",
+            ["finish", "failure"],
+        )
         self._lost = metrics.counter("chunks_lost", "Token chunks that the bus did not take")
 
     def put(self, subject: str, message: TokenChunks) -> None:
         """A message without chunks (a heartbeat) is sent as well, unless chunks go anyway."""
         self.batch(subject, message.replica_id).extend(message.chunks)
         self._filled.set()
+        for chunk in message.chunks:
+            if chunk.finish is not None:
+                self._endings.labels(chunk.finish, chunk.failure or "").inc()
 
     def batch(self, subject: str, replica_id: str) -> list[TokenChunk]:
         """The list that the next flush sends on ``subject``: append to it, then flush."""

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
+
 from services.worker.engine.factory import EngineFactory
 from services.worker.engine.interface import Engine, StepResult
 from services.worker.engine.modelled import ModelledEngine
@@ -60,6 +62,7 @@ class Bench:
 
     engine: SlowEngine
     host: EngineHost
+    task: asyncio.Task[None]
     bus: MemoryBus
     events: list[Message] = field(default_factory=list[Message])
 
@@ -100,8 +103,8 @@ async def bench(
         feed=events.append,
     )
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(host.run())
-        yield Bench(engine, host, bus, events)
+        task = tasks.create_task(host.run())
+        yield Bench(engine, host, task, bus, events)
         engine.may_step.set()
         host.stop()
 
@@ -230,3 +233,35 @@ def test_start_given_up_frees_the_engine() -> None:
             assert not any(isinstance(event, EngineReady) for event in b.events)
 
     run(scenario)
+
+
+def test_hung_engine_does_not_hold_up_the_end() -> None:
+    """Otherwise a worker with a hung device could not be restarted."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.admit("a")
+            await asyncio.sleep(NAP_S)
+            async with asyncio.timeout(2):
+                b.task.cancel()
+                await asyncio.wait([b.task])
+            assert b.task.cancelled()
+
+    run(scenario)
+
+
+def test_broken_invariant_of_an_engine_is_not_taken_for_a_failure() -> None:
+    """Otherwise a worker would go on with an engine that has proved to be wrong."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.engine.fault = AssertionError("KV blocks leaked")
+            b.engine.may_step.set()
+            b.admit("a")
+            await asyncio.wait([b.task])
+
+    with pytest.raises(ExceptionGroup) as raised:
+        run(scenario)
+    assert raised.group_contains(AssertionError, match="leaked")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self, cast
 
 import pytest
 
@@ -34,7 +34,7 @@ from shared.messages.base import Message, decode, encode
 from shared.messages.plans import DeploymentPlan, PlanInForce, PlanKept
 from shared.messages.replicas import ReplicaStarted, ReplicaStopped
 from shared.messages.requests import RouteReply, RouteRequest
-from shared.runtime import Runtime, Wiring
+from shared.runtime import Job, Runtime, Wiring
 from shared.telemetry import Metrics, TelemetryConfig, Tracing
 from tests.support.otlp import collector
 
@@ -83,7 +83,7 @@ class Driven:
             tracing=self.tracing,
         )  # fmt: skip
 
-    async def __aenter__(self) -> "Driven":
+    async def __aenter__(self) -> Self:
         self.task = asyncio.create_task(self.runtime.run(self.stopping))
         await self.until(lambda: bool(self.core.of(Started)))
         return self
@@ -120,6 +120,14 @@ def _in_force(epoch: int) -> PlanInForce:
 
 def _question(number: int = 0) -> RouteRequest:
     return RouteRequest(request_id=f"q{number}", model_id="m", input_tokens=1, output_tokens_max=1)
+
+
+def _request_id(query: Query) -> str:
+    return cast("RouteRequest", query.message).request_id
+
+
+def _tick(_argument: object) -> Tick:
+    return Tick()
 
 
 def _run(scenario: Any) -> None:
@@ -189,8 +197,8 @@ def test_query_and_reply() -> None:
     async def scenario() -> None:
         def react(event: Any) -> list[Effect]:
             if isinstance(event, Query):
-                request_id = event.message.request_id
-                return [Reply(event.reply_to, RouteReply(request_id=request_id, replica_id="r0"))]
+                answer = RouteReply(request_id=_request_id(event), replica_id="r0")
+                return [Reply(event.reply_to, answer)]
             return []
 
         core = RecordingCore(react)
@@ -284,6 +292,7 @@ def test_undecodable_state_is_reported_as_absent(caplog: pytest.LogCaptureFixtur
     async def scenario() -> None:
         bus = MemoryBus()
         revision = await bus.store("plan", b"\xc1 not msgpack", revision=0)
+        assert revision is not None
         core = RecordingCore(lambda e: [Load("plan", PlanKept)] if isinstance(e, Started) else [])
         async with Driven(core, bus) as driven:
             await driven.until(lambda: bool(core.of(Loaded)))
@@ -304,7 +313,7 @@ def test_jobs_sync_and_async_hand_their_outcome_back() -> None:
             return Tick(number=number)
 
         done: list[int] = []
-        jobs = {
+        jobs: dict[str, Job] = {
             "fast": lambda number: Tick(number=number),
             "silent": done.append,
             "slow": slow,
@@ -395,7 +404,7 @@ def test_a_busy_core_still_drains_in_time() -> None:
             return [Start("again", None)] if isinstance(event, Started | Tick) else []
 
         core = RecordingCore(react)
-        jobs = {"again": lambda _argument: Tick()}
+        jobs = {"again": _tick}
         async with Driven(core, jobs=jobs, drain_timeout_s=0.1):
             pass
         assert core.of(Draining) == [Draining()]
@@ -420,13 +429,13 @@ def test_a_full_inbox_refuses_questions_and_drops_the_rest() -> None:
             match event:
                 case Started():
                     return [KEPT.send(PlanKept(epoch=0, reason="waits in publish"))]
-                case Query(message=message, reply_to=reply_to):
-                    return [Reply(reply_to, RouteReply(request_id=message.request_id))]
+                case Query():
+                    return [Reply(event.reply_to, RouteReply(request_id=_request_id(event)))]
                 case _:
                     return []
 
         def refuse(query: Query) -> Message:
-            return RouteReply(request_id=query.message.request_id, failure="overloaded")
+            return RouteReply(request_id=_request_id(query), failure="overloaded")
 
         core, bus = RecordingCore(react), SlowBus()
         driven = Driven(
@@ -545,7 +554,7 @@ def test_a_failed_publish_is_logged_and_the_core_goes_on(caplog: pytest.LogCaptu
             return []
 
         core = RecordingCore(react)
-        jobs = {"ok": lambda _argument: Tick()}
+        jobs = {"ok": _tick}
         async with Driven(core, MemoryBus(payload_bytes_max=16), jobs=jobs) as driven:
             await driven.until(lambda: bool(core.of(Tick)))
 
@@ -576,9 +585,8 @@ def test_trace_context_goes_through_a_core() -> None:
 
     async def scenario() -> None:
         def react(event: Any) -> list[Effect]:
-            return (
-                [KEPT.send(PlanKept(epoch=1, reason="x"))] if not isinstance(event, Started) else []
-            )
+            said = KEPT.send(PlanKept(epoch=1, reason="x"))
+            return [said] if isinstance(event, ReplicaStarted) else []
 
         core, bus = RecordingCore(react), MemoryBus()
         out: list[Delivery] = []

@@ -141,7 +141,7 @@ def test_jobs_and_logs_are_performed() -> None:
     world.add(NodeSpec(name="n", make=lambda _n, _p: (core, {"job": done.append})))
     world.run(1.0)
     assert done == [5]
-    assert any("(info) said {'x': 1}" in line for line in world.trace())
+    assert any("(info) said {'x': 1}" in line for line in world.trace.lines())
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_faults_take_a_process_away_and_give_it_back(kind: IncidentKind, beats: 
     world.plan([Incident(kind=kind, node="n", at_s=2.5, for_s=2.0)])
     world.run(6.5)
     heard = [round(at_s) for at_s in listener.times_s[1:]]
-    assert heard == ([1, 2, 4, 5, 6] if kind == "stall" else beats)
+    assert heard == beats
     assert (len(cores[1].heard) == 1) == (kind == "crash"), "a new process, and no old timer"
 
 

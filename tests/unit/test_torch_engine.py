@@ -92,6 +92,20 @@ def test_settings_and_making_models_need_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
+def test_make_model_runs_as_a_program(folder: Path, tmp_path: Path) -> None:
+    """Otherwise the command line, which may not import services, could not make a model, or
+    would not say why it failed."""
+    command = [sys.executable, "-m", "services.worker.engine.torch_engine.make_model"]
+    subprocess.run([*command, str(tmp_path / "made"), "--size", "tiny"], check=True)
+    file = "model.safetensors"
+    assert (tmp_path / "made" / file).read_bytes() == (folder / file).read_bytes()
+    again = subprocess.run(
+        [*command, str(tmp_path / "made")], check=False, capture_output=True, text=True
+    )
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr.splitlines()[-1]
+
+
 def test_broken_weights_fail_the_request_by_name(folder: Path, tmp_path: Path) -> None:
     """Otherwise a damaged model would stream nonsense, or take down the whole replica."""
     broken = copy_folder(folder, tmp_path / "broken")

@@ -108,8 +108,9 @@ class ModelledEngine:
             raise Rejected("too_long", detail)
         if len(self._live) >= settings.running_max + settings.waiting_max:
             raise Rejected("overloaded", f"{len(self._waiting)} requests are waiting already")
-        stop = StopCheck(request, self._tokenizer)
-        if request.output_tokens:
+        stop: StopCheck | None = None
+        if request.sampling.stop or request.output_tokens:
+            stop = StopCheck(request, self._tokenizer)
             finish = stop.feed_earlier(request.output_tokens)
             if finish is not None:
                 self._ended[key] = EngineChunk(key, len(request.output_tokens), [], finish)

@@ -139,16 +139,17 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """``python -m services.worker.engine.torch_engine.make_model DIR --size tiny``"""
-    parser = argparse.ArgumentParser(prog="make_model", description=__doc__)
+    """``python -m services.worker.engine.torch_engine.make_model FOLDER``: for those that may
+    not import services."""
+    parser = argparse.ArgumentParser(description="Write a small checkpoint with random weights.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", default="tiny", help=", ".join(_SIZES))
+    parser.add_argument("--size", choices=sorted(_SIZES), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
-    arguments = parser.parse_args()
+    asked = parser.parse_args()
     try:
-        make_model(arguments.folder, arguments.size, arguments.seed, overwrite=arguments.overwrite)
-    except ConfigInvalid as error:
+        make_model(asked.folder, asked.size, asked.seed, overwrite=asked.overwrite)
+    except (ConfigInvalid, OSError) as error:
         raise SystemExit(f"make_model: {error}") from None
 
 

@@ -1,0 +1,111 @@
+"""The codec over every message type there is: whatever can be said arrives as it was said."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.messages.base import DataMessage, decode, encode
+from tests.support.messages import example, message_types, messages, with_unknown_field
+
+EXAMPLES = 25  # of each of some thirty types
+each_type = pytest.mark.parametrize("kind", message_types(), ids=lambda kind: kind.__name__)
+
+
+def test_message_types_are_found() -> None:
+    """The tests of this file would pass because they test nothing."""
+    names = {kind.__name__ for kind in message_types()}
+    assert {"SubmitRequest", "TokenChunks", "StoredPlan", "ForecastReport"} <= names
+    assert len(names) > 25
+
+
+@each_type
+@given(data=st.data())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_round_trip(kind: type[Any], data: st.DataObject) -> None:
+    """A service would act on something else than what was sent."""
+    message = data.draw(messages(kind))
+    payload = encode(message)
+    assert decode(payload, kind) == message
+    assert encode(decode(payload, kind)) == payload
+
+
+@each_type
+@given(payload=st.binary(max_size=200))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_random_bytes_raise_only_msgspec_errors(kind: type[Any], payload: bytes) -> None:
+    """Garbage on a subject would crash its receivers instead of being counted."""
+    try:
+        decode(payload, kind)
+    except (msgspec.ValidationError, msgspec.DecodeError):
+        pass
+
+
+@each_type
+@given(data=st.data())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_damaged_messages_raise_only_msgspec_errors(kind: type[Any], data: st.DataObject) -> None:
+    """A truncated or altered message would crash its receivers."""
+    payload = bytearray(encode(data.draw(messages(kind))))
+    position = data.draw(st.integers(0, len(payload) - 1))
+    payload[position] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(payload)))
+    for damaged in (bytes(payload), bytes(payload[:cut])):
+        try:
+            decode(damaged, kind)
+        except (msgspec.ValidationError, msgspec.DecodeError):
+            pass
+
+
+@each_type
+@given(data=st.data())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_unknown_fields_are_ignored(kind: type[Any], data: st.DataObject) -> None:
+    """During a rolling restart old processes would refuse the messages of new ones."""
+    full = data.draw(messages(kind)) if kind.__struct_config__.tag else example(kind, full=True)
+    assert decode(with_unknown_field(_all_fields(full)), kind) == full
+
+
+@each_type
+def test_required_fields_are_enough(kind: type[Any]) -> None:
+    """New processes would refuse the messages of old ones, which lack the newer fields."""
+    message = example(kind, full=False)
+    assert decode(encode(message), kind) == message
+
+
+@pytest.mark.parametrize("kind", [k for k in message_types() if issubclass(k, DataMessage)])
+def test_data_messages_only_append(kind: type[Any]) -> None:
+    """The data plane's arrays would shift, and a token count be read as a position."""
+    message = example(kind, full=True)
+    array = msgspec.msgpack.decode(_all_fields(message))
+    fields = msgspec.structs.fields(kind)
+    required = sum(field.required for field in fields)
+    assert all(field.required for field in fields[:required]), "required fields come first"
+    for length in range(required, len(fields) + 1):
+        older = msgspec.msgpack.encode(array[:length])
+        decoded = decode(older, kind)
+        for field in fields[:length]:
+            assert getattr(decoded, field.name) == getattr(message, field.name)
+
+
+@each_type
+def test_a_message_is_not_taken_for_another(kind: type[Any]) -> None:
+    """A message on the wrong subject would be understood as something else."""
+    if issubclass(kind, DataMessage):
+        pytest.skip("the data plane's arrays carry no tag: their subject alone tells them apart")
+    payload = encode(example(kind, full=True))
+    for other in message_types():
+        if other is not kind and not issubclass(other, DataMessage):
+            with pytest.raises(msgspec.ValidationError):
+                decode(payload, other)
+
+
+def _all_fields(message: Any) -> bytes:  # of any message type
+    """Encoded with the defaults spelled out, so that an array has its full length."""
+    value = msgspec.to_builtins(message)
+    if isinstance(message, DataMessage):
+        names = message.__struct_fields__
+        value = [msgspec.to_builtins(getattr(message, name)) for name in names]
+    return msgspec.msgpack.encode(value)
