@@ -66,17 +66,17 @@ async def _demo(duration_s: float, out: Path) -> bool:
         capacity_rps = await _capacity_rps(options)
         arrivals, scale = _fitted(options, capacity_rps, duration_s)
         say(
-            f"the mesh finishes {capacity_rps:.1f} requests/s of this trace when pressed; replaying "
-            f"{len(arrivals)} requests in {duration_s:g} s (rate x {scale:.2f})"
+            f"the mesh finishes {capacity_rps:.1f} requests/s of this trace when pressed; "
+            f"replaying {len(arrivals)} requests in {duration_s:g} s (rate x {scale:.2f})"
         )
+        started_s = time.time()
         report = await _replay_and_kill(mesh, options, arrivals, duration_s)
+        moved = _moved(mesh.log_dir / "ingress-0.log", since_s=started_s)
     console.print(report_tables(report))
     for path in write_outputs(report, report=out / "report.json", picture=out / "report.png"):
         say(f"written: {path}")
-    verdict = (
-        "every request completed" if report.all_completed else "some requests did not complete"
-    )
-    say(f"{verdict}, although {VICTIM} was killed half way through")
+    verdict = "every" if report.all_completed else "not every"
+    say(f"{verdict} request completed; {VICTIM} was killed half way through, under {moved} of them")
     return report.all_completed
 
 
@@ -133,6 +133,21 @@ async def _kill(mesh: LocalMesh, *, after_s: float) -> None:
     await asyncio.sleep(after_s)
     say(f"SIGKILL to {VICTIM} (pid {mesh.pids()[VICTIM]})")
     mesh.kill(VICTIM)
+
+
+class _Line(msgspec.Struct):
+    """What we want to know of a line in the ingress's log."""
+
+    event: str
+    time_s: float
+    attempts: int = 0
+
+
+def _moved(log: Path, *, since_s: float) -> int:
+    """Requests that another replica finished, as the ingress says in its line for each request."""
+    lines = [line for line in log.read_bytes().splitlines() if line.startswith(b"{")]
+    ended = [msgspec.json.decode(line, type=_Line) for line in lines]
+    return sum(line.attempts > 1 and line.time_s >= since_s for line in ended)
 
 
 async def _show(progress: Progress, offered: int) -> None:

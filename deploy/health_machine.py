@@ -76,7 +76,7 @@ def check_open_files(_topology: Topology) -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= OPEN_FILES_GOOD:
         return [ok("open files", f"ulimit -n is {soft if soft >= 0 else 'unlimited'}")]
-    wanted = OPEN_FILES_GOOD if hard in (resource.RLIM_INFINITY,) else min(OPEN_FILES_GOOD, hard)
+    wanted = OPEN_FILES_GOOD if hard == resource.RLIM_INFINITY else min(OPEN_FILES_GOOD, hard)
     text = f"ulimit -n is {soft}: so many connections at most"
     remedy = f"ulimit -n {wanted} before `oserve up` (hard limit: {hard})"
     level = failed if soft < OPEN_FILES_MIN else warned

@@ -1,6 +1,5 @@
 """TCP ports of this machine: a free one, a taken one, and who has it."""
 
-import os
 import socket
 from pathlib import Path
 
@@ -40,9 +39,9 @@ def owner_of(port: int) -> str:
     inodes = _listening_inodes(port)
     if not inodes:
         return ""
-    for pid in (entry for entry in os.listdir("/proc") if entry.isdigit()):
-        if inodes & _socket_inodes(pid):
-            return f"{_process_name(pid)} (pid {pid})"
+    for process in Path("/proc").glob("[0-9]*"):
+        if inodes & _socket_inodes(process):
+            return f"{_process_name(process)} (pid {process.name})"
     return "another user's process"
 
 
@@ -59,11 +58,11 @@ def _listening_inodes(port: int) -> set[str]:
     return found
 
 
-def _socket_inodes(pid: str) -> set[str]:
+def _socket_inodes(process: Path) -> set[str]:
     found: set[str] = set()
     try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            target = os.readlink(entry.path)
+        for descriptor in (process / "fd").iterdir():
+            target = str(descriptor.readlink())
             if target.startswith("socket:["):
                 found.add(target[8:-1])
     except OSError:  # it ended meanwhile, or is another user's
@@ -71,9 +70,9 @@ def _socket_inodes(pid: str) -> set[str]:
     return found
 
 
-def _process_name(pid: str) -> str:
+def _process_name(process: Path) -> str:
     try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        arguments = (process / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return "a process that just ended"
     words = [Path(arguments[0].decode(errors="replace")).name]

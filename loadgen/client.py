@@ -157,13 +157,13 @@ class _Run:
         progress = self.progress
         progress.offered += 1
         progress.in_flight += 1
-        progress.in_flight_max = max(progress.in_flight_max, progress.in_flight)
         self._quiet.clear()
         self._readers[result.index] = reader
         self._timers[result.index] = self._loop.call_later(
             options.timeout_s, self._time_out, result.index
         )
         self._pool.submit(reader, request)
+        progress.in_flight_max = max(progress.in_flight_max, progress.in_flight)
 
     def send_next(self) -> bool:
         """Closed loop: the next record, now; False when there are no more."""

@@ -40,9 +40,10 @@ class Target:
         """The request line and headers, still open for more."""
         lines = [f"{method} {self.path}{path} HTTP/1.1", f"Host: {self.authority}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        if any("\r" in line or "\n" in line for line in lines):
-            raise ConfigInvalid(field="headers", value="", remedy="leave out line breaks")
-        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
+        if not all(line.isascii() and line.isprintable() for line in lines):
+            remedy = "use printable ASCII without line breaks in the URL and the API key"
+            raise ConfigInvalid(field="headers", value="...", remedy=remedy)
+        return ("\r\n".join(lines) + "\r\n").encode("ascii")
 
 
 def parse_url(url: str) -> Target:

@@ -8,22 +8,32 @@
 Assumed of the network: any message may be lost, late, repeated or reordered. So every phase has
 a deadline (``Sweep``), attempts are numbered, and a silent stream is probed: submitted again under
 the same attempt, which a worker that still runs it merely acknowledges, and one that has settled
-it does not answer. Token chunks themselves are
-the data plane (journey.take); what they say about the attempt comes here as events. Pure.
+it does not answer. Token chunks themselves are the data plane (journey.take); what they say about
+the attempt comes here as events. Pure.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from services.ingress.config import IngressConfig
-from services.ingress.journey import Journey
+from services.ingress.events import (
+    Acknowledged,
+    Arrived,
+    AttemptLost,
+    ClientGone,
+    Finished,
+    IngressEvent,
+    LossReason,
+    ReplicaRestarted,
+    RequestFailed,
+    StaleChunk,
+    Sweep,
+)
+from services.ingress.journey import Journey, Phase
 from shared import subjects
 from shared.core import Ask, Effect, Log, Publish, Start
 from shared.messages.requests import (
     AbortRequest,
     FailureCode,
-    FinishReason,
     RouteReply,
     RouteRequest,
     SubmitRequest,
@@ -31,79 +41,11 @@ from shared.messages.requests import (
 
 INPUTS = (subjects.ROUTE_REPLY, subjects.TOKEN_CHUNKS, subjects.PLAN_IN_FORCE)
 
-LossReason = Literal["refused", "failed", "stalled", "gap", "incarnation", "unacknowledged"]
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.02, 1.0
 FREE_MOVES = 2  # moves before backing off: most losses are one dead replica
 PROBE_GROWTH = 2.0
 LEADERS_MAX = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    journey: Journey
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
-    """The replica took this attempt, or sent its first sign of life for it."""
-
-    request_id: str
-    attempt: int
-    incarnation: str
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptLost:
-    request_id: str
-    attempt: int
-    reason: LossReason
-    failure: FailureCode | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last token was taken."""
-
-    request_id: str
-    finish: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class ClientGone:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class StaleChunk:
-    """A chunk of an attempt that we gave up: its worker should stop."""
-
-    request_id: str
-    attempt: int
-    replica_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """Time passes: look for phases that last too long. ``heard`` is when each replica was last
-    heard of, by chunk or heartbeat."""
-
-    heard: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestFailed:
-    """Argument of the ``fail`` job: tell the client."""
-
-    request_id: str
-    code: FailureCode
-    detail: str
-    retry_after_s: float
-
-
-IngressEvent = (
-    Arrived | RouteReply | Acknowledged | AttemptLost | Finished | ClientGone | StaleChunk | Sweep
-)
+HELD: tuple[Phase, ...] = ("submitted", "streaming")  # a worker may be at work on it
 
 
 class IngressCore:
@@ -127,6 +69,8 @@ class IngressCore:
                 effects = self._route(journey, now_s)
             case AttemptLost():
                 effects = self._on_lost(event, now_s)
+            case ReplicaRestarted():
+                effects = self._on_restarted(event, now_s)
             case ClientGone():
                 effects = self._on_client_gone(event)
             case StaleChunk():
@@ -177,7 +121,7 @@ class IngressCore:
             return
         journey.replica_id, journey.leader_id = reply.replica_id, reply.leader_id
         journey.epoch, journey.request_type = reply.epoch, reply.request_type
-        if len(self._leaders) >= LEADERS_MAX:
+        if len(self._leaders) >= LEADERS_MAX and reply.replica_id not in self._leaders:
             self._leaders.pop(next(iter(self._leaders)))
         self._leaders[reply.replica_id] = reply.leader_id
         journey.incarnation = ""
@@ -233,8 +177,10 @@ class IngressCore:
         journey = self._journeys.get(event.request_id)
         if journey is None or event.attempt != journey.attempt:
             return
-        if journey.phase not in ("submitted", "streaming"):
+        if journey.phase not in HELD:
             return
+        if event.reason in ("refused", "failed"):
+            journey.phase = "routing"  # its worker holds nothing of it: no abort is needed
         if event.failure in ("too_long", "invalid"):
             yield from self._fail(journey, event.failure, event.detail, 0.0)
             return
@@ -243,6 +189,12 @@ class IngressCore:
             yield from self._fail(journey, "overloaded", event.detail, 1.0)
             return
         yield from self._move(journey, now_s, event.reason, event.detail)
+
+    def _on_restarted(self, event: ReplicaRestarted, now_s: float) -> Iterable[Effect]:
+        for journey in list(self._journeys.values()):
+            mine = journey.replica_id == event.replica_id and journey.phase == "streaming"
+            if mine and journey.incarnation != event.incarnation:
+                yield from self._move(journey, now_s, "incarnation", "its worker was restarted")
 
     def _move(
         self, journey: Journey, now_s: float, reason: LossReason, detail: str
@@ -257,10 +209,11 @@ class IngressCore:
             "tokens": len(journey.tokens),
         }
         yield Log("request.moved", fields)
-        if reason not in ("refused", "failed"):  # otherwise its worker holds nothing of it
+        if journey.phase in HELD:
             yield self._abort(journey)
         if reason != "gap":  # a lost message says nothing against the replica
             journey.exclude(journey.replica_id)
+        journey.phase = "routing"
         journey.attempt += 1
         journey.moves += 1
         if journey.moves >= self._config.attempts_max:
@@ -292,7 +245,7 @@ class IngressCore:
         journey = self._journeys.pop(event.request_id, None)
         if journey is None:
             return
-        if journey.phase in ("submitted", "streaming"):
+        if journey.phase in HELD:
             yield self._abort(journey)
         journey.phase, journey.finish = "ended", "abort"
 
@@ -314,7 +267,7 @@ class IngressCore:
         self, journey: Journey, code: FailureCode, detail: str, retry_after_s: float
     ) -> Iterable[Effect]:
         del self._journeys[journey.request_id]
-        if journey.phase in ("submitted", "streaming"):
+        if journey.phase in HELD:
             yield self._abort(journey)
         journey.phase, journey.finish = "ended", "failed"
         yield Start("fail", RequestFailed(journey.request_id, code, detail, retry_after_s))

@@ -1,42 +1,46 @@
 """Between HTTP and the bus: feeds the core, performs its effects, hands tokens to their choices.
 
 Runs on one event loop and steps the core directly, without an inbox: every caller is already a
-callback of that loop, and a step takes microseconds. What is published goes through one bounded
-outbox, so that callbacks never wait for the broker.
+callback of that loop, and a step takes microseconds. What one client's request breaks costs only
+that request: a batch of chunks is shared by many.
 """
 
 import asyncio
 import logging
 from collections import deque
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
+from prometheus_client import Counter
 
 from services.ingress.config import IngressConfig
-from services.ingress.core import (
+from services.ingress.core import IngressCore
+from services.ingress.events import (
     Acknowledged,
     Arrived,
     AttemptLost,
     ClientGone,
     Finished,
-    IngressCore,
     IngressEvent,
+    ReplicaRestarted,
     RequestFailed,
     StaleChunk,
     Sweep,
 )
 from services.ingress.journey import Journey, Taken, take
+from services.ingress.outbox import Outbox
 from shared import subjects
 from shared.bus import Delivery
 from shared.core import Ask, Log, Publish, Start
-from shared.errors import BusUnavailable, PayloadTooLarge
-from shared.messages.base import Message, decode, encode
+from shared.errors import PayloadTooLarge
+from shared.messages.base import DataMessage, Message, decode, encode
 from shared.messages.plans import PlanInForce
 from shared.messages.requests import (
     FinishReason,
     RequestCompleted,
     RequestsCompleted,
     RouteReply,
+    SubmitRequest,
     TokenChunk,
     TokenChunks,
 )
@@ -44,11 +48,13 @@ from shared.service import ServiceContext
 
 log = logging.getLogger("oserve.ingress")
 
-OUTBOX_MAX = 65_536
 COMPLETED_MAX = 16_384
 COMPLETED_BATCH_MAX = 512
 STALE_REPLIES_MAX = 1_000  # aborts of stale attempts remembered between two sweeps
 PLAN_FRESH_S = 10.0
+WARNING_GAP_S = 1.0  # between two warnings of one kind
+LATE_TICKS = 4.0  # a sweep this many periods late says that the loop was held up
+M = TypeVar("M", bound=Message | DataMessage)
 
 
 class Choice(Protocol):
@@ -70,17 +76,22 @@ class Gateway:
         self.core = IngressCore(config, ingress_id=self.ingress_id)
         self._choices: dict[str, Choice] = {}
         self._headers: dict[str, dict[str, str]] = {}  # trace context of traced requests
-        self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
-        self._outbox_wake = asyncio.Event()
+        self.outbox = Outbox(context.bus, context.metrics)
         self._completed: deque[RequestCompleted] = deque(maxlen=COMPLETED_MAX)
         self._heard: dict[str, float] = {}
+        self._runs: dict[str, tuple[str, str]] = {}  # replica -> incarnation now, and before
         self._stale: set[tuple[str, int]] = set()
         self._plan: PlanInForce | None = None
         self._plan_s = 0.0
-        self._decode_chunks = msgspec.msgpack.Decoder(TokenChunks).decode
+        self._warned_s = -WARNING_GAP_S
         metrics = context.metrics
         self._moved = metrics.counter("ingress_moves", "Attempts given up", ["reason"])
-        self._dropped = metrics.counter("ingress_outbox_dropped", "Messages the outbox refused")
+        self._undecodable = metrics.counter(
+            "ingress_undecodable", "Messages nobody could read", ["message"]
+        )
+        self._unexpected: Counter = metrics.counter(
+            "ingress_chunks_unexpected", "Chunks of attempts that were never made"
+        )
         metrics.gauge("ingress_open_requests", "Requests owned now").set_function(
             lambda: self.core.open_requests
         )
@@ -93,7 +104,7 @@ class Gateway:
         await bus.subscribe(subjects.ROUTE_REPLY.of(ingress_id=me).pattern, self._on_route)
         await bus.subscribe(subjects.PLAN_IN_FORCE.pattern, self._on_plan)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send_outbox())
+            tasks.create_task(self.outbox.run())
             tasks.create_task(self._sweep())
             tasks.create_task(self._publish_completed())
 
@@ -141,41 +152,69 @@ class Gateway:
                 case _:
                     raise AssertionError(effect)
 
-    def _send(self, subject: str, message: object, reply_to: str) -> None:
-        assert isinstance(message, Message)
-        if len(self._outbox) >= OUTBOX_MAX:
-            # Lost like any message can be: its phase's deadline will repeat it.
-            self._dropped.inc()
+    def _send(self, subject: str, message: Message | DataMessage, reply_to: str) -> None:
+        payload = encode(message)
+        if len(payload) > self._bus.payload_bytes_max and isinstance(message, SubmitRequest):
+            self._on_too_large(message, subject, len(payload))
             return
         headers = self._headers.get(getattr(message, "request_id", "")) if self._headers else None
-        self._outbox.append((subject, encode(message), reply_to, headers))
-        self._outbox_wake.set()
+        self.outbox.put(subject, payload, reply_to=reply_to, headers=headers)
 
-    async def _send_outbox(self) -> None:
-        while True:
-            while self._outbox:
-                subject, payload, reply_to, headers = self._outbox.popleft()
-                try:
-                    await self._bus.publish(subject, payload, reply_to=reply_to, headers=headers)
-                except (BusUnavailable, PayloadTooLarge) as error:
-                    log.warning("publish.failed", extra={"subject": subject, "error": str(error)})
-            self._outbox_wake.clear()
-            await self._outbox_wake.wait()
+    def _on_too_large(self, submit: SubmitRequest, subject: str, size_bytes: int) -> None:
+        """No replica could be reached with it: do not try 64 of them."""
+        limit_bytes = self._bus.payload_bytes_max
+        cause = PayloadTooLarge(subject=subject, size_bytes=size_bytes, limit_bytes=limit_bytes)
+        lost = AttemptLost(submit.request_id, submit.attempt, "refused", "too_long", str(cause))
+        self._step(lost)
+
+    def _decoded(self, delivery: Delivery, as_type: type[M]) -> M | None:
+        """None, counted, for what is no such message: it must not cost the next one."""
+        try:
+            return decode(delivery.payload, as_type)
+        except msgspec.DecodeError as error:
+            self._undecodable.labels(as_type.__name__).inc()
+            now_s = self._clock.now_s()
+            if now_s - self._warned_s >= WARNING_GAP_S:
+                self._warned_s = now_s
+                fields = {"subject": delivery.subject, "error": str(error)}
+                log.warning("message.undecodable", extra=fields)
+            return None
 
     def _on_plan(self, delivery: Delivery) -> None:
-        plan = decode(delivery.payload, PlanInForce)
-        if self._plan is None or plan.epoch >= self._plan.epoch:
-            self._plan, self._plan_s = plan, self._clock.now_s()
+        plan = self._decoded(delivery, PlanInForce)
+        if plan is None:
+            return
+        # A lower epoch is a late message, unless ours has been silent: then the state was reset.
+        now_s = self._clock.now_s()
+        silent = now_s - self._plan_s > PLAN_FRESH_S
+        if self._plan is None or plan.epoch >= self._plan.epoch or silent:
+            self._plan, self._plan_s = plan, now_s
 
     def _on_route(self, delivery: Delivery) -> None:
-        self._step(decode(delivery.payload, RouteReply))
+        reply = self._decoded(delivery, RouteReply)
+        if reply is not None:
+            self._step(reply)
 
     def _on_chunks(self, delivery: Delivery) -> None:
-        batch = self._decode_chunks(delivery.payload)
+        batch = self._decoded(delivery, TokenChunks)
+        if batch is None:
+            return
         now_s = self._clock.now_s()
-        self._heard[batch.replica_id] = now_s
+        run = self._runs.get(batch.replica_id)
+        if run is None or run[0] != batch.incarnation:
+            self._on_run(batch, run)
+        if self._runs[batch.replica_id][0] == batch.incarnation:
+            self._heard[batch.replica_id] = now_s
         for chunk in batch.chunks:
             self._on_chunk(batch, chunk, now_s)
+
+    def _on_run(self, batch: TokenChunks, known: tuple[str, str] | None) -> None:
+        """Another run of the worker, or the last words of the one before."""
+        if known is None:
+            self._runs[batch.replica_id] = (batch.incarnation, "")
+        elif known[1] != batch.incarnation:
+            self._runs[batch.replica_id] = (batch.incarnation, known[0])
+            self._step(ReplicaRestarted(batch.replica_id, batch.incarnation))
 
     def _on_chunk(self, batch: TokenChunks, chunk: TokenChunk, now_s: float) -> None:
         request_id, attempt = chunk.request_id, chunk.attempt
@@ -184,15 +223,15 @@ class Gateway:
             self._on_stale(batch.replica_id, chunk)
             return
         finish = chunk.finish
-        if finish in ("refused", "failed"):
-            self._step(
-                AttemptLost(request_id, attempt, finish, chunk.failure, chunk.detail)  # type: ignore[arg-type]
-            )
+        if finish in ("refused", "failed", "abort"):  # an abort that we did not ask for
+            reason = "refused" if finish == "refused" else "failed"
+            self._step(AttemptLost(request_id, attempt, reason, chunk.failure, chunk.detail))
             return
         streaming = journey.phase == "streaming" and journey.incarnation == batch.incarnation
         if not streaming or journey.probing:
             self._step(Acknowledged(request_id, attempt, batch.incarnation))
-            if journey.attempt != attempt:
+            if journey.attempt != attempt or journey.phase != "streaming":
+                self._unexpected.inc(attempt > journey.attempt)
                 return
         if chunk.tokens:
             verdict, taken = take(journey, chunk)
@@ -211,12 +250,31 @@ class Gateway:
         if journey.first_token_s is None:
             journey.first_token_s = now_s
         choice = self._choices[journey.request_id]
-        if not choice.on_tokens(taken):
-            return False
+        try:
+            if not choice.on_tokens(taken):
+                return False
+        except Exception:
+            self.abort(journey.request_id)
+            journey.finish = "failed"
+            self._on_broken(journey.request_id, choice)
+            return True
         self.abort(journey.request_id)  # no harm if the engine has seen the stop string too
         journey.finish = "stop"
-        choice.on_end("stop")
+        self._tell_end(journey.request_id, choice, "stop")
         return True
+
+    def _tell_end(self, request_id: str, choice: Choice, finish: FinishReason) -> None:
+        try:
+            choice.on_end(finish)
+        except Exception:
+            self._on_broken(request_id, choice)
+
+    @staticmethod
+    def _on_broken(request_id: str, choice: Choice) -> None:
+        """A fault of ours, inside an exception handler: it ends this request and no other."""
+        log.exception("choice.broken", extra={"request_id": request_id})
+        detail = "The ingress failed to write the answer; its log has the cause."
+        choice.on_fail(RequestFailed(request_id, "engine", detail, 0.0))
 
     def _on_finish(self, journey: Journey, chunk: TokenChunk, finish: FinishReason) -> None:
         if chunk.position + len(chunk.tokens) > len(journey.tokens):
@@ -230,7 +288,7 @@ class Gateway:
         self._forget(request_id)
         self._step(Finished(request_id, finish))
         if choice is not None:
-            choice.on_end(finish)
+            self._tell_end(request_id, choice, finish)
 
     def _on_failed(self, failure: RequestFailed) -> None:
         choice = self._choices.get(failure.request_id)
@@ -252,8 +310,16 @@ class Gateway:
     async def _sweep(self) -> None:
         ticks_per_check = max(1, round(1.0 / self._config.sweep_s))
         ticks = 0
+        late = False
         while True:
+            before_s = self._clock.now_s()
             await asyncio.sleep(self._config.sweep_s)
+            slept_s = self._clock.now_s() - before_s
+            # Held up: what arrived meanwhile is unread, so silence proves nothing. Read first,
+            # but not twice in a row, or a busy loop would never notice a dead replica.
+            late = not late and slept_s > LATE_TICKS * self._config.sweep_s
+            if late:
+                continue
             self._step(Sweep(self._heard))
             ticks += 1
             if ticks % ticks_per_check == 0:
@@ -261,6 +327,7 @@ class Gateway:
                 self.core.check()
                 horizon_s = self._clock.now_s() - self._config.request_s
                 self._heard = {r: t for r, t in self._heard.items() if t > horizon_s}
+                self._runs = {r: run for r, run in self._runs.items() if r in self._heard}
 
     async def _publish_completed(self) -> None:
         while True:

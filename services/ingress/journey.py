@@ -87,7 +87,12 @@ def take(journey: Journey, chunk: TokenChunk) -> tuple[Verdict, Taken | None]:
     if end <= have:
         return "nothing", None
     skip = have - start
+    room = journey.sampling.output_tokens_max - have
     tokens = chunk.tokens[skip:] if skip else chunk.tokens
-    logprobs = chunk.logprobs[skip:] if chunk.logprobs is not None else None
+    if len(tokens) > room:  # nobody asked for more, whatever a worker sends
+        tokens = tokens[:room]
+        if not tokens:
+            return "nothing", None
+    logprobs = chunk.logprobs[skip : skip + len(tokens)] if chunk.logprobs is not None else None
     journey.tokens += tokens
     return "new", Taken(tokens, logprobs, have)

@@ -81,7 +81,8 @@ class Switcher:
         assert (state in {"storing_target", "committing"}) <= (self._writing is not None), state
         assert (state == "settled") <= (switch is None), (state, switch)
         if state in machine.WALKING:
-            assert stored and switch, state
+            assert stored is not None, state
+            assert switch is not None, state
             assert stored.target_epoch == switch.epoch > stored.epoch, (stored, switch)
             assert switch.rolling_back == (state == "rolling_back"), (state, switch)
 
@@ -254,7 +255,8 @@ class Switcher:
 
     def _roll_back(self, why: str, now_s: float) -> Iterable[Effect]:
         stored, failed = self._stored, self._switch
-        assert stored and failed
+        assert stored is not None
+        assert failed is not None
         self._refusals.failed(failed.target.plan_id, now_s)
         yield Log("switch.rollback", {"epoch": failed.epoch, "reason": why}, "warning")
         back = machine.rollback_of(failed, stored.in_force, epoch=self._next_epoch(), why=why)

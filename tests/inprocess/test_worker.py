@@ -364,7 +364,7 @@ def test_replica_starts_again_after_a_stop() -> None:
 def test_torch_engine_serves_behind_the_same_worker(tmp_path: Path) -> None:
     """Otherwise the modelled mesh would run, and the one with real tokens not."""
     pytest.importorskip("torch", reason="needs the torch extra")
-    from services.worker.engine.torch_engine.make_model import make_model  # noqa: PLC0415
+    from services.worker.engine.torch_engine.make_model import make_model
 
     make_model(tmp_path)
     topology = MeshConfig(

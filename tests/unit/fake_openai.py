@@ -1,7 +1,7 @@
 """A small OpenAI-like server whose faults a test chooses by ``max_tokens``: a peer, not a mock."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -91,7 +91,7 @@ class FakeServer:
 
 
 @asynccontextmanager
-async def fake_server() -> AsyncIterator[FakeServer]:
+async def fake_server() -> AsyncGenerator[FakeServer]:
     """The server, on a free port of this machine."""
     server = FakeServer()
     app = web.Application(client_max_size=64 * 1024 * 1024)
