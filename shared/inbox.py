@@ -18,6 +18,7 @@ import msgspec
 from shared.bus import Delivery
 from shared.clock import Clock
 from shared.core import Query
+from shared.messages.base import DataMessage, Message, decode
 from shared.subjects import Subject
 from shared.telemetry import Metrics
 
@@ -100,11 +101,11 @@ class Inbox:
     def receiver(self, subject: Subject[Any]) -> Callable[[Delivery], None]:
         """A bus handler that decodes and enqueues; it never blocks and never raises."""
         name = subject.message.__name__
-        decode = msgspec.msgpack.Decoder(subject.message).decode
+        kind: type[Message | DataMessage] = subject.message
 
         def on_delivery(delivery: Delivery) -> None:
             try:
-                event = decode(delivery.payload)
+                event = decode(delivery.payload, kind)
             except (msgspec.ValidationError, msgspec.DecodeError) as error:
                 self._undecodable.labels(name).inc()
                 self._warn("message.undecodable", subject=delivery.subject, error=str(error))

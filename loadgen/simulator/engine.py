@@ -44,6 +44,7 @@ class EngineTimes:
     stop_s: float = 0.05
     step_s: float = 0.05
     start_fails: float = 0.0  # chance that an engine cannot start
+    start_hangs: float = 0.0  # chance that it neither starts nor fails
     step_breaks: float = 0.0  # chance that a step breaks the engine
 
 
@@ -96,6 +97,8 @@ class Engines:
             engine.ready = True
             self._port.feed(EngineReady(replica_id=engine.replica_id, generation=engine.generation))
 
+        if self._rng.random() < self.times.start_hangs:
+            return
         self._port.later(self.times.start_s_max * self._rng.random(), ready)
 
     def _stop(self, stop: EngineStop) -> None:

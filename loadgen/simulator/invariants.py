@@ -47,6 +47,7 @@ class PlanHistory:
             assert (plan.epoch, plan.in_force) == (last.epoch, last.in_force), (last, plan)
             self._used = plan.target_epoch
             if plan.target.plan_id != plan.in_force.plan_id:
+                assert last.target is None, f"a switch under way was forgotten: {last} {plan}"
                 wish = (plan.target.plan_id, plan.epoch)
                 assert wish in self._wishes, f"nobody wished for {wish}"
                 self.switches += 1

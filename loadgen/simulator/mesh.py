@@ -74,7 +74,9 @@ class Mesh:
         )
         self._wishes = _draw_wishes(rng, self._hosts)
         self.times = EngineTimes(
-            start_fails=rng.choice([0.0, 0.0, 0.3]), step_breaks=rng.choice([0.0, 0.0, 0.005])
+            start_fails=rng.choice([0.0, 0.0, 0.3]),
+            start_hangs=rng.choice([0.0, 0.0, 0.2]),
+            step_breaks=rng.choice([0.0, 0.0, 0.005]),
         )
         self.world = World(seed, weather=draw_weather(rng), trace_max=trace_max)
         self.history = PlanHistory(self.world, writer="switcher")
@@ -122,7 +124,7 @@ class Mesh:
         if not brain.content:
             waiting.append(f"the scheduler wishes for {brain.wish}")
         placed = {spec.replica_id for spec in stored.in_force.replicas}
-        if placed != {wish.replica_id for wish in self._wishes}:
+        if not self.world.lost and placed != {wish.replica_id for wish in self._wishes}:
             waiting.append(f"placed are only {sorted(placed)}")
         wanted = {(gpu, spec.replica_id) for spec in stored.in_force.replicas for gpu in spec.gpus}
         if (held := self._held()) != wanted:
@@ -137,6 +139,7 @@ class Mesh:
         return {
             (worker_id, held.replica_id if held.phase == "serving" else f"?{held.replica_id}")
             for worker_id, report in self.epochs.reports.items()
+            if worker_id not in self.world.lost
             for held in report.replicas
         }
 
@@ -224,6 +227,8 @@ class Mesh:
             incidents_max=12,
         )
         self.world.plan(incidents)
+        if rng.random() < 0.3:  # noqa: PLR2004  # in some runs a machine is gone for good
+            self.world.at(rng.uniform(2.0, 18.0), lambda: self.world.lose(rng.choice(workers)))
         if rng.random() < 0.5:  # noqa: PLR2004  # in half of the runs
             self.world.at(rng.uniform(4.0, 16.0), lambda: self._edit_topology(rng))
 

@@ -76,6 +76,7 @@ class World:
         self.bucket = Bucket()
         self.trace = Trace(trace_max)
         self.steps = 0
+        self.lost: set[str] = set()  # nodes that never come back
         self.taps: list[Callable[[str, Publish], None]] = []  # see each message as it is sent
         self.watches: list[Action] = []  # run after each step
         self._heap: list[_Due] = []
@@ -106,10 +107,18 @@ class World:
             self._happen(due)
         self.now_s = until_s
 
+    def lose(self, name: str) -> None:
+        """End what runs there, for good."""
+        self.trace.note(self.now_s, name, "-- lost for good --")
+        self._nodes[name].processes = {}
+        self.lost.add(name)
+
     def calm(self) -> None:
         """From now on nothing goes wrong, and whoever was down, cut off or still goes on."""
         self.weather = CALM
         for name, node in self._nodes.items():
+            if name in self.lost:
+                continue
             node.cut_until_s = 0.0
             newest = node.newest
             if newest is None:
@@ -271,9 +280,13 @@ class World:
         """The supervisor looks: exactly one process should run."""
         node = self._nodes[name]
         if node.newest is None:
-            self._start(name)
+            self._revive(name)
         else:
             node.processes = {node.newest.number: node.newest}
+
+    def _revive(self, name: str) -> None:
+        if name not in self.lost:
+            self._start(name)
 
     def _start(self, name: str) -> None:
         node = self._nodes[name]

@@ -8,7 +8,7 @@ the ingress spends its time on.
 import asyncio
 from collections.abc import Callable
 
-from services.ingress.core import RequestFailed
+from services.ingress.events import RequestFailed
 from services.ingress.journey import Journey, Taken
 from services.ingress.openai_api import ParsedRequest
 from services.ingress.openai_errors import ApiError, from_failure
@@ -46,13 +46,13 @@ class Text:
         text = self._detokenizer.feed(tokens)
         return (text, False) if self._stop is None else self._stop.feed(text)
 
-    def flush(self) -> str:
-        """What was held back, at the end of the tokens."""
+    def flush(self) -> tuple[str, bool]:
+        """What was held back, at the end of the tokens, and whether it ends in a stop string."""
         text = self._detokenizer.flush()
         if self._stop is None:
-            return text
+            return text, False
         shown, stopped = self._stop.feed(text)
-        return shown if stopped else shown + self._stop.flush()
+        return (shown, True) if stopped else (shown + self._stop.flush(), False)
 
 
 class StreamedChoice:
@@ -103,8 +103,8 @@ class StreamedChoice:
         return self._events.event(text, logprobs=logprobs, token_ids=ids)
 
     def on_end(self, finish: FinishReason) -> None:
-        rest = "" if self._stopped else self._text.flush()
-        reason = "length" if finish == "length" else "stop"
+        rest, stopped = ("", True) if self._stopped else self._text.flush()
+        reason = "length" if finish == "length" and not stopped else "stop"
         self._out.write(self._events.event(rest, finish=reason))
         self._out.ended(self._index, None)
 
@@ -121,9 +121,11 @@ class Streamed:
         loop = asyncio.get_running_loop()
         self.begun: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
+        self.done.add_done_callback(_seen)
         self._open_choices = num_choices
         self._kept: list[bytes] = []
         self._send: Callable[[bytes], None] | None = None
+        self._closed = False
         self._buffered: Callable[[], int] | None = None
         self._buffer_bytes_max = buffer_bytes_max
 
@@ -140,7 +142,15 @@ class Streamed:
         self._kept.clear()
         return events
 
+    def close(self, last: bytes) -> None:
+        """Write the last event. What other choices still have to say comes too late: after an
+        error nothing may follow, least of all behind the end of the HTTP body."""
+        self.write(last)
+        self._closed = True
+
     def write(self, event: bytes) -> None:
+        if self._closed:
+            return
         if self._send is None:
             self._kept.append(event)
             if not self.begun.done():
@@ -204,8 +214,9 @@ class WholeChoice:
 
     def on_end(self, finish: FinishReason) -> None:
         if not self._stopped:
-            self._parts.append(self._text.flush())
-        self._finish = finish
+            rest, self._stopped = self._text.flush()
+            self._parts.append(rest)
+        self._finish = "stop" if self._stopped else finish
         self._out.ended(self._index, None)
 
     def on_fail(self, failure: RequestFailed) -> None:
@@ -230,6 +241,7 @@ class WholeChoice:
 class Whole:
     def __init__(self, *, num_choices: int) -> None:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done.add_done_callback(_seen)
         self._open_choices = num_choices
 
     def ended(self, index: int, error: ApiError | None) -> None:  # noqa: ARG002  # all alike here
@@ -249,6 +261,12 @@ class Whole:
             prompt_tokens=prompt_tokens,
             completion_tokens=sum(choice.output_tokens for choice in choices),
         )
+
+
+def _seen(done: asyncio.Future[None]) -> None:
+    """Its handler may be gone before it asks: then nobody is to be told of the failure."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _error(failure: RequestFailed, journey: Journey) -> ApiError:

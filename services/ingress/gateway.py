@@ -8,11 +8,11 @@ that request: a batch of chunks is shared by many.
 import asyncio
 import logging
 from collections import deque
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
-from prometheus_client import Counter
 
+from services.ingress.choices import Choice, Choices
 from services.ingress.config import IngressConfig
 from services.ingress.core import IngressCore
 from services.ingress.events import (
@@ -57,24 +57,13 @@ LATE_TICKS = 4.0  # a sweep this many periods late says that the loop was held u
 M = TypeVar("M", bound=Message | DataMessage)
 
 
-class Choice(Protocol):
-    """Whoever shows one journey's tokens to a client."""
-
-    def on_tokens(self, taken: Taken) -> bool:
-        """Show them; True if a stop string ended the text: nothing more is wanted."""
-        ...
-
-    def on_end(self, finish: FinishReason) -> None: ...
-    def on_fail(self, failure: RequestFailed) -> None: ...
-
-
 class Gateway:
     def __init__(self, config: IngressConfig, context: ServiceContext) -> None:
         self._config, self._context = config, context
         self._bus, self._clock = context.bus, context.clock
         self.ingress_id = context.instance_id
         self.core = IngressCore(config, ingress_id=self.ingress_id)
-        self._choices: dict[str, Choice] = {}
+        self.choices = Choices()
         self._headers: dict[str, dict[str, str]] = {}  # trace context of traced requests
         self.outbox = Outbox(context.bus, context.metrics)
         self._completed: deque[RequestCompleted] = deque(maxlen=COMPLETED_MAX)
@@ -89,7 +78,7 @@ class Gateway:
         self._undecodable = metrics.counter(
             "ingress_undecodable", "Messages nobody could read", ["message"]
         )
-        self._unexpected: Counter = metrics.counter(
+        self._unexpected = metrics.counter(
             "ingress_chunks_unexpected", "Chunks of attempts that were never made"
         )
         metrics.gauge("ingress_open_requests", "Requests owned now").set_function(
@@ -120,14 +109,15 @@ class Gateway:
 
     def open(self, journey: Journey, choice: Choice, headers: dict[str, str] | None) -> None:
         """Take charge of a request; ``choice`` hears of it until ``on_end`` or ``on_fail``."""
-        self._choices[journey.request_id] = choice
+        self.choices.open(journey.request_id, choice)
         if headers:
             self._headers[journey.request_id] = headers
         self._step(Arrived(journey))
 
     def abort(self, request_id: str) -> None:
         """The client is gone, or wants no more."""
-        self._forget(request_id)
+        self._headers.pop(request_id, None)
+        self.choices.forget(request_id)
         self._step(ClientGone(request_id))
 
     def completed(self, record: RequestCompleted) -> None:
@@ -142,7 +132,8 @@ class Gateway:
                 case Ask(subject=subject, message=message, reply_to=reply_to):
                     self._send(subject, message, reply_to)
                 case Start(job="fail", argument=failure):
-                    self._on_failed(failure)
+                    self._headers.pop(failure.request_id, None)
+                    self.choices.fail(failure)
                 case Start(job="finish", argument=finished):
                     self._end(finished.request_id, finished.finish)
                 case Log(event=name, fields=fields):
@@ -201,20 +192,19 @@ class Gateway:
             return
         now_s = self._clock.now_s()
         run = self._runs.get(batch.replica_id)
-        if run is None or run[0] != batch.incarnation:
-            self._on_run(batch, run)
-        if self._runs[batch.replica_id][0] == batch.incarnation:
+        if (run is not None and run[0] == batch.incarnation) or self._is_new_run(batch, run):
             self._heard[batch.replica_id] = now_s
         for chunk in batch.chunks:
             self._on_chunk(batch, chunk, now_s)
 
-    def _on_run(self, batch: TokenChunks, known: tuple[str, str] | None) -> None:
-        """Another run of the worker, or the last words of the one before."""
-        if known is None:
-            self._runs[batch.replica_id] = (batch.incarnation, "")
-        elif known[1] != batch.incarnation:
-            self._runs[batch.replica_id] = (batch.incarnation, known[0])
+    def _is_new_run(self, batch: TokenChunks, known: tuple[str, str] | None) -> bool:
+        """Another run of the worker leads the replica; False for the last words of the former."""
+        if known is not None and known[1] == batch.incarnation:
+            return False
+        self._runs[batch.replica_id] = (batch.incarnation, known[0] if known else "")
+        if known is not None:
             self._step(ReplicaRestarted(batch.replica_id, batch.incarnation))
+        return True
 
     def _on_chunk(self, batch: TokenChunks, chunk: TokenChunk, now_s: float) -> None:
         request_id, attempt = chunk.request_id, chunk.attempt
@@ -231,7 +221,8 @@ class Gateway:
         if not streaming or journey.probing:
             self._step(Acknowledged(request_id, attempt, batch.incarnation))
             if journey.attempt != attempt or journey.phase != "streaming":
-                self._unexpected.inc(attempt > journey.attempt)
+                if attempt > journey.attempt:
+                    self._unexpected.inc()
                 return
         if chunk.tokens:
             verdict, taken = take(journey, chunk)
@@ -249,32 +240,15 @@ class Gateway:
         """Hand on new tokens; True if a stop string ended the request here."""
         if journey.first_token_s is None:
             journey.first_token_s = now_s
-        choice = self._choices[journey.request_id]
-        try:
-            if not choice.on_tokens(taken):
-                return False
-        except Exception:
-            self.abort(journey.request_id)
-            journey.finish = "failed"
-            self._on_broken(journey.request_id, choice)
-            return True
-        self.abort(journey.request_id)  # no harm if the engine has seen the stop string too
-        journey.finish = "stop"
-        self._tell_end(journey.request_id, choice, "stop")
+        ended = self.choices.show(journey.request_id, taken)
+        if ended is None:
+            return False
+        # No harm if the engine has seen the stop string too.
+        self._step(ClientGone(journey.request_id))
+        journey.finish = ended
+        self._headers.pop(journey.request_id, None)
+        self.choices.end(journey.request_id, ended)
         return True
-
-    def _tell_end(self, request_id: str, choice: Choice, finish: FinishReason) -> None:
-        try:
-            choice.on_end(finish)
-        except Exception:
-            self._on_broken(request_id, choice)
-
-    @staticmethod
-    def _on_broken(request_id: str, choice: Choice) -> None:
-        """A fault of ours, inside an exception handler: it ends this request and no other."""
-        log.exception("choice.broken", extra={"request_id": request_id})
-        detail = "The ingress failed to write the answer; its log has the cause."
-        choice.on_fail(RequestFailed(request_id, "engine", detail, 0.0))
 
     def _on_finish(self, journey: Journey, chunk: TokenChunk, finish: FinishReason) -> None:
         if chunk.position + len(chunk.tokens) > len(journey.tokens):
@@ -284,21 +258,9 @@ class Gateway:
         self._end(journey.request_id, finish)
 
     def _end(self, request_id: str, finish: FinishReason) -> None:
-        choice = self._choices.get(request_id)
-        self._forget(request_id)
-        self._step(Finished(request_id, finish))
-        if choice is not None:
-            self._tell_end(request_id, choice, finish)
-
-    def _on_failed(self, failure: RequestFailed) -> None:
-        choice = self._choices.get(failure.request_id)
-        self._forget(failure.request_id)
-        if choice is not None:
-            choice.on_fail(failure)
-
-    def _forget(self, request_id: str) -> None:
-        self._choices.pop(request_id, None)
         self._headers.pop(request_id, None)
+        self._step(Finished(request_id, finish))
+        self.choices.end(request_id, finish)
 
     def _on_stale(self, replica_id: str, chunk: TokenChunk) -> None:
         """Somebody still works on what nobody waits for: say so, once per sweep."""

@@ -69,7 +69,7 @@ class HttpEdge:
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{model}", self._model)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/metrics", self._metrics)
@@ -184,7 +184,7 @@ class HttpEdge:
         try:
             await self._wait_with_comments(stream)
         except ApiError as error:
-            stream.write(error.event())
+            stream.close(error.event())
         except SlowClient:
             log.warning("client.slow", extra={"request_id": head.response_id})
             if request.transport is not None:
@@ -193,7 +193,7 @@ class HttpEdge:
         else:
             counted = sum(choice.output_tokens for choice in choices)
             usage = (prompt_tokens, counted) if parsed.include_usage else None
-            stream.write(stream.tail(usage=usage))
+            stream.close(stream.tail(usage=usage))
         await response.write_eof()
         return response
 

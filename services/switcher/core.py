@@ -83,7 +83,9 @@ class Switcher:
         if state in machine.WALKING:
             assert stored is not None, state
             assert switch is not None, state
-            assert stored.target_epoch == switch.epoch > stored.epoch, (stored, switch)
+            assert stored.target is not None, stored
+            assert switch.leads_to(stored.target_epoch, stored.target), (stored, switch)
+            assert switch.epoch > stored.epoch, (stored, switch)
             assert switch.rolling_back == (state == "rolling_back"), (state, switch)
 
     @property
@@ -195,7 +197,7 @@ class Switcher:
             self._move("settled")
             self._pacing.clear()
             self._view.prune(epoch=stored.epoch, now_s=now_s)
-            if switch is not None and switch.epoch == stored.epoch:
+            if switch is not None and switch.leads_to(stored.epoch, stored.in_force):
                 yield from self._ended(switch, now_s)
             elif before is None:
                 yield Log("plan.recovered", {"epoch": stored.epoch, "switching": False})
@@ -203,7 +205,7 @@ class Switcher:
             yield from self._advance(now_s)
             return
         switch = self._switch
-        if switch is None or switch.epoch != stored.target_epoch:
+        if switch is None or not switch.leads_to(stored.target_epoch, stored.target):
             switch = self._switch = machine.recovered(stored, stored.target, now_s)
             yield Log("plan.recovered", {"epoch": stored.epoch, "switching": True})
         elif not switch.rolling_back:

@@ -74,6 +74,11 @@ class Switch:
     def rolling_back(self) -> bool:
         return bool(self.why)
 
+    def leads_to(self, epoch: int, plan: DeploymentPlan) -> bool:
+        """Whether this is the switch to that plan: of two switchers that begin at once, both use
+        the same epoch, and the one that lost the race must not walk to its own target."""
+        return (self.epoch, self.target) == (epoch, plan)
+
     @property
     def plan_ids(self) -> tuple[str, ...]:
         """Plans that a repeated wish for is no news of while this switch is under way."""

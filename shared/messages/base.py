@@ -39,4 +39,7 @@ def decode(payload: bytes, as_type: type[M]) -> M:
     decoder = _decoders.get(as_type)
     if decoder is None:
         decoder = _decoders[as_type] = msgspec.msgpack.Decoder(as_type)
-    return decoder.decode(payload)  # type: ignore[return-value]  # keyed by its own type
+    try:
+        return decoder.decode(payload)  # type: ignore[return-value]  # keyed by its own type
+    except UnicodeDecodeError as error:  # msgspec lets it through: no error of its own
+        raise msgspec.DecodeError(str(error)) from None

@@ -31,7 +31,7 @@ def _bare(schema: Any) -> Any:  # JSON of any shape
     if isinstance(schema, dict):
         items = cast("dict[str, Any]", schema).items()
         return {k: _bare(v) for k, v in items if not (k == "description" and isinstance(v, str))}
-    if isinstance(schema, list):
+    if isinstance(schema, list | tuple):
         return [_bare(part) for part in cast("list[Any]", schema)]
     return schema
 
@@ -89,8 +89,8 @@ def _broken_object(name: str, before: dict[str, Any], after: dict[str, Any]) -> 
             problems.append(f"{name}.{field}: removed or renamed")
         elif not _accepts(kind, now[field]):
             problems.append(f"{name}.{field}: retyped from {kind} to {now[field]}")
-    for field in sorted(set(after.get("required", [])) - set(before.get("required", []))):
-        problems.append(f"{name}.{field}: required now; give it a default")
+    required = set(after.get("required", [])) - set(before.get("required", []))
+    problems += [f"{name}.{field}: required now; give it a default" for field in sorted(required)]
     if "enum" in before and not _accepts(before, after):
         problems.append(f"{name}: lost one of its values")
     return problems

@@ -3,6 +3,7 @@
 import importlib
 import math
 import pkgutil
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -13,6 +14,12 @@ from msgspec import inspect as shapes
 import shared.messages
 from shared.messages.base import DataMessage, Message
 
+SCALARS: dict[type[shapes.Type], Callable[[str], object]] = {
+    shapes.StrType: lambda name: f"{name}-é",
+    shapes.IntType: lambda name: 1 + len(name),
+    shapes.FloatType: lambda name: math.sqrt(len(name)),
+    shapes.BoolType: lambda _name: True,
+}
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -48,18 +55,24 @@ def _strategy(kind: shapes.Type) -> st.SearchStrategy[Any]:
             return st.lists(_strategy(kind.item_type), max_size=4).map(tuple)
         case shapes.DictType():
             return st.dictionaries(_strategy(kind.key_type), _strategy(kind.value_type), max_size=4)
-        case shapes.LiteralType():
-            return st.sampled_from(kind.values)
         case _:
             return _scalar(kind)
 
 
 def _scalar(kind: shapes.Type) -> st.SearchStrategy[Any]:
     match kind:
+        case shapes.LiteralType():
+            return st.sampled_from(kind.values)
         case shapes.StrType():
             return st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
         case shapes.IntType():
-            return st.integers(INT_MIN, INT_MAX)
+            return st.integers(SCALARS: dict[type[shapes.Type], Callable[[str], object]] = {
+    shapes.StrType: lambda name: f"{name}-é",
+    shapes.IntType: lambda name: 1 + len(name),
+    shapes.FloatType: lambda name: math.sqrt(len(name)),
+    shapes.BoolType: lambda _name: True,
+}
+INT_MIN, INT_MAX)
         case shapes.FloatType():
             return st.floats(allow_nan=False)
         case shapes.BoolType():
@@ -75,32 +88,25 @@ def example(kind: type[Any], *, full: bool) -> Any:  # of the given kind
     return _example(shapes.type_info(kind), kind.__name__, full=full)
 
 
-def _example(kind: shapes.Type, name: str, *, full: bool) -> Any:  # any field's
+def _example(kind: shapes.Type, name: str, *, full: bool) -> Any:
     match kind:
         case shapes.StructType():
             fields = [f for f in kind.fields if full or f.required]
-            return kind.cls(**{f.name: _example(f.type, f.name, full=full) for f in fields})
+            value = kind.cls(**{f.name: _example(f.type, f.name, full=full) for f in fields})
         case shapes.UnionType():
-            return _example(kind.types[0], name, full=full)
+            value = _example(kind.types[0], name, full=full)
         case shapes.ListType():
-            return [_example(kind.item_type, name, full=full)] if full else []
+            value = [_example(kind.item_type, name, full=full)] if full else []
         case shapes.VarTupleType():
-            return (_example(kind.item_type, name, full=full),) if full else ()
+            value = (_example(kind.item_type, name, full=full),) if full else ()
         case shapes.DictType():
-            value = _example(kind.value_type, name, full=full)
-            return {_example(kind.key_type, name, full=full): value} if full else {}
+            item = _example(kind.value_type, name, full=full)
+            value = {_example(kind.key_type, name, full=full): item} if full else {}
         case shapes.LiteralType():
-            return kind.values[-1]
-        case shapes.StrType():
-            return f"{name}-é"
-        case shapes.IntType():
-            return 1 + len(name)
-        case shapes.FloatType():
-            return math.sqrt(len(name))
-        case shapes.BoolType():
-            return True
+            value = kind.values[-1]
         case _:
-            raise AssertionError(f"tests/support/messages.py cannot build a {kind}")
+            value = SCALARS[type(kind)](name)
+    return value
 
 
 def with_unknown_field(payload: bytes) -> bytes:

@@ -21,7 +21,7 @@ from shared.subjects import PLAN_IN_FORCE, REPLICA_REPORT, WORKER_REPORT
 
 POLL_S = 0.05
 FRESH_S = 1.5  # reports are published at least twice a second, the plan once
-_SAMPLE = re.compile(r'^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$', re.MULTILINE)
+_SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 
 
 class Unrecovered(AssertionError):

@@ -18,9 +18,9 @@ from tests.unit.engine_contract import EngineCase, EngineContract, EngineLimits
 
 def torch_case(folder: Path) -> EngineCase:
     pytest.importorskip("torch", reason="needs the torch extra")
-    from services.worker.engine.torch_engine.config import TorchEngineConfig  # noqa: PLC0415
-    from services.worker.engine.torch_engine.engine import load_torch_engine  # noqa: PLC0415
-    from services.worker.engine.torch_engine.make_model import make_model  # noqa: PLC0415
+    from services.worker.engine.torch_engine.config import TorchEngineConfig
+    from services.worker.engine.torch_engine.engine import load_torch_engine
+    from services.worker.engine.torch_engine.make_model import make_model
 
     make_model(folder)
 

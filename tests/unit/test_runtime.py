@@ -633,8 +633,8 @@ def test_without_tracing_no_headers_are_made() -> None:
 
 def test_effects_are_a_closed_set() -> None:
     """A new effect would be silently ignored by the runtime until its owner notices."""
-    import inspect  # noqa: PLC0415  # only this test reads source
-    from typing import get_args  # noqa: PLC0415
+    import inspect  # only this test reads source
+    from typing import get_args
 
     source = inspect.getsource(Runtime)
     missing = [

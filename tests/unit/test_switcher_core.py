@@ -383,6 +383,21 @@ def test_a_lost_race_is_followed() -> None:
     assert run.said(PlanInForce) == [PlanInForce(epoch=4, plan=B)]
 
 
+def test_a_race_lost_to_a_switch_of_the_same_epoch_is_followed() -> None:
+    """Otherwise the loser would walk to its own target and put that in force instead."""
+    run = Run().in_force(A, 1, "g1")
+    run.adopt(B, 1)
+    run.revision += 1
+    other = plan("C", replica("r2", "g1"))
+    run.bucket = StoredPlan(epoch=1, in_force=A, target=other, target_epoch=2)
+    run.write()
+    run.loaded()
+    assert run.core.state == "draining"
+    run.drained("r0@g0", 2)
+    run.stopped("r0@g0", 2)
+    assert run.commands == ["start r2@g1 e2"]
+
+
 def test_our_own_write_reported_as_a_lost_race_succeeds() -> None:
     """Otherwise a write whose answer was lost would end its switch without a word."""
     run = starting()

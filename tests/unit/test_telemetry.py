@@ -65,10 +65,9 @@ def test_any_field_value_makes_a_line(value: object, shown: object) -> None:
 
 def test_an_exception_is_part_of_its_line() -> None:
     """A stack trace would be torn into lines that belong to nothing."""
-    try:
+    with pytest.raises(ValueError, match="invalid literal") as caught:
         int("broken")
-    except ValueError as error:
-        line = _line({}, exc_info=(ValueError, error, error.__traceback__))
+    line = _line({}, exc_info=(ValueError, caught.value, caught.tb))
     assert "ValueError: invalid literal" in line["exception"]
     assert "test_telemetry.py" in line["exception"]
 

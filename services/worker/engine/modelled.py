@@ -24,8 +24,8 @@ from services.worker.engine.made_up import (
     root_of,
 )
 from services.worker.engine.modelled_settings import check_settings
-from services.worker.engine.torch_engine.stopping import StopCheck
-from services.worker.engine.torch_engine.validation import check_request
+from services.worker.engine.stopping import StopCheck
+from services.worker.engine.validation import check_request
 from shared.errors import Rejected
 from shared.mesh import ModelledEngineSettings
 from shared.messages.requests import FinishReason

@@ -16,6 +16,7 @@ from services.worker.engine.interface import (
     EngineRequest,
     StepResult,
 )
+from services.worker.engine.stopping import StopCheck
 from services.worker.engine.torch_engine import sizing
 from services.worker.engine.torch_engine.batch import BatchBuilder
 from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler, Chunk, Sequence
@@ -26,9 +27,8 @@ from services.worker.engine.torch_engine.model import DecoderStage
 from services.worker.engine.torch_engine.model_config import ModelConfig, read_model_config
 from services.worker.engine.torch_engine.sampling import as_list, choose, logprobs
 from services.worker.engine.torch_engine.sharding import Rank, weight_shards
-from services.worker.engine.torch_engine.stopping import StopCheck
-from services.worker.engine.torch_engine.validation import check_request
 from services.worker.engine.torch_engine.weights import allocate_weights
+from services.worker.engine.validation import check_request
 from shared.errors import EngineFailed, Rejected
 from shared.messages.requests import TokenLogprobs
 from shared.text import Tokenizer, load_tokenizer
