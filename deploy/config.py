@@ -73,6 +73,7 @@ class Topology:
     broker_embedded: bool  # nobody named a broker, so the mesh brings its own
     http_host: str
     http_port: int
+    keys_file: str  # empty: open to whoever reaches the port
 
     @property
     def data_dir(self) -> Path:
@@ -98,6 +99,7 @@ def load_topology(file: Path, overrides: Sequence[str] = ()) -> Topology:
         broker_embedded="bus.url" not in settings.sources,
         http_host=up.http_host or str(_ingress(settings).get("host", "127.0.0.1")),
         http_port=_http_port(settings, up),
+        keys_file=str(_ingress(settings).get("keys_file", "")),
     )
 
 

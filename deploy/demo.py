@@ -32,6 +32,7 @@ TRACE = "azure2023_code_conv.csv.gz"
 TRACES = "../shared/traces"  # where the project's traces lie beside a checkout
 TRACE_START_S = 600.0
 LENGTH_SCALE = 1 / 4  # the trace is of large models: a tiny one on a CPU gets smaller prompts
+INPUT_TOKENS_MAX = 3000  # with the output, within the model's context
 OUTPUT_TOKENS_MAX = 256
 CALIBRATION_REQUESTS = 96
 UTILISATION = 0.5
@@ -89,6 +90,7 @@ def _options(url: str, duration_s: float) -> ReplayOptions:
         start_s=TRACE_START_S if real else 0.0,
         duration_s=duration_s,
         length_scale=LENGTH_SCALE,
+        input_tokens_max=INPUT_TOKENS_MAX,
         output_tokens_max=OUTPUT_TOKENS_MAX,
     )
     return ReplayOptions(trace=str(trace) if real else GENERATOR, url=url, selection=selection)

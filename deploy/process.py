@@ -65,7 +65,6 @@ class SupervisedProcess:
     ) -> None:
         self.spec = spec
         self.log = log
-        self.restarts = 0
         self._up = up
         self._on_exit = on_exit
         self._say = say
@@ -119,7 +118,6 @@ class SupervisedProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
             backoff_s = min(2 * backoff_s, up.restart_backoff_s_max)
-            self.restarts += 1
 
     async def _run_once(self) -> int:
         self.log.forget_tail()

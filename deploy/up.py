@@ -81,14 +81,18 @@ class _Foreground:
 
 def _howto(mesh: LocalMesh) -> str:
     model_id = mesh.topology.mesh.model.model_id
+    keys = mesh.topology.keys_file
+    who = f"to the keys in {keys}" if keys else "to everybody who can reach it (ingress.keys_file)"
+    api_key = "sk-oserve-..." if keys else "any"
     return f"""
 The mesh serves at {mesh.url}
+Open {who}.
 
   curl {mesh.url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{mesh.url}/v1", api_key="any")
+  client = OpenAI(base_url="{mesh.url}/v1", api_key="{api_key}")
   messages = [{{"role": "user", "content": "Hello"}}]
   for chunk in client.chat.completions.create(model="{model_id}", messages=messages, stream=True):
       print(chunk.choices[0].delta.content or "", end="")

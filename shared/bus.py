@@ -103,7 +103,7 @@ class Bus(Protocol):
     async def register(
         self, *, name: str, version: str, description: str, metadata: dict[str, str]
     ) -> None:
-        """Join the broker's service discovery under ``name``."""
+        """Join the broker's service discovery."""
         ...
 
     async def close(self) -> None:
@@ -129,8 +129,7 @@ class NatsBus:
         self._client = Client()
         self._state: Any = None
         self._errors_seen = 0
-        self._connecting = False
-        self._opened = False  # nats-py cannot close a client that never tried to connect
+        self._connecting = self._opened = False  # nats-py cannot close what was never opened
 
     @property
     def connected(self) -> bool:
@@ -145,8 +144,7 @@ class NatsBus:
         return self._client
 
     async def connect(self, *, name: str) -> None:
-        """Connect and make sure that bucket and stream exist. Raises BusUnavailable with the
-        cause once ``connect_timeout_s`` is over."""
+        """Connect; bucket and stream exist afterwards. Raises BusUnavailable with the cause."""
         config, where = self._config, broker_name(self._config.url)
         await wait_for_broker(config.url, timeout_s=config.connect_timeout_s)
         self._connecting = self._opened = True

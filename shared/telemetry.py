@@ -25,6 +25,7 @@ from prometheus_client import generate_latest as _generate_latest
 from shared.errors import ConfigInvalid
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+EXPORT_TIMEOUT_S = 2.0  # retries included; also what a dead collector costs a service that ends
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 )  # fmt: skip
@@ -152,7 +153,8 @@ class Tracing:
             sampler=ParentBased(TraceIdRatioBased(config.trace_ratio)),
         )
         endpoint = config.otlp_endpoint.rstrip("/") + "/v1/traces"
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("oserve")
 
     def span(

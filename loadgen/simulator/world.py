@@ -137,10 +137,6 @@ class World:
         newest = self._nodes[name].newest
         return None if newest is None else newest.core
 
-    def running(self, name: str) -> list[tuple[int, Core]]:
-        """Number and core of every process that runs there."""
-        return [(p.number, p.core) for p in self._nodes[name].processes.values()]
-
     def schedule(
         self,
         delay_s: float,
@@ -279,13 +275,9 @@ class World:
     def _settle(self, name: str) -> None:
         """The supervisor looks: exactly one process should run."""
         node = self._nodes[name]
-        if node.newest is None:
-            self._revive(name)
-        else:
+        if node.newest is not None:
             node.processes = {node.newest.number: node.newest}
-
-    def _revive(self, name: str) -> None:
-        if name not in self.lost:
+        elif name not in self.lost:
             self._start(name)
 
     def _start(self, name: str) -> None:

@@ -19,6 +19,7 @@ class IngressConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     client_buffer_bytes_max: int = 1 << 20  # unread by a slow client; beyond: aborted
     first_request_s: float = 15.0  # a new connection must have sent a request by then
     body_s: float = 30.0  # a request's body must have arrived by then
+    client_read_s: float = 30.0  # unread by its client, and not getting less, for that long: closed
     keepalive_s: float = 75.0
     sse_comment_s: float = 10.0  # a comment keeps proxies from closing a stream that waits
 

@@ -23,7 +23,6 @@ from services.ingress.events import (
     Finished,
     IngressEvent,
     ReplicaRestarted,
-    RequestFailed,
     StaleChunk,
     Sweep,
 )
@@ -50,8 +49,9 @@ log = logging.getLogger("oserve.ingress")
 
 COMPLETED_MAX = 16_384
 COMPLETED_BATCH_MAX = 512
-STALE_REPLIES_MAX = 1_000  # aborts of stale attempts remembered between two sweeps
+STALE_REPLIES_MAX = 1_000  # aborts of stale attempts remembered between two checks
 PLAN_FRESH_S = 10.0
+CHECK_S = 1.0
 WARNING_GAP_S = 1.0  # between two warnings of one kind
 LATE_TICKS = 4.0  # a sweep this many periods late says that the loop was held up
 M = TypeVar("M", bound=Message | DataMessage)
@@ -89,9 +89,9 @@ class Gateway:
         """Subscribe and work until cancelled."""
         me = self.ingress_id
         bus = self._bus
-        await bus.subscribe(subjects.TOKEN_CHUNKS.of(ingress_id=me).pattern, self._on_chunks)
-        await bus.subscribe(subjects.ROUTE_REPLY.of(ingress_id=me).pattern, self._on_route)
-        await bus.subscribe(subjects.PLAN_IN_FORCE.pattern, self._on_plan)
+        await bus.subscribe(subjects.TOKEN_CHUNKS.of(ingress_id=me).pattern, self.on_chunks)
+        await bus.subscribe(subjects.ROUTE_REPLY.of(ingress_id=me).pattern, self.on_route)
+        await bus.subscribe(subjects.PLAN_IN_FORCE.pattern, self.on_plan)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.outbox.run())
             tasks.create_task(self._sweep())
@@ -171,7 +171,7 @@ class Gateway:
                 log.warning("message.undecodable", extra=fields)
             return None
 
-    def _on_plan(self, delivery: Delivery) -> None:
+    def on_plan(self, delivery: Delivery) -> None:
         plan = self._decoded(delivery, PlanInForce)
         if plan is None:
             return
@@ -181,12 +181,12 @@ class Gateway:
         if self._plan is None or plan.epoch >= self._plan.epoch or silent:
             self._plan, self._plan_s = plan, now_s
 
-    def _on_route(self, delivery: Delivery) -> None:
+    def on_route(self, delivery: Delivery) -> None:
         reply = self._decoded(delivery, RouteReply)
         if reply is not None:
             self._step(reply)
 
-    def _on_chunks(self, delivery: Delivery) -> None:
+    def on_chunks(self, delivery: Delivery) -> None:
         batch = self._decoded(delivery, TokenChunks)
         if batch is None:
             return
@@ -263,33 +263,39 @@ class Gateway:
         self.choices.end(request_id, finish)
 
     def _on_stale(self, replica_id: str, chunk: TokenChunk) -> None:
-        """Somebody still works on what nobody waits for: say so, once per sweep."""
+        """Somebody still works on what nobody waits for: say so, once between two checks."""
         key = (chunk.request_id, chunk.attempt)
         if chunk.finish is None and key not in self._stale and len(self._stale) < STALE_REPLIES_MAX:
             self._stale.add(key)
             self._step(StaleChunk(chunk.request_id, chunk.attempt, replica_id))
 
+    def sweep(self) -> None:
+        """Look for phases that last too long."""
+        self._step(Sweep(self._heard))
+
     async def _sweep(self) -> None:
-        ticks_per_check = max(1, round(1.0 / self._config.sweep_s))
-        ticks = 0
         late = False
+        checked_s = self._clock.now_s()
         while True:
             before_s = self._clock.now_s()
             await asyncio.sleep(self._config.sweep_s)
-            slept_s = self._clock.now_s() - before_s
+            now_s = self._clock.now_s()
             # Held up: what arrived meanwhile is unread, so silence proves nothing. Read first,
             # but not twice in a row, or a busy loop would never notice a dead replica.
-            late = not late and slept_s > LATE_TICKS * self._config.sweep_s
+            late = not late and now_s - before_s > LATE_TICKS * self._config.sweep_s
             if late:
                 continue
-            self._step(Sweep(self._heard))
-            ticks += 1
-            if ticks % ticks_per_check == 0:
-                self._stale.clear()
-                self.core.check()
-                horizon_s = self._clock.now_s() - self._config.request_s
-                self._heard = {r: t for r, t in self._heard.items() if t > horizon_s}
-                self._runs = {r: run for r, run in self._runs.items() if r in self._heard}
+            self.sweep()
+            if now_s - checked_s >= CHECK_S:
+                checked_s = now_s
+                self._check()
+
+    def _check(self) -> None:
+        self._stale.clear()
+        self.core.check()
+        horizon_s = self._clock.now_s() - self._config.request_s
+        self._heard = {r: t for r, t in self._heard.items() if t > horizon_s}
+        self._runs = {r: run for r, run in self._runs.items() if r in self._heard}
 
     async def _publish_completed(self) -> None:
         while True:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiohttp import HttpVersion11, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from services.ingress.admission import Admission
 from services.ingress.config import IngressConfig
@@ -40,6 +41,7 @@ class Seen:
     request_id: str
     arrived_s: float
     journeys: list[Journey] = field(default_factory=list[Journey])
+    begun: bool = False  # the headers are out: too late for another status
 
 
 SEEN = web.RequestKey("seen", Seen)
@@ -61,6 +63,11 @@ class HttpEdge:
         self._record = Recorder(context, gateway)
         self._started_unix_s = int(context.clock.unix_s())
         self._model_id = context.mesh.model.model_id
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuse what is new, also on connections that are open already."""
+        self._draining = True
 
     def app(self) -> web.Application:
         app = web.Application(
@@ -85,6 +92,8 @@ class HttpEdge:
         arrived_s = self._clock.now_s()
         request_id = self._context.ids.next(prefix)
         request[SEEN] = Seen(request_id, arrived_s)
+        if self._draining:
+            raise overloaded("This ingress is about to end: retry at once, on a new connection.")
         identity = self._admission.authenticate(
             request.headers.get("Authorization"), request.headers.get("x-oserve-slo-class")
         )
@@ -126,6 +135,8 @@ class HttpEdge:
             ) from None
         except web.HTTPRequestEntityTooLarge:
             raise body_too_large(self._config.body_bytes_max) from None
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise invalid_request(f"The body is not well-formed HTTP: {error}") from None
 
     async def _whole(
         self,
@@ -204,6 +215,7 @@ class HttpEdge:
         chunked = request.version >= HttpVersion11
         if chunked:
             response.enable_chunked_encoding()
+        request[SEEN].begun = True
         await response.prepare(request)
         transport = request.transport
         if transport is None:
@@ -253,14 +265,20 @@ class HttpEdge:
         except Exception:
             seen = request.get(SEEN)
             log.exception("request.broken", extra={"request_id": seen.request_id if seen else ""})
+            if seen is not None and seen.begun and request.transport is not None:
+                request.transport.abort()  # a second head would be read as part of the stream
+                raise ConnectionResetError from None
             api_error = internal_error("The ingress failed; its log has the cause.")
         self._record.refused(request.path, api_error)
-        return web.Response(
+        answer = web.Response(
             status=api_error.status,
             body=api_error.body(),
             content_type="application/json",
             headers=self._answer_headers(request) | api_error.headers(),
         )
+        if self._draining:
+            answer.force_close()
+        return answer
 
     def _json(self, request: web.Request, body: bytes, status: int = 200) -> web.Response:
         return web.Response(
@@ -285,7 +303,7 @@ class HttpEdge:
         return self._json(request, b'{"status":"alive"}')
 
     async def _ready(self, request: web.Request) -> web.Response:
-        cause = self._gateway.not_ready()
+        cause = "this ingress is about to end" if self._draining else self._gateway.not_ready()
         if cause:
             return self._json(request, b'{"status":"not ready","cause":"%b"}' % cause.encode(), 503)
         return self._json(request, b'{"status":"ready"}')

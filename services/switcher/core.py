@@ -96,8 +96,6 @@ class Switcher:
     def stored(self) -> StoredPlan | None:
         return self._stored
 
-    # Events
-
     def _on_started(self, now_s: float) -> Iterable[Effect]:
         self._view = WorkerView(worker_timeout_s=self._config.worker_timeout_s, started_s=now_s)
         yield core.Load(KEY, StoredPlan)
@@ -131,7 +129,8 @@ class Switcher:
         self._view.on_event(event)
         if isinstance(event, replicas.ReplicaFailed):
             yield Log("replica.failed", announce.fields(event), "warning")
-        yield from self._advance(now_s)
+        if self._state != "settled":  # there the report that follows says more: why it changed
+            yield from self._advance(now_s)
 
     def _on_bucket(self, event: BucketEvent, now_s: float) -> Iterable[Effect]:
         match event:
@@ -173,8 +172,6 @@ class Switcher:
                 yield from self._commit()
             case _:
                 assert_never(self._state)  # pyright: ignore[reportArgumentType]  # other states have no deadline
-
-    # The walk
 
     def _begin(self, switch: Switch, stored: StoredPlan) -> Iterable[Effect]:
         """Write the target before anyone is told of it."""
@@ -226,8 +223,9 @@ class Switcher:
         """Send what the present phase still needs; if that is nothing, go to the next."""
         stored, switch = self._stored, self._switch
         if self._state == "settled" and stored is not None and stored.epoch > 0:
-            repairs = walk.repairs(stored.in_force, self._view, now_s, epoch=stored.epoch)
-            yield from self._send(repairs, now_s)
+            timeout_s = self._config.start_timeout_s
+            upkeep = walk.upkeep(stored, self._view, now_s, start_timeout_s=timeout_s)
+            yield from self._send(upkeep, now_s)
         if stored is None or switch is None or self._state not in machine.WALKING:
             return
         step = walk.next_step(
@@ -270,8 +268,6 @@ class Switcher:
             self._refusals.forget(ended.plan_id)
         yield Log("switch.ended", announce.fields(ended))
         yield subjects.SWITCH_ENDED.send(ended)
-
-    # Leaves
 
     def _move(self, state: State) -> None:
         assert state in machine.MOVES[self._state], (self._state, state)

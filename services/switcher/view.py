@@ -45,6 +45,7 @@ class WorkerView:
         self._workers: dict[str, _Worker] = {}
         self._stopped: dict[Part, int] = {}
         self._drained: dict[Part, int] = {}
+        self._starting_s: dict[Part, float] = {}
         self.failures: dict[Part, int] = {}
         self.epoch_max = 0  # highest epoch that any worker has spoken of
 
@@ -65,6 +66,7 @@ class WorkerView:
             if known is not None and replica.epoch < known.epoch:
                 replica = known  # noqa: PLW2901  # the report is older than what we know
             hosted[replica.replica_id] = replica
+        self._time_starts(report.worker_id, hosted, now_s)
         changed = new or hosted != worker.hosted or report.leaving != worker.leaving
         worker.hosted, worker.leaving = hosted, report.leaving
         return changed
@@ -86,6 +88,7 @@ class WorkerView:
             case ReplicaStopped():
                 self._stopped[part] = max(event.epoch, self._stopped.get(part, 0))
                 held = self.held(part)
+                self._starting_s.pop(part, None)
                 if held is not None and held.epoch <= event.epoch:
                     del self._workers[part[0]].hosted[part[1]]
 
@@ -94,6 +97,7 @@ class WorkerView:
         self._stopped = {p: e for p, e in self._stopped.items() if e >= epoch}
         self._drained = {p: e for p, e in self._drained.items() if e >= epoch}
         self.failures.clear()
+        self._starting_s = {p: s for p, s in self._starting_s.items() if p[0] in self._workers}
         self._workers = {w: v for w, v in self._workers.items() if not self.gone(w, now_s)}
 
     def gone(self, worker_id: str, now_s: float) -> bool:
@@ -126,9 +130,20 @@ class WorkerView:
     def drained(self, part: Part, *, epoch: int) -> bool:
         return self._drained.get(part, -1) >= epoch
 
+    def starting_for_s(self, part: Part, now_s: float) -> float:
+        """How long the worker has said that it starts the replica; 0 if it does not."""
+        return now_s - self._starting_s.get(part, now_s)
+
+    def _time_starts(self, worker_id: str, hosted: dict[str, HostedReplica], now_s: float) -> None:
+        now_starting = {(worker_id, r) for r, held in hosted.items() if held.phase == "starting"}
+        for part in [p for p in self._starting_s if p[0] == worker_id and p not in now_starting]:
+            del self._starting_s[part]
+        for part in sorted(now_starting):
+            self._starting_s.setdefault(part, now_s)
+
     def _forget(self, worker_id: str) -> None:
         """A new incarnation has none of what the former one held, and nothing refused."""
-        for memory in (self._stopped, self._drained):
+        for memory in (self._stopped, self._drained, self._starting_s):
             for part in [p for p in memory if p[0] == worker_id]:
                 del memory[part]
 

@@ -13,7 +13,7 @@ from services.switcher.view import Part, WorkerView
 from shared import subjects
 from shared.core import Publish
 from shared.hardware import Parallelism
-from shared.messages.plans import DeploymentPlan, ReplicaSpec
+from shared.messages.plans import DeploymentPlan, ReplicaSpec, StoredPlan
 from shared.messages.replicas import (
     DrainReplica,
     HostedReplica,
@@ -223,6 +223,21 @@ def repairs(
         elif held is None or (fence and held.epoch < epoch):
             pending.append(StartReplica(epoch=epoch, worker_id=worker_id, replica=want.spec))
     return pending
+
+
+def upkeep(
+    stored: StoredPlan, view: WorkerView, now_s: float, *, start_timeout_s: float
+) -> list[Command]:
+    """Repairs while no switch is under way, whose deadline would end a start that hangs: what
+    has been starting for too long is stopped here, and so started again."""
+    plan, epoch = stored.in_force, stored.epoch
+    hung: list[Command] = [
+        StopReplica(epoch=epoch, worker_id=worker_id, replica_id=replica_id)
+        for worker_id, replica_id in parts(plan.replicas)
+        if view.starting_for_s((worker_id, replica_id), now_s) > start_timeout_s
+        and not view.gone(worker_id, now_s)
+    ]
+    return [*repairs(plan, view, now_s, epoch=epoch), *hung]
 
 
 def restored(

@@ -41,5 +41,5 @@ def decode(payload: bytes, as_type: type[M]) -> M:
         decoder = _decoders[as_type] = msgspec.msgpack.Decoder(as_type)
     try:
         return decoder.decode(payload)  # type: ignore[return-value]  # keyed by its own type
-    except UnicodeDecodeError as error:  # msgspec lets it through: no error of its own
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec has no error of its own here
         raise msgspec.DecodeError(str(error)) from None

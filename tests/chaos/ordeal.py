@@ -6,8 +6,9 @@ in flight. Nothing here waits for a fixed time but the ten seconds that a proces
 
 import asyncio
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import monotonic
 
 from rich.console import Console
@@ -42,11 +43,12 @@ class Fault:
 @dataclass(slots=True, kw_only=True)
 class Outcome:
     fault: Fault
-    at_s: float
+    at_s: float  # on the replay's clock, as are the times of its results
     in_flight: int
-    recovery_s: float
-    moves: dict[str, float]
-    completed_during: int
+    recovery_s: float  # to the whole mesh; for a process held still, from when it may go on
+    over_s: float
+    moves: dict[str, float]  # attempts given up, by reason
+    ended: int  # requests that ended between fault and recovery
 
 
 @dataclass(slots=True)
@@ -57,7 +59,9 @@ class Ordeal:
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
 
     def show(self) -> None:
-        table = Table("fault", "at s", "in flight", "whole again s", "done meanwhile", "moves")
+        table = Table(
+            "fault", "at s", "in flight", "whole again s", "ended", "longest silence s", "moves"
+        )
         for outcome in self.outcomes:
             held = f" held {STILL_S:g} s" if outcome.fault.held else " killed"
             moves = ", ".join(f"{n:g} {why}" for why, n in sorted(outcome.moves.items()))
@@ -66,15 +70,27 @@ class Ordeal:
                 f"{outcome.at_s:.1f}",
                 str(outcome.in_flight),
                 f"{outcome.recovery_s:.1f}",
-                str(outcome.completed_during),
+                str(outcome.ended),
+                f"{self._silence_s(outcome):.1f}",
                 moves or "-",
             )
-        Console(width=110).print(table, f"{len(self.results)} requests")
+        Console(width=120).print(table, f"{len(self.results)} requests")
+
+    def _silence_s(self, outcome: Outcome) -> float:
+        """The longest that any client waited for its next token, of the waits that the fault or
+        the recovery from it touched."""
+        longest_s = 0.0
+        for result in self.results:
+            times_s = [result.sent_s or 0.0, *result.chunk_times_s]
+            for before_s, after_s in pairwise(times_s):
+                if after_s > outcome.at_s and before_s < outcome.over_s:
+                    longest_s = max(longest_s, after_s - before_s)
+        return longest_s
 
 
 async def endure(
     watch: MeshWatch,
-    records: Sequence[TraceRecord],
+    records: Iterable[TraceRecord],
     options: ClientOptions,
     faults: Sequence[Fault],
     *,
@@ -112,9 +128,7 @@ async def endure(
     return ordeal
 
 
-async def _suffer(
-    watch: MeshWatch, fault: Fault, progress: Progress, origin_s: float
-) -> Outcome:
+async def _suffer(watch: MeshWatch, fault: Fault, progress: Progress, origin_s: float) -> Outcome:
     """One fault, from the moment when it can hurt to the moment when all is well."""
     mesh, worker_id = watch.mesh, fault.worker_id
     await watch.until(
@@ -145,10 +159,11 @@ async def _suffer(
             )
     ended_s = monotonic()
     await watch.until_whole(since_s=ended_s, timeout_s=RECOVERY_TIMEOUT_S)
-    whole_s, during = monotonic(), progress.completed - completed
-    served = progress.completed + progress.in_flight
+    whole_s, ended = monotonic(), progress.completed - completed
+    # Whoever was in flight has ended, as far as counting tells, and others after it.
+    served = progress.completed + 2 * progress.in_flight
     await watch.until(
-        lambda: "" if progress.completed > served else "no request sent since then has ended",
+        lambda: "" if progress.completed > served else "hardly any request has ended since then",
         timeout_s=RECOVERY_TIMEOUT_S,
         what=f"after the fault of {fault.victim}",
     )
@@ -158,8 +173,9 @@ async def _suffer(
         at_s=at_s - origin_s,
         in_flight=in_flight,
         recovery_s=whole_s - (ended_s if fault.held else at_s),
+        over_s=monotonic() - origin_s,
         moves={why: n - moves.get(why, 0.0) for why, n in after.items() if n > moves.get(why, 0.0)},
-        completed_during=during,
+        ended=ended,
     )
 
 

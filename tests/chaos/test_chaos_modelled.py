@@ -47,7 +47,7 @@ replica_id = "r2"
 [up]
 routers = 2
 """
-REQUESTS_MIN, REQUESTS_MAX = 300, 1200
+REQUESTS_MIN, REQUESTS_MAX = 300, 800
 CONCURRENCY = 10
 FAULTS = (
     Fault("worker-n0-g0"),
@@ -91,7 +91,7 @@ async def test_a_replay_does_not_notice_that_processes_die(tmp_path: Path) -> No
         assert_each_ended_once(undisturbed)
         epoch = watch.plan.epoch
         pids = {name: mesh.pids()[name] for name in SURVIVORS} | {"supervisor": os.getpid()}
-        allowed = dict.fromkeys(SURVIVORS, 16 * MEGABYTE) | {"supervisor": 64 * MEGABYTE}
+        allowed = dict.fromkeys(SURVIVORS, 8 * MEGABYTE) | {"supervisor": 32 * MEGABYTE}
         gc.collect()
         resources = Resources(pids, rss_growth_bytes_max=allowed)
         await resources.take_baseline()

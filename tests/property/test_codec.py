@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.messages.base import DataMessage, decode, encode
+from shared.messages.plans import PlanKept
 from tests.support.messages import example, message_types, messages, with_unknown_field
 
 EXAMPLES = 25  # of each of some thirty types
@@ -55,6 +56,13 @@ def test_damaged_messages_raise_only_msgspec_errors(kind: type[Any], data: st.Da
     for damaged in (bytes(payload), bytes(payload[:cut])):
         with suppress(msgspec.ValidationError, msgspec.DecodeError):
             decode(damaged, kind)
+
+
+def test_deep_nesting_is_a_decode_error() -> None:
+    """A few bytes of nested lists would crash their receiver."""
+    payload = b"\x81" + msgspec.msgpack.encode("unknown") + b"\x91" * 100_000 + b"\x90"
+    with pytest.raises(msgspec.DecodeError):
+        decode(payload, PlanKept)
 
 
 @each_type

@@ -8,6 +8,9 @@ import pytest
 
 from loadgen.simulator.mesh import Mesh, simulate
 from services.switcher import core as switcher
+from services.switcher import walk
+from services.switcher.view import WorkerView
+from services.worker.hosting import Hosting
 from shared.core import Effect
 from shared.messages.plans import AdoptPlan
 
@@ -74,6 +77,28 @@ def test_plans_based_on_a_past_epoch_would_be_noticed(monkeypatch: pytest.Monkey
             return super().step(event, now_s)
 
     monkeypatch.setattr(switcher, "Switcher", Gullible)
+    assert any(_breaks(seed) for seed in range(60))
+
+
+@pytest.mark.parametrize(
+    ("owner", "guard", "answer"),
+    [
+        (Hosting, "_outdated", False),
+        (switcher.Switcher, "_on_phase_deadline", ()),
+        (WorkerView, "gone", False),
+        (walk, "repairs", []),
+    ],
+    ids=["worker-epochs", "phase-deadlines", "vanished-workers", "repairs"],
+)
+def test_the_loss_of_a_guard_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch, owner: object, guard: str, answer: object
+) -> None:
+    """Otherwise the guard is either dead code, or the seeds do not test what it is for."""
+
+    def broken(*_args: object, **_kwargs: object) -> object:
+        return answer
+
+    monkeypatch.setattr(owner, guard, broken)
     assert any(_breaks(seed) for seed in range(60))
 
 

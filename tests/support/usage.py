@@ -17,13 +17,13 @@ def usage_of(pid: int) -> Usage:
     """Raises FileNotFoundError when the process is gone."""
     process = Path("/proc") / str(pid)
     resident_pages = int((process / "statm").read_text().split()[1])
-    return Usage(fds=len(os.listdir(process / "fd")), rss_bytes=resident_pages * _PAGE_BYTES)
+    return Usage(fds=len(list((process / "fd").iterdir())), rss_bytes=resident_pages * _PAGE_BYTES)
 
 
 def open_files_of(pid: int) -> list[str]:
     """What each descriptor is, for a test that has found one too many."""
     folder = Path("/proc") / str(pid) / "fd"
-    return sorted(_target(folder / name) for name in os.listdir(folder))
+    return sorted(_target(path) for path in folder.iterdir())
 
 
 def _target(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Watches a running mesh from outside, on its bus and its HTTP port, as an operator would."""
 
 import asyncio
-import os
 import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -84,24 +83,28 @@ class MeshWatch:
         plan = self._plan[1]
         if plan.switching_to:
             return f"a switch from epoch {plan.epoch} to {plan.switching_to} is under way"
+        mesh = self.mesh.topology.mesh
+        replicas = (self._replica_amiss(w.replica_id, plan, heard_s) for w in mesh.replicas)
+        workers = (self._worker_amiss(gpu.gpu_id, plan, heard_s) for gpu in mesh.gpus())
+        return next((cause for cause in (*replicas, *workers) if cause), "")
+
+    def _replica_amiss(self, replica_id: str, plan: PlanInForce, heard_s: float) -> str:
         specs = {spec.replica_id: spec for spec in plan.plan.replicas}
-        for wish in self.mesh.topology.mesh.replicas:
-            spec = specs.get(wish.replica_id)
-            if spec is None:
-                return f"{wish.replica_id} is not in the plan of epoch {plan.epoch}"
-            at_s, report = self._replicas.get(wish.replica_id, (0.0, None))
-            if report is None or at_s < heard_s:
-                return f"{wish.replica_id} does not report"
-            if report.phase != "serving" or report.worker_id != spec.gpus[0]:
-                return f"{wish.replica_id} is {report.phase} on {report.worker_id}"
-        for gpu in self.mesh.topology.mesh.gpus():
-            at_s, worker = self._workers.get(gpu.gpu_id, (0.0, None))
-            if worker is None or at_s < heard_s:
-                return f"worker {gpu.gpu_id} does not report"
-            planned = {s.replica_id for s in plan.plan.replicas if gpu.gpu_id in s.gpus}
-            if held := {r.replica_id for r in worker.replicas} ^ planned:
-                return f"worker {gpu.gpu_id} and the plan differ in {held}"
-        return ""
+        if replica_id not in specs:
+            return f"{replica_id} is not in the plan of epoch {plan.epoch}"
+        at_s, report = self._replicas.get(replica_id, (0.0, None))
+        if report is None or at_s < heard_s:
+            return f"{replica_id} does not report"
+        right = report.phase == "serving" and report.worker_id == specs[replica_id].gpus[0]
+        return "" if right else f"{replica_id} is {report.phase} on {report.worker_id}"
+
+    def _worker_amiss(self, worker_id: str, plan: PlanInForce, heard_s: float) -> str:
+        at_s, report = self._workers.get(worker_id, (0.0, None))
+        if report is None or at_s < heard_s:
+            return f"worker {worker_id} does not report"
+        planned = {s.replica_id for s in plan.plan.replicas if worker_id in s.gpus}
+        amiss = {r.replica_id for r in report.replicas} ^ planned
+        return f"worker {worker_id} and the plan differ in {amiss}" if amiss else ""
 
     async def metric(self, name: str) -> dict[str, float]:
         """Samples of one of the first ingress's metrics, by their labels."""
@@ -128,7 +131,7 @@ class MeshWatch:
         try:
             async with self._http.get(f"{self.mesh.url}/ready") as answer:
                 return "" if answer.status == 200 else f"/ready: {await answer.text()}"
-        except (aiohttp.ClientError, TimeoutError, os.error) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return f"/ready: {error!r}"
 
     def _on_plan(self, delivery: Delivery) -> None:

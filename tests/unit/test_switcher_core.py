@@ -322,6 +322,19 @@ def test_a_broken_replica_is_stopped_then_started_ever_more_rarely() -> None:
     assert run.commands == []
 
 
+def test_a_repair_that_hangs_is_tried_again() -> None:
+    """Otherwise an engine stuck in loading after a worker's restart would never serve again."""
+    run = Run().in_force(A, 1)
+    run.report("g0", hosted("r0", 1, "starting"), incarnation="i2")
+    run.now_s += CONFIG.start_timeout_s
+    run.report("g0", hosted("r0", 1, "starting"), incarnation="i2")
+    run.later()
+    assert run.commands == ["stop r0@g0 e1"]
+    run.stopped("r0@g0", 1)
+    run.report("g0", incarnation="i2")
+    assert run.commands == ["start r0@g0 e1"]
+
+
 def test_a_drained_replica_of_the_plan_in_force_is_resumed() -> None:
     """Otherwise a late drain would take a replica out of service until the next plan."""
     run = Run().in_force(A, 2)
@@ -332,6 +345,8 @@ def test_a_drained_replica_of_the_plan_in_force_is_resumed() -> None:
 def test_a_leaving_worker_is_not_repaired() -> None:
     """Otherwise an orderly shutdown would be fought replica by replica."""
     run = Run().in_force(A, 2)
+    run.drained("r0@g0", 2)
+    assert run.commands == [], "the answers of a leaving worker come before it says so"
     run.report("g0", hosted("r0", 2, "draining"), leaving=True)
     assert run.commands == []
 
