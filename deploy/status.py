@@ -60,10 +60,10 @@ class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_status(*, topology: Path | None, data_dir: Path | None, bus_url: str, as_json: bool) -> int:
-    """Print the status; the exit code. Raises ConfigInvalid, BusUnavailable."""
+    """Print the status; the exit code. Raises ConfigInvalid."""
     console = Console(highlight=False)
-    bus, url = find_mesh(topology=topology, data_dir=data_dir, bus_url=bus_url)
     try:
+        bus, url = find_mesh(topology=topology, data_dir=data_dir, bus_url=bus_url)
         status = asyncio.run(ask_mesh(bus, url=url))
     except BusUnavailable as error:
         Console(stderr=True).print(f"oserve status: {error}", markup=False)

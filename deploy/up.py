@@ -1,6 +1,7 @@
 """``oserve up``: runs the mesh in the foreground until told to stop."""
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class _Foreground:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _signals():
             loop.add_signal_handler(number, self._on_signal)
         try:
             await self._until_asked(self._serve())
@@ -76,7 +77,16 @@ class _Foreground:
         self._asked.set()
 
     def _say(self, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal is gone: drain all the same
+            self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, soft_wrap=True)
+
+
+def _signals() -> list[signal.Signals]:
+    """A closed terminal is a reason to drain, unless nohup says otherwise."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
 
 
 def _howto(mesh: LocalMesh) -> str:

@@ -14,6 +14,7 @@ from time import monotonic
 from rich.console import Console
 from rich.table import Table
 
+from deploy.local import LocalMesh
 from loadgen.client import ClientOptions, Progress, closed_loop
 from loadgen.results import RequestResult
 from loadgen.workload.records import TraceRecord
@@ -217,6 +218,13 @@ async def assert_nothing_left(watch: MeshWatch) -> None:
     await watch.until(left, timeout_s=SETTLE_TIMEOUT_S, what="after the replay")
     opened = await watch.metric("oserve_ingress_open_requests")
     assert opened == {"": 0.0}, opened
+
+
+def assert_only_victims_died(mesh: LocalMesh, faults: Sequence[Fault]) -> None:
+    """A process that dies of another's death is restarted as well, and would go unseen."""
+    killed = [fault.victim for fault in faults if not fault.held]
+    restarts = {name: process.restarts for name, process in mesh.processes.items()}
+    assert restarts == {name: killed.count(name) for name in restarts}
 
 
 class Resources:

@@ -51,7 +51,7 @@ def test_up_serves_says_how_and_stops_on_ctrl_c(tmp_path: Path) -> None:
     wait_gone(pids)
     assert read_mesh_file(tmp_path / "data") is None
     gone = oserve("status", "-t", str(topology))
-    assert gone.returncode != 0
+    assert gone.returncode == 1
     assert "no mesh runs in" in gone.stderr
 
 
