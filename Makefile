@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml
 	  echo "python3 -m venv failed; on Debian: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(MAKE) --no-print-directory torch
-	@$(VENV)/bin/pip install -q -e '.[torch,report,dev]'
+	@$(VENV)/bin/pip install -q -e '.[torch,report,dev]' 2> $(VENV)/install.log || { \
+	  cat $(VENV)/install.log >&2; exit 1; }
 	@touch $@
 
 # Plain `torch` from PyPI brings gigabytes of CUDA libraries on Linux. Without an NVIDIA GPU they are

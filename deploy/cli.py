@@ -10,7 +10,7 @@ import typer
 from shared.errors import BusUnavailable, ConfigInvalid, OServeError
 
 EXIT_CONFIG, EXIT_UNAVAILABLE, EXIT_FAILED = 78, 69, 1
-DEFAULT_TOPOLOGY = Path("deploy/topologies/laptop.toml")
+DEFAULT_TOPOLOGY = Path(__file__).with_name("topologies") / "laptop.toml"
 
 app = typer.Typer(
     name="oserve",
@@ -24,7 +24,12 @@ keys_app = typer.Typer(help="API keys for the ingress.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
 TopologyOption = Annotated[
-    Path, typer.Option("--topology", "-t", help="The mesh: model, nodes, replicas (TOML).")
+    Path,
+    typer.Option(
+        *("--topology", "-t"),
+        help="The mesh: model, nodes, replicas (TOML).",
+        show_default="deploy/topologies/laptop.toml",
+    ),
 ]
 SomeTopology = Annotated[
     Path | None, typer.Option("--topology", "-t", help="Look for the mesh of this file.")

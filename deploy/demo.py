@@ -2,7 +2,8 @@
 
 Ends with 0 only if every request completed. The load is fitted to the machine: first a batch of
 the trace's requests all at once tells how many per second the mesh can finish, then the trace is
-replayed at less than half of that rate, so that the loss of one of two replicas hurts but is bearable.
+replayed at a third of that rate, so that its bursts, and the loss of one of two replicas, hurt but
+are bearable.
 """
 
 import argparse
@@ -25,16 +26,16 @@ from loadgen.workload.arrivals import Selection
 from loadgen.workload.records import TraceRecord
 from shared.errors import OServeError
 
-TOPOLOGY = Path("deploy/topologies/laptop.toml")
+TOPOLOGY = Path(__file__).with_name("topologies") / "laptop.toml"
 OUTPUTS = Path(".oserve/demo")
 TRACE = "azure2023_code_conv.csv.gz"
 TRACES = "../shared/traces"  # where the project's traces lie beside a checkout
 TRACE_START_S = 600.0
-LENGTH_SCALE = 1 / 4  # the trace is of large models: a tiny one on a CPU gets smaller prompts
+LENGTH_SCALE = 1 / 8  # the trace is of large models: a tiny one on a CPU gets smaller prompts
 INPUT_TOKENS_MAX = 3000  # with the output, within the model's context
 OUTPUT_TOKENS_MAX = 256
 CALIBRATION_REQUESTS = 96
-UTILISATION = 0.4  # the trace has bursts of twice its mean
+UTILISATION = 0.3  # on average: the trace has bursts of three times its mean
 RATE_SCALE_MAX = 8.0  # beyond, two minutes would show the load generator rather than the mesh
 PROGRESS_S = 10.0
 VICTIM = "worker-n0-g0"

@@ -28,57 +28,62 @@ _EXIT_FAILED, _EXIT_USAGE = 1, 2
 _PROGRESS_PERIOD_S = 0.2
 
 
+Trace = Annotated[
+    str,
+    typer.Argument(
+        help="Azure or BurstGPT CSV, Mooncake JSON lines or our CSV, plain or .gz; "
+        "or `generator` for the built-in workload."
+    ),
+]
+Duration = Annotated[
+    float | None, typer.Option(help="Seconds of the trace to replay; default all.")
+]
+TimeScale = Annotated[float, typer.Option(help="Stretch the clock: 2 replays at half speed.")]
+RateScale = Annotated[
+    float, typer.Option(help="Below 1 drop requests at random, above 1 add copies.")
+]
+ClassName = Annotated[
+    str | None,
+    typer.Option("--class", help="SLO class of requests that name none in the trace."),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(help="SLO target for the report: CLASS=TTFT_MS,TPOT_MS. Repeatable."),
+]
+ApiKey = Annotated[str, typer.Option(envvar="OSERVE_API_KEY", help="Sent as a bearer token.")]
+ConcurrencyMax = Annotated[
+    int, typer.Option(help="Connections; a request beyond is refused here and counted.")
+]
+Vocabulary = Annotated[str, typer.Option(help="Token ids that prompts are made of, MIN:MAX.")]
+PicturePath = Annotated[
+    Path | None, typer.Option(help="Draw load and latency over time; .png or .svg.")
+]
+
+
 def replay(  # noqa: PLR0913, PLR0917  # one parameter per option of the command line
-    trace: Annotated[
-        str,
-        typer.Argument(
-            help="Azure or BurstGPT CSV, Mooncake JSON lines or our CSV, plain or .gz; "
-            "or `generator` for the built-in workload."
-        ),
-    ],
+    trace: Trace,
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
     start: Annotated[float, typer.Option(help="Begin at this second of the trace.")] = 0.0,
-    duration: Annotated[
-        float | None, typer.Option(help="Seconds of the trace to replay; default all.")
-    ] = None,
-    time_scale: Annotated[
-        float, typer.Option(help="Stretch the clock: 2 replays at half speed.")
-    ] = 1.0,
-    rate_scale: Annotated[
-        float, typer.Option(help="Below 1 drop requests at random, above 1 add copies.")
-    ] = 1.0,
+    duration: Duration = None,
+    time_scale: TimeScale = 1.0,
+    rate_scale: RateScale = 1.0,
     length_scale: Annotated[float, typer.Option(help="Multiply prompt and output lengths.")] = 1.0,
     input_max: Annotated[int | None, typer.Option(help="Cut prompts at this many tokens.")] = None,
     output_max: Annotated[int | None, typer.Option(help="Cut outputs at this many.")] = None,
     limit: Annotated[int | None, typer.Option(help="Send only the first so many.")] = None,
-    slo_class: Annotated[
-        str | None,
-        typer.Option("--class", help="SLO class of requests that name none in the trace."),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="SLO target for the report: CLASS=TTFT_MS,TPOT_MS. Repeatable."),
-    ] = None,
+    slo_class: ClassName = None,
+    target: Targets = None,
     model: Annotated[str, typer.Option(help="Default: the first that the server lists.")] = "",
-    api_key: Annotated[
-        str, typer.Option(envvar="OSERVE_API_KEY", help="Sent as a bearer token.")
-    ] = "",
-    concurrency_max: Annotated[
-        int, typer.Option(help="Connections; a request beyond is refused here and counted.")
-    ] = 8192,
+    api_key: ApiKey = "",
+    concurrency_max: ConcurrencyMax = 8192,
     seed: Annotated[int, typer.Option(help="Of thinning, prompts and sampling.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds allowed to one request.")] = 600.0,
-    vocabulary: Annotated[
-        str, typer.Option(help="Token ids that prompts are made of, MIN:MAX.")
-    ] = "32:255",
+    vocabulary: Vocabulary = "32:255",
     report: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw load and latency over time; .png or .svg.")
-    ] = None,
+    picture: PicturePath = None,
 ) -> None:
     """Replay a trace in open loop: arrivals never wait for answers. Ends with 0 only if every
     request completed."""
-    console = Console()
     try:
         first, last = _vocabulary(vocabulary)
         options = ReplayOptions(
@@ -107,14 +112,14 @@ def replay(  # noqa: PLR0913, PLR0917  # one parameter per option of the command
             command=_command(),
         )
         _check_outputs(report, picture)
-        outcome = uvloop.run(_replay_shown(options, console))
+        outcome = uvloop.run(_replay_shown(options, Console()))
     except OServeError as error:
         Console(stderr=True).print(f"oserve replay: {error}", style="red", markup=False)
         code = _EXIT_USAGE if isinstance(error, ConfigInvalid) else _EXIT_FAILED
         raise typer.Exit(code) from None
-    console.print(report_tables(outcome))
+    Console().print(report_tables(outcome))
     for written in write_outputs(outcome, report=report, picture=picture):
-        console.print(f"written: {written}", markup=False)
+        Console().print(f"written: {written}", markup=False)
     raise typer.Exit(0 if outcome.all_completed else _EXIT_FAILED)
 
 

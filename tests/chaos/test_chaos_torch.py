@@ -156,7 +156,7 @@ async def test_a_real_model_says_the_same_when_its_processes_die(tmp_path: Path)
         assert [outcome.fault for outcome in ordeal.outcomes] == list(FAULTS)
         assert all(outcome.in_flight > 0 for outcome in ordeal.outcomes)
         await assert_nothing_left(watch)
-        assert_only_victims_died(mesh, FAULTS)
+        assert_only_victims_died(ordeal.outcomes)
         assert watch.epochs == sorted(watch.epochs), "an epoch went back"
         gc.collect()
         await resources.assert_returned(watch)

@@ -164,7 +164,8 @@ async def watching(mesh: LocalMesh) -> AsyncGenerator[MeshWatch]:
     await bus.connect(name="test-watch")
     try:
         timeout = aiohttp.ClientTimeout(total=5.0)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
+        apart = aiohttp.TCPConnector(force_close=True)  # a kept connection is a descriptor more
+        async with aiohttp.ClientSession(timeout=timeout, connector=apart) as http:
             watch = MeshWatch(mesh, bus, http)
             await watch.listen()
             yield watch
