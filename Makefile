@@ -67,7 +67,7 @@ test-gpu: $(STAMP) ## Tests that need an NVIDIA GPU
 
 mesh: $(STAMP) ## Every service of the Procfile under honcho, on nats://127.0.0.1:4222
 	@test -f .oserve/models/tiny/config.json || oserve make-model .oserve/models/tiny --size tiny
-	@OSERVE_CONFIG=$(OSERVE_CONFIG) honcho start
+	@OSERVE_CONFIG=$(OSERVE_CONFIG) honcho start || [ $$? -eq 130 ] # Ctrl-C is how it ends
 
 sim: $(STAMP) ## One simulated mesh: make sim SEED=123
 	@python -m loadgen.simulator --seed $(SEED)

@@ -209,8 +209,11 @@ class Gateway:
     def _on_chunk(self, batch: TokenChunks, chunk: TokenChunk, now_s: float) -> None:
         request_id, attempt = chunk.request_id, chunk.attempt
         journey = self.core.journey(request_id)
-        if journey is None or attempt < journey.attempt:
-            self._on_stale(batch.replica_id, chunk)
+        if journey is None or attempt != journey.attempt:
+            if journey is None or attempt < journey.attempt:
+                self._on_stale(batch.replica_id, chunk)
+            else:
+                self._unexpected.inc()
             return
         finish = chunk.finish
         if finish in ("refused", "failed", "abort"):  # an abort that we did not ask for
@@ -221,8 +224,6 @@ class Gateway:
         if not streaming or journey.probing:
             self._step(Acknowledged(request_id, attempt, batch.incarnation))
             if journey.attempt != attempt or journey.phase != "streaming":
-                if attempt > journey.attempt:
-                    self._unexpected.inc()
                 return
         if chunk.tokens:
             verdict, taken = take(journey, chunk)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.state import read_mesh_file
+from tests.support.broker import Broker
 from tests.support.up import Up, alive, complete, oserve, wait_gone, write_topology
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -185,3 +186,22 @@ def test_one_data_folder_holds_one_mesh(tmp_path: Path) -> None:
             assert beside.exit_code() == 0
         up.interrupt()
         assert up.exit_code() == 0
+
+
+def test_an_external_broker_is_used_and_left_alone(tmp_path: Path, nats_server: Broker) -> None:
+    """A fleet has its own broker: a mesh must join it, and must not stop it."""
+    extra = f'\n[bus]\nurl = "{nats_server.url}"\n'
+    topology = write_topology(tmp_path, extra)
+    with Up(topology) as up:
+        assert complete(up.url())["usage"]["completion_tokens"] == 4
+        assert not (tmp_path / "data/broker").exists()
+        assert len(_status_pids(topology)) == 8
+        doctor = oserve("doctor", "-t", str(topology))
+        assert "JetStream: enabled" in doctor.stdout
+        assert doctor.returncode == 0, doctor.stdout
+        up.interrupt()
+        assert up.exit_code() == 0
+    assert alive(nats_server.pid)
+    silent = oserve("status", "-t", str(topology))
+    assert silent.returncode == 1
+    assert "no service of a mesh" in silent.stderr

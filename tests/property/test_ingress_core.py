@@ -230,4 +230,4 @@ class AnyNetwork(RuleBasedStateMachine):
 
 
 TestAnyNetwork = AnyNetwork.TestCase
-TestAnyNetwork.settings = settings(max_examples=600, stateful_step_count=40, deadline=None)
+TestAnyNetwork.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
