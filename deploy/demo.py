@@ -19,7 +19,7 @@ from rich.console import Console
 from deploy.local import LocalMesh
 from loadgen.client import Progress
 from loadgen.replay import write_outputs
-from loadgen.report import Report
+from loadgen.report import Mark, Report
 from loadgen.report_table import report_tables
 from loadgen.run import GENERATOR, ReplayOptions, load_arrivals, replay_arrivals
 from loadgen.workload.arrivals import Selection
@@ -129,7 +129,8 @@ async def _replay_and_kill(
         report = await replay_arrivals(arrivals, options, progress=progress)
         shown.cancel()
         murder.cancel()
-    return report
+    mark = Mark(duration_s / 2, f"SIGKILL {VICTIM}")
+    return msgspec.structs.replace(report, marks=(mark,))
 
 
 async def _kill(mesh: LocalMesh, *, after_s: float) -> None:

@@ -69,6 +69,13 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, str | int | float | bool | None] = {}  # msgspec copies it
 
 
+class Mark(msgspec.Struct, frozen=True):
+    """Something that was done to the mesh while the replay ran; seconds since it began."""
+
+    at_s: float
+    text: str
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One replay."""
 
@@ -92,6 +99,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     lag_ms: Spread | None
     overhead_ms: Spread | None
     timeline: Timeline
+    marks: tuple[Mark, ...] = ()
 
     @property
     def all_completed(self) -> bool:

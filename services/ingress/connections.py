@@ -6,6 +6,7 @@ and read what it was sent. aiohttp itself closes connections that idle between r
 
 import asyncio
 import logging
+import resource
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -17,11 +18,13 @@ from shared.telemetry import Metrics
 log = logging.getLogger("oserve.ingress")
 
 BACKLOG = 4096
+DESCRIPTORS_RESERVED = 256  # for the broker, logs, metrics
 
 
 class Connections:
     def __init__(self, config: IngressConfig, server: web.Server, metrics: Metrics) -> None:
         self._config, self._server = config, server
+        self._connections_max = affordable(config.connections_max)
         self._stuck: dict[RequestHandler, tuple[int, float]] = {}  # unread bytes, since when
         open_now = metrics.gauge("ingress_connections", "Open client connections")
         open_now.set_function(lambda: len(server.connections))
@@ -61,7 +64,7 @@ class Connections:
         return handler
 
     def _admit(self, handler: RequestHandler) -> None:
-        if len(self._server.connections) > self._config.connections_max:
+        if len(self._server.connections) > self._connections_max:
             self._close(handler, "too_many")
 
     def _close_if_unused(self, handler: RequestHandler) -> None:
@@ -88,6 +91,25 @@ class Connections:
 
     def _close(self, handler: RequestHandler, reason: str) -> None:
         transport = handler.transport
-        if isinstance(transport, asyncio.Transport):
+        if transport is not None:
             self._refused.labels(reason).inc()
             transport.abort()
+
+
+def affordable(connections_max: int) -> int:
+    """``connections_max``, or what the process's limit of descriptors leaves of it. The soft limit
+    is raised first: a default of 1024 would stop an ingress at a thousand clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections_max + DESCRIPTORS_RESERVED
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections_max
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == wanted:
+        return connections_max
+    left = max(1, allowed - DESCRIPTORS_RESERVED)
+    remedy = "raise the limit of open files (ulimit -n), or lower ingress.connections_max"
+    fields = {"connections_max": connections_max, "possible": left, "remedy": remedy}
+    log.warning("ingress.few_descriptors", extra=fields)
+    return left

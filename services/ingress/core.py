@@ -23,6 +23,7 @@ from services.ingress.events import (
     Finished,
     IngressEvent,
     LossReason,
+    Reconnected,
     ReplicaRestarted,
     RequestFailed,
     StaleChunk,
@@ -44,6 +45,7 @@ INPUTS = (subjects.ROUTE_REPLY, subjects.TOKEN_CHUNKS, subjects.PLAN_IN_FORCE)
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.02, 1.0
 FREE_MOVES = 2  # moves before backing off: most losses are one dead replica
 PROBE_GROWTH = 2.0
+RECHECK_S = 0.5  # after the broker is back: workers may find it again later than we do
 LEADERS_MAX = 4096
 HELD: tuple[Phase, ...] = ("submitted", "streaming")  # a worker may be at work on it
 
@@ -56,7 +58,9 @@ class IngressCore:
         self._journeys: dict[str, Journey] = {}
         self._leaders: dict[str, str] = {}  # replica -> worker that led it last
 
-    def step(self, event: IngressEvent, now_s: float) -> list[Effect]:
+    def step(  # noqa: C901  # one case per event
+        self, event: IngressEvent, now_s: float
+    ) -> list[Effect]:
         match event:
             case RouteReply():
                 effects = self._on_route(event, now_s)
@@ -71,6 +75,8 @@ class IngressCore:
                 effects = self._on_lost(event, now_s)
             case ReplicaRestarted():
                 effects = self._on_restarted(event, now_s)
+            case Reconnected():
+                effects = self._on_reconnected(now_s)
             case ClientGone():
                 effects = self._on_client_gone(event)
             case StaleChunk():
@@ -195,6 +201,13 @@ class IngressCore:
             mine = journey.replica_id == event.replica_id and journey.phase == "streaming"
             if mine and journey.incarnation != event.incarnation:
                 yield from self._move(journey, now_s, "incarnation", "its worker was restarted")
+
+    def _on_reconnected(self, now_s: float) -> Iterable[Effect]:
+        """Who stays silent is probed soon, instead of after the patience of a quiet stream."""
+        for journey in self._journeys.values():
+            silent_s = now_s - journey.heard_s
+            journey.probe_s = min(journey.probe_s, silent_s + RECHECK_S)
+        return ()
 
     def _move(
         self, journey: Journey, now_s: float, reason: LossReason, detail: str

@@ -41,6 +41,11 @@ class ReplicaRestarted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The broker is back: what was said meanwhile is lost, perhaps the last word of a stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last token was taken."""
 
@@ -81,6 +86,6 @@ class RequestFailed:
 
 
 IngressEvent = (
-    Arrived | RouteReply | Acknowledged | AttemptLost | ReplicaRestarted | Finished | ClientGone
-    | StaleChunk | Sweep
+    Arrived | RouteReply | Acknowledged | AttemptLost | ReplicaRestarted | Reconnected | Finished
+    | ClientGone | StaleChunk | Sweep
 )  # fmt: skip

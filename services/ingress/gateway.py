@@ -22,6 +22,7 @@ from services.ingress.events import (
     ClientGone,
     Finished,
     IngressEvent,
+    Reconnected,
     ReplicaRestarted,
     StaleChunk,
     Sweep,
@@ -275,12 +276,15 @@ class Gateway:
         self._step(Sweep(self._heard))
 
     async def _sweep(self) -> None:
-        late = False
+        late = away = False
         checked_s = self._clock.now_s()
         while True:
             before_s = self._clock.now_s()
             await asyncio.sleep(self._config.sweep_s)
             now_s = self._clock.now_s()
+            was_away, away = away, not self._bus.connected
+            if was_away and not away:
+                self._step(Reconnected())
             # Held up: what arrived meanwhile is unread, so silence proves nothing. Read first,
             # but not twice in a row, or a busy loop would never notice a dead replica.
             late = not late and now_s - before_s > LATE_TICKS * self._config.sweep_s

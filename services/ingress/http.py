@@ -215,6 +215,8 @@ class HttpEdge:
         chunked = request.version >= HttpVersion11
         if chunked:
             response.enable_chunked_encoding()
+        else:
+            response.force_close()  # else nothing tells a keep-alive client of HTTP/1.0 the end
         request[SEEN].begun = True
         await response.prepare(request)
         transport = request.transport

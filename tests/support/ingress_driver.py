@@ -117,7 +117,9 @@ class DrivenIngress:
         number = one.attempt if attempt is None else attempt
         return self.feed(AttemptLost(one.request_id, number, reason, failure, "detail"))
 
-    def streaming(self, request_id: str = "a", *, replica_id: str = "r0", **options: Any) -> Journey:
+    def streaming(
+        self, request_id: str = "a", *, replica_id: str = "r0", **options: Any
+    ) -> Journey:
         """A request that was routed, submitted and acknowledged."""
         one = self.arrive(request_id, **options)
         self.route(one, replica_id=replica_id)
@@ -228,9 +230,7 @@ class DrivenGateway:
         )
         self.gateway.on_route(Delivery("route", encode(reply)))
 
-    def chunks(
-        self, *chunks: TokenChunk, replica_id: str = "r0", incarnation: str = "i0"
-    ) -> None:
+    def chunks(self, *chunks: TokenChunk, replica_id: str = "r0", incarnation: str = "i0") -> None:
         batch = TokenChunks(replica_id=replica_id, incarnation=incarnation, chunks=list(chunks))
         self.gateway.on_chunks(Delivery("chunks", encode(batch)))
 

@@ -188,9 +188,11 @@ class TestOutbox:
             record = RequestCompleted(request_id=f"q{number}", outcome="completed", model_id="m")
             driven.gateway.completed(record)
         driven.gateway.flush_completed()
-        sizes: list[int] = []
-        for payload in of(await driven.settle(), "completed"):
-            sizes.append(len(decode(payload, RequestsCompleted).completed))
+        batches = [
+            decode(payload, RequestsCompleted).completed
+            for payload in of(await driven.settle(), "completed")
+        ]
+        sizes = [len(batch) for batch in batches]
         assert sum(sizes) == COMPLETED_MAX
         assert max(sizes) == COMPLETED_BATCH_MAX
 
@@ -208,7 +210,9 @@ def streamed(
     *, n: int = 1, buffer_bytes_max: int = 1 << 20, stop: tuple[str, ...] = ()
 ) -> tuple[Streamed, list[StreamedChoice], list[bytes]]:
     """A stream that is open, its choices, and what was written."""
-    parsed = ParsedRequest(kind="completion", model="m", prompts=([1],), stream=True, n=n, stop=stop)
+    parsed = ParsedRequest(
+        kind="completion", model="m", prompts=([1],), stream=True, n=n, stop=stop
+    )
     stream = Streamed(HEAD, num_choices=n, buffer_bytes_max=buffer_bytes_max)
     tokenizer = byte_tokenizer()
     choices = [

@@ -48,7 +48,9 @@ def test_the_keys_example_is_a_keys_file() -> None:
 def test_errors_of_the_mesh_are_in_the_table() -> None:
     """A client's author would meet a code that is nowhere explained."""
     rows = re.findall(r"^\| (\d{3}) \| (.+?) \|", TEXT, re.MULTILINE)
-    listed = {(int(status), code) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+    listed = {
+        (int(status), code) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)
+    }
     for failure in get_args(FailureCode):
         error = from_failure(failure, "detail")
         assert (error.status, error.code or "null") in listed, failure
