@@ -104,8 +104,10 @@ def affordable(connections_max: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return connections_max
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if allowed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    except (ValueError, OSError):  # the kernel's own limit is below "unlimited"
+        allowed = soft
     if allowed == wanted:
         return connections_max
     left = max(1, allowed - DESCRIPTORS_RESERVED)

@@ -30,15 +30,10 @@ from services.ingress.events import (
     Sweep,
 )
 from services.ingress.journey import Journey, Phase
+from services.ingress.outgoing import abort, question, submission
 from shared import subjects
-from shared.core import Ask, Effect, Log, Publish, Start
-from shared.messages.requests import (
-    AbortRequest,
-    FailureCode,
-    RouteReply,
-    RouteRequest,
-    SubmitRequest,
-)
+from shared.core import Ask, Effect, Log, Start
+from shared.messages.requests import AbortRequest, FailureCode, RouteReply
 
 INPUTS = (subjects.ROUTE_REPLY, subjects.TOKEN_CHUNKS, subjects.PLAN_IN_FORCE)
 
@@ -105,18 +100,7 @@ class IngressCore:
     def _route(self, journey: Journey, now_s: float) -> Iterable[Effect]:
         journey.phase = "routing"
         journey.due_s = now_s + self._config.route_s
-        question = RouteRequest(
-            request_id=journey.request_id,
-            model_id=journey.model_id,
-            input_tokens=len(journey.prompt_tokens) + len(journey.tokens),
-            output_tokens_max=journey.sampling.output_tokens_max - len(journey.tokens),
-            slo_class=journey.slo_class,
-            tenant=journey.tenant,
-            prefix_hashes=journey.prefix_hashes,
-            excluded=journey.excluded,
-            attempt=journey.attempt,
-        )
-        yield Ask(subjects.ROUTE.pattern, question, self._reply_to)
+        yield Ask(subjects.ROUTE.pattern, question(journey), self._reply_to)
 
     def _on_route(self, reply: RouteReply, now_s: float) -> Iterable[Effect]:
         journey = self._journeys.get(reply.request_id)
@@ -135,21 +119,7 @@ class IngressCore:
         if journey.accepted_s is None:
             journey.submitted_s = now_s
         journey.due_s = now_s + self._config.accept_s
-        yield self._submit(journey)
-
-    def _submit(self, journey: Journey) -> Publish:
-        submit = SubmitRequest(
-            request_id=journey.request_id,
-            attempt=journey.attempt,
-            ingress_id=self._ingress_id,
-            epoch=journey.epoch,
-            replica_id=journey.replica_id,
-            prompt_tokens=journey.prompt_tokens,
-            sampling=journey.sampling,
-            output_tokens=journey.tokens,
-            slo_class=journey.slo_class,
-        )
-        return subjects.SUBMIT_REQUEST.send(submit, worker_id=journey.leader_id)
+        yield submission(journey, ingress_id=self._ingress_id)
 
     def _on_no_route(self, journey: Journey, reply: RouteReply, now_s: float) -> Iterable[Effect]:
         code = reply.failure
@@ -223,7 +193,7 @@ class IngressCore:
         }
         yield Log("request.moved", fields)
         if journey.phase in HELD:
-            yield self._abort(journey)
+            yield abort(journey)
         if reason != "gap":  # a lost message says nothing against the replica
             journey.exclude(journey.replica_id)
         journey.phase = "routing"
@@ -259,29 +229,23 @@ class IngressCore:
         if journey is None:
             return
         if journey.phase in HELD:
-            yield self._abort(journey)
+            yield abort(journey)
         journey.phase, journey.finish = "ended", "abort"
 
     def _on_stale_chunk(self, event: StaleChunk) -> Iterable[Effect]:
         leader_id = self._leaders.get(event.replica_id)
         if leader_id is not None:
-            abort = AbortRequest(
+            stale = AbortRequest(
                 request_id=event.request_id, attempt=event.attempt, replica_id=event.replica_id
             )
-            yield subjects.ABORT_REQUEST.send(abort, worker_id=leader_id)
-
-    def _abort(self, journey: Journey) -> Publish:
-        abort = AbortRequest(
-            request_id=journey.request_id, attempt=journey.attempt, replica_id=journey.replica_id
-        )
-        return subjects.ABORT_REQUEST.send(abort, worker_id=journey.leader_id)
+            yield subjects.ABORT_REQUEST.send(stale, worker_id=leader_id)
 
     def _fail(
         self, journey: Journey, code: FailureCode, detail: str, retry_after_s: float
     ) -> Iterable[Effect]:
         del self._journeys[journey.request_id]
         if journey.phase in HELD:
-            yield self._abort(journey)
+            yield abort(journey)
         journey.phase, journey.finish = "ended", "failed"
         yield Start("fail", RequestFailed(journey.request_id, code, detail, retry_after_s))
 
@@ -309,7 +273,7 @@ class IngressCore:
         elif now_s - journey.heard_s >= journey.probe_s and not journey.probing:
             journey.probe_s *= PROBE_GROWTH
             journey.probing, journey.due_s = True, now_s + self._config.accept_s
-            yield self._submit(journey)
+            yield submission(journey, ingress_id=self._ingress_id)
 
     def _sweep_due(self, journey: Journey, now_s: float) -> Iterable[Effect]:
         if journey.phase == "submitted":

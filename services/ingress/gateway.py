@@ -8,9 +8,6 @@ that request: a batch of chunks is shared by many.
 import asyncio
 import logging
 from collections import deque
-from typing import TypeVar
-
-import msgspec
 
 from services.ingress.choices import Choice, Choices
 from services.ingress.config import IngressConfig
@@ -29,11 +26,12 @@ from services.ingress.events import (
 )
 from services.ingress.journey import Journey, Taken, take
 from services.ingress.outbox import Outbox
+from services.ingress.reader import Reader
 from shared import subjects
 from shared.bus import Delivery
 from shared.core import Ask, Log, Publish, Start
 from shared.errors import PayloadTooLarge
-from shared.messages.base import DataMessage, Message, decode, encode
+from shared.messages.base import DataMessage, Message, encode
 from shared.messages.plans import PlanInForce
 from shared.messages.requests import (
     FinishReason,
@@ -53,9 +51,7 @@ COMPLETED_BATCH_MAX = 512
 STALE_REPLIES_MAX = 1_000  # aborts of stale attempts remembered between two checks
 PLAN_FRESH_S = 10.0
 CHECK_S = 1.0
-WARNING_GAP_S = 1.0  # between two warnings of one kind
 LATE_TICKS = 4.0  # a sweep this many periods late says that the loop was held up
-M = TypeVar("M", bound=Message | DataMessage)
 
 
 class Gateway:
@@ -73,12 +69,9 @@ class Gateway:
         self._stale: set[tuple[str, int]] = set()
         self._plan: PlanInForce | None = None
         self._plan_s = 0.0
-        self._warned_s = -WARNING_GAP_S
+        self._reader = Reader(context.clock, context.metrics)
         metrics = context.metrics
         self._moved = metrics.counter("ingress_moves", "Attempts given up", ["reason"])
-        self._undecodable = metrics.counter(
-            "ingress_undecodable", "Messages nobody could read", ["message"]
-        )
         self._unexpected = metrics.counter(
             "ingress_chunks_unexpected", "Chunks of attempts that were never made"
         )
@@ -159,21 +152,8 @@ class Gateway:
         lost = AttemptLost(submit.request_id, submit.attempt, "refused", "too_long", str(cause))
         self._step(lost)
 
-    def _decoded(self, delivery: Delivery, as_type: type[M]) -> M | None:
-        """None, counted, for what is no such message: it must not cost the next one."""
-        try:
-            return decode(delivery.payload, as_type)
-        except msgspec.DecodeError as error:
-            self._undecodable.labels(as_type.__name__).inc()
-            now_s = self._clock.now_s()
-            if now_s - self._warned_s >= WARNING_GAP_S:
-                self._warned_s = now_s
-                fields = {"subject": delivery.subject, "error": str(error)}
-                log.warning("message.undecodable", extra=fields)
-            return None
-
     def on_plan(self, delivery: Delivery) -> None:
-        plan = self._decoded(delivery, PlanInForce)
+        plan = self._reader.read(delivery, PlanInForce)
         if plan is None:
             return
         # A lower epoch is a late message, unless ours has been silent: then the state was reset.
@@ -183,12 +163,12 @@ class Gateway:
             self._plan, self._plan_s = plan, now_s
 
     def on_route(self, delivery: Delivery) -> None:
-        reply = self._decoded(delivery, RouteReply)
+        reply = self._reader.read(delivery, RouteReply)
         if reply is not None:
             self._step(reply)
 
     def on_chunks(self, delivery: Delivery) -> None:
-        batch = self._decoded(delivery, TokenChunks)
+        batch = self._reader.read(delivery, TokenChunks)
         if batch is None:
             return
         now_s = self._clock.now_s()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from services.ingress.admission import Admission
@@ -27,11 +27,10 @@ from services.ingress.openai_errors import (
 )
 from services.ingress.openai_format import ResponseHead, model_entry, model_list
 from services.ingress.record import Recorder
+from services.ingress.sse import open_stream, wait_with_comments
 from shared.service import ServiceContext
 
 log = logging.getLogger("oserve.http")
-
-SSE_COMMENT = b": waiting\n\n"
 
 
 @dataclass(slots=True)
@@ -191,9 +190,10 @@ class HttpEdge:
                 break
         if stream.done.done() and stream.done.exception() is not None:
             await stream.done  # failed before its first token: a proper status
-        response = await self._open_stream(request, stream)
+        request[SEEN].begun = True
+        response = await open_stream(request, stream, self._answer_headers(request))
         try:
-            await self._wait_with_comments(stream)
+            await wait_with_comments(stream, every_s=self._config.sse_comment_s)
         except ApiError as error:
             stream.close(error.event())
         except SlowClient:
@@ -207,37 +207,6 @@ class HttpEdge:
             stream.close(stream.tail(usage=usage))
         await response.write_eof()
         return response
-
-    async def _open_stream(self, request: web.Request, stream: Streamed) -> web.StreamResponse:
-        response = web.StreamResponse(headers=self._answer_headers(request))
-        response.content_type = "text/event-stream"
-        response.headers["Cache-Control"] = "no-cache"
-        chunked = request.version >= HttpVersion11
-        if chunked:
-            response.enable_chunked_encoding()
-        else:
-            response.force_close()  # else nothing tells a keep-alive client of HTTP/1.0 the end
-        request[SEEN].begun = True
-        await response.prepare(request)
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the client is gone")
-        # aiohttp keeps the headers back until the first write; after it the socket is ours.
-        await response.write(stream.kept() or SSE_COMMENT)
-
-        def send(event: bytes) -> None:
-            transport.write(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
-
-        stream.opened(send, transport.get_write_buffer_size)
-        return response
-
-    async def _wait_with_comments(self, stream: Streamed) -> None:
-        """Wait for the end, with a comment now and then: proxies close silent connections."""
-        while not stream.done.done():
-            await asyncio.wait((stream.done,), timeout=self._config.sse_comment_s)
-            if not stream.done.done():
-                stream.write(SSE_COMMENT)
-        await stream.done
 
     def _answer_headers(self, request: web.Request) -> dict[str, str]:
         now_s = self._clock.now_s()

@@ -228,8 +228,10 @@ class TestErrors:
             ({"extra_headers": {"x-oserve-slo-class": "interactive"}}, "x-oserve-slo-class"),
         ]
         for options, param in cases:
+            asked: dict[str, Any] = {"model": MODEL, "prompt": "x"}
+            asked.update(options)
             with pytest.raises(openai.BadRequestError) as raised:
-                client.completions.create(**({"model": MODEL, "prompt": "x"} | options))
+                client.completions.create(**asked)
             assert raised.value.param == param
             assert param in raised.value.message
 

@@ -54,16 +54,29 @@ class AnyNetwork(RuleBasedStateMachine):
         self.asked: list[RouteRequest] = []
         self.submitted: list[SubmitRequest] = []
 
-    @rule(data=st.data(), tokens_max=st.integers(1, 6))
+    @rule(data=st.data(), tokens_max=st.integers(3, 8))
     def arrive(self, data: st.DataObject, tokens_max: int) -> None:
         if len(self.clients) >= REQUESTS_MAX:
             return
         name = f"q{len(self.clients)}"
-        length = data.draw(st.integers(1, tokens_max))
+        length = data.draw(st.integers(3, tokens_max))
         answer = [100 * len(self.clients) + i for i in range(length)]
         journey, choice = self.driven.open(name, output_tokens_max=tokens_max)
         self.clients[name] = Client(journey, choice, answer)
         self._settle()
+        self._answer(self.asked[-1], "r0")
+
+    @precondition(lambda self: self.submitted)
+    @rule(behind=st.integers(-1, 3), count=st.integers(0, 3))
+    def more_tokens(self, behind: int, count: int) -> None:
+        """Of the newest submission: roughly what comes next."""
+        submit = self.submitted[-1]
+        client = self.clients[submit.request_id]
+        length = len(client.answer)
+        start = min(length, max(0, len(client.choice.tokens) - behind))
+        end = min(length, start + count)
+        finish = client.last if end == length else None
+        self._chunk(submit, "i0", start=start, end=end, finish=finish)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data(), replica_id=REPLICAS)
@@ -230,4 +243,4 @@ class AnyNetwork(RuleBasedStateMachine):
 
 
 TestAnyNetwork = AnyNetwork.TestCase
-TestAnyNetwork.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestAnyNetwork.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

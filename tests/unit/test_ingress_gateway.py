@@ -61,6 +61,23 @@ class TestGateway:
         driven.chunks(chunk(4, [], finish="stop", **again), replica_id="r1", incarnation="x")
         assert (choice.tokens, choice.ends) == ([5, 6, 7, 8], ["stop"])
 
+    @pytest.mark.parametrize("late", [chunk(2, [7]), chunk(2, [7], finish="length")])
+    async def test_tokens_behind_a_gap_start_the_next_attempt_at_once(
+        self, late: TokenChunk
+    ) -> None:
+        """The client would miss a token, or wait for it until the probe."""
+        driven = DrivenGateway()
+        one, choice = driven.streaming()
+        driven.chunks(chunk(0, [5]), late)
+        assert (choice.tokens, choice.ends, one.attempt, one.excluded) == ([5], [], 1, ())
+
+    async def test_an_end_behind_a_gap_is_no_end(self) -> None:
+        """The client would take an answer without its last tokens for the whole."""
+        driven = DrivenGateway()
+        one, choice = driven.streaming()
+        driven.chunks(chunk(0, [5]), chunk(3, [], finish="length"))
+        assert (choice.ends, one.attempt) == ([], 1)
+
     async def test_an_engine_that_says_too_much_is_cut_off(self) -> None:
         """One faulty worker would break the ingress's invariant, and with it every stream."""
         driven = DrivenGateway()
