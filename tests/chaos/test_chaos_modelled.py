@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.nats,
     pytest.mark.processes,
     pytest.mark.chaos,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(300),
 ]
 
 TOPOLOGY = """

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.torch,
     pytest.mark.processes,
     pytest.mark.chaos,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(300),
 ]
 
 TOPOLOGY = """
