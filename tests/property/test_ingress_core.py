@@ -22,7 +22,7 @@ from shared.messages.requests import (
 )
 from tests.support.ingress_driver import DrivenGateway, SeenChoice
 
-REQUESTS_MAX = 4
+REQUESTS_MAX = 8
 REPLICAS = st.sampled_from(["r0", "r1"])
 INCARNATIONS = st.sampled_from(["i0", "i0", "i0", "i1", "i2"])
 
@@ -184,7 +184,7 @@ class AnyNetwork(RuleBasedStateMachine):
             self._runner.close()
 
     def _end_well(self) -> None:
-        for _ in range(40):
+        for _ in range(20):
             for question in self.asked[-2 * REQUESTS_MAX :]:
                 self._answer(question, "r2")
             for submit in self.submitted[-2 * REQUESTS_MAX :]:
@@ -243,4 +243,4 @@ class AnyNetwork(RuleBasedStateMachine):
 
 
 TestAnyNetwork = AnyNetwork.TestCase
-TestAnyNetwork.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAnyNetwork.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
