@@ -6,7 +6,7 @@ the ingress spends its time on.
 """
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 from services.ingress.events import RequestFailed
 from services.ingress.journey import Journey, Taken
@@ -67,7 +67,7 @@ class StreamedChoice:
         parsed: ParsedRequest,
         tokenizer: Tokenizer,
     ) -> None:
-        self._out, self.journey, self._index = stream, journey, index
+        self._out, self.journey = stream, journey
         self._parsed = parsed
         self._text = Text(parsed, journey, tokenizer)
         self._events = ChoiceStream(stream.head, index=index, include_usage=parsed.include_usage)
@@ -106,74 +106,84 @@ class StreamedChoice:
         rest, stopped = ("", True) if self._stopped else self._text.flush()
         reason = "length" if finish == "length" and not stopped else "stop"
         self._out.write(self._events.event(rest, finish=reason))
-        self._out.ended(self._index, None)
+        self._out.ended(None, output_tokens=self._text.tokens)
 
     def on_fail(self, failure: RequestFailed) -> None:
-        self._out.ended(self._index, _error(failure, self.journey))
+        self._out.ended(_error(failure, self.journey), output_tokens=self._text.tokens)
+
+
+class Sink(Protocol):
+    """Where a stream's bytes go (sse.SseResponse)."""
+
+    @property
+    def begun(self) -> bool: ...
+    def send(self, event: bytes) -> None: ...
+    def end(self) -> None: ...
+    def buffered(self) -> int: ...
 
 
 class Streamed:
-    """A stream of server-sent events. Until ``opened`` is called, events are kept: there are no
-    headers yet, and an error may still become a proper status."""
+    """A stream of server-sent events of ``num_choices`` choices. As long as the sink has not
+    begun there are no headers yet, and an error may still become a proper status.
 
-    def __init__(self, head: ResponseHead, *, num_choices: int, buffer_bytes_max: int) -> None:
+    ``usage_for`` is the number of prompt tokens if the client asked for a usage event."""
+
+    def __init__(
+        self,
+        head: ResponseHead,
+        sink: Sink,
+        *,
+        num_choices: int,
+        usage_for: int | None,
+        buffer_bytes_max: int,
+    ) -> None:
         self.head = head
-        loop = asyncio.get_running_loop()
-        self.begun: asyncio.Future[None] = loop.create_future()
-        self.done: asyncio.Future[None] = loop.create_future()
+        self._sink = sink
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_seen)
         self._open_choices = num_choices
-        self._kept: list[bytes] = []
-        self._send: Callable[[bytes], None] | None = None
+        self._usage_for = usage_for
+        self._output_tokens = 0
         self._closed = False
-        self._buffered: Callable[[], int] | None = None
         self._buffer_bytes_max = buffer_bytes_max
-
-    def opened(self, send: Callable[[bytes], None], buffered: Callable[[], int]) -> None:
-        """Headers are out: write from now on."""
-        self._send, self._buffered = send, buffered
-        late = self.kept()
-        if late:
-            send(late)
-
-    def kept(self) -> bytes:
-        """The events written so far, which the caller now sends itself."""
-        events = b"".join(self._kept)
-        self._kept.clear()
-        return events
-
-    def close(self, last: bytes) -> None:
-        """Write the last event. What other choices still have to say comes too late: after an
-        error nothing may follow, least of all behind the end of the HTTP body."""
-        self.write(last)
-        self._closed = True
 
     def write(self, event: bytes) -> None:
         if self._closed:
             return
-        if self._send is None:
-            self._kept.append(event)
-            if not self.begun.done():
-                self.begun.set_result(None)
-            return
-        self._send(event)
-        assert self._buffered is not None
-        if self._buffered() > self._buffer_bytes_max and not self.done.done():
+        self._sink.send(event)
+        if self._sink.buffered() > self._buffer_bytes_max and not self.done.done():
+            self._closed = True
             self.done.set_exception(SlowClient)
 
-    def ended(self, index: int, error: ApiError | None) -> None:  # noqa: ARG002  # all alike here
-        self._open_choices -= 1
-        if error is not None and not self.done.done():
-            self.done.set_exception(error)
-        elif self._open_choices == 0 and not self.done.done():
-            self.done.set_result(None)
-        if not self.begun.done():
-            self.begun.set_result(None)
+    def comment(self, text: bytes) -> None:
+        self.write(text)
 
-    def tail(self, *, usage: tuple[int, int] | None) -> bytes:
-        if usage is None:
+    def ended(self, error: ApiError | None, *, output_tokens: int) -> None:
+        """One choice is over. The last one ends the stream; an error does so at once, and what
+        the other choices still have to say comes too late: nothing may follow it."""
+        self._open_choices -= 1
+        self._output_tokens += output_tokens
+        if self._closed:
+            return
+        if error is not None:
+            self._closed = True
+            if self._sink.begun:
+                self._sink.send(error.event())
+                self._sink.end()
+            self.done.set_exception(error)
+        elif self._open_choices == 0:
+            self._closed = True
+            self._sink.send(self._tail())
+            self._sink.end()
+            self.done.set_result(None)
+
+    def _tail(self) -> bytes:
+        if self._usage_for is None:
             return DONE
-        return usage_event(self.head, prompt_tokens=usage[0], completion_tokens=usage[1]) + DONE
+        usage = usage_event(
+            self.head, prompt_tokens=self._usage_for, completion_tokens=self._output_tokens
+        )
+        return usage + DONE
 
 
 class SlowClient(Exception):  # a condition

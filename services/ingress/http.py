@@ -27,7 +27,7 @@ from services.ingress.openai_errors import (
 )
 from services.ingress.openai_format import ResponseHead, model_entry, model_list
 from services.ingress.record import Recorder
-from services.ingress.sse import open_stream, wait_with_comments
+from services.ingress.sse import SseResponse, wait_with_comments
 from shared.service import ServiceContext
 
 log = logging.getLogger("oserve.http")
@@ -40,7 +40,7 @@ class Seen:
     request_id: str
     arrived_s: float
     journeys: list[Journey] = field(default_factory=list[Journey])
-    begun: bool = False  # the headers are out: too late for another status
+    stream: SseResponse | None = None  # once begun, it is too late for another status
 
 
 SEEN = web.RequestKey("seen", Seen)
@@ -171,41 +171,30 @@ class HttpEdge:
         prompt_tokens: int,
         trace_headers: dict[str, str] | None,
     ) -> web.StreamResponse:
+        request[SEEN].journeys = journeys
+        response = SseResponse(request, lambda: self._answer_headers(request))
+        request[SEEN].stream = response
         stream = Streamed(
             head,
+            response,
             num_choices=len(journeys),
+            usage_for=prompt_tokens if parsed.include_usage else None,
             buffer_bytes_max=self._config.client_buffer_bytes_max,
         )
-        choices: list[StreamedChoice] = []
         for index, journey in enumerate(journeys):
             choice = StreamedChoice(
                 stream, journey, index=index, parsed=parsed, tokenizer=self._admission.tokenizer
             )
-            choices.append(choice)
             self._gateway.open(journey, choice, trace_headers)
-        request[SEEN].journeys = journeys
-        while not stream.begun.done():
-            await asyncio.wait((stream.begun,), timeout=self._config.sse_comment_s)
-            if any(journey.accepted_s is not None for journey in journeys):
-                break
-        if stream.done.done() and stream.done.exception() is not None:
-            await stream.done  # failed before its first token: a proper status
-        request[SEEN].begun = True
-        response = await open_stream(request, stream, self._answer_headers(request))
         try:
-            await wait_with_comments(stream, every_s=self._config.sse_comment_s)
+            await wait_with_comments(stream, journeys, every_s=self._config.sse_comment_s)
         except ApiError as error:
-            stream.close(error.event())
+            if not response.begun:
+                raise
+            self._record.refused(request.path, error)
         except SlowClient:
             log.warning("client.slow", extra={"request_id": head.response_id})
-            if request.transport is not None:
-                request.transport.abort()
-            return response
-        else:
-            counted = sum(choice.output_tokens for choice in choices)
-            usage = (prompt_tokens, counted) if parsed.include_usage else None
-            stream.close(stream.tail(usage=usage))
-        await response.write_eof()
+            response.abort()
         return response
 
     def _answer_headers(self, request: web.Request) -> dict[str, str]:
@@ -236,8 +225,8 @@ class HttpEdge:
         except Exception:
             seen = request.get(SEEN)
             log.exception("request.broken", extra={"request_id": seen.request_id if seen else ""})
-            if seen is not None and seen.begun and request.transport is not None:
-                request.transport.abort()  # a second head would be read as part of the stream
+            if seen is not None and seen.stream is not None and seen.stream.begun:
+                seen.stream.abort()  # a second head would be read as part of the stream
                 raise ConnectionResetError from None
             api_error = internal_error("The ingress failed; its log has the cause.")
         self._record.refused(request.path, api_error)

@@ -223,21 +223,43 @@ class TestOutbox:
         assert (submit.prompt_tokens, submit.epoch, submit.attempt) == ([1, 2, 3], 9, 0)
 
 
+class Written:
+    """A sink that keeps what was sent, and is never read."""
+
+    def __init__(self) -> None:
+        self.events: list[bytes] = []
+        self.ends = 0
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.events)
+
+    def send(self, event: bytes) -> None:
+        self.events.append(event)
+
+    def end(self) -> None:
+        self.ends += 1
+
+    def buffered(self) -> int:
+        return sum(map(len, self.events))
+
+
 def streamed(
     *, n: int = 1, buffer_bytes_max: int = 1 << 20, stop: tuple[str, ...] = ()
-) -> tuple[Streamed, list[StreamedChoice], list[bytes]]:
-    """A stream that is open, its choices, and what was written."""
+) -> tuple[Streamed, list[StreamedChoice], Written]:
+    """A stream, its choices, and what was written."""
     parsed = ParsedRequest(
         kind="completion", model="m", prompts=([1],), stream=True, n=n, stop=stop
     )
-    stream = Streamed(HEAD, num_choices=n, buffer_bytes_max=buffer_bytes_max)
+    written = Written()
+    stream = Streamed(
+        HEAD, written, num_choices=n, usage_for=None, buffer_bytes_max=buffer_bytes_max
+    )
     tokenizer = byte_tokenizer()
     choices = [
         StreamedChoice(stream, journey(), index=index, parsed=parsed, tokenizer=tokenizer)
         for index in range(n)
     ]
-    written: list[bytes] = []
-    stream.opened(written.append, lambda: sum(map(len, written)))
     return stream, choices, written
 
 
@@ -250,16 +272,13 @@ FAILED = RequestFailed("a", "engine", "broken", 0.0)
 
 
 class TestExchange:
-    async def test_events_before_the_headers_are_kept(self) -> None:
-        """The first tokens would be lost, or written before the status line."""
-        stream = Streamed(HEAD, num_choices=1, buffer_bytes_max=1000)
-        stream.write(b"one")
-        stream.write(b"two")
-        assert stream.begun.done()
-        written: list[bytes] = []
-        stream.opened(written.append, lambda: 0)
-        stream.write(b"three")
-        assert written == [b"onetwo", b"three"]
+    async def test_a_failure_before_the_first_event_leaves_the_status_open(self) -> None:
+        """A client would get 200 and an error inside, where a 503 could still be sent."""
+        stream, (choice,), written = streamed()
+        choice.on_fail(FAILED)
+        with pytest.raises(ApiError):
+            await stream.done
+        assert (written.events, written.ends) == ([], 0)
 
     async def test_the_stream_is_done_when_all_choices_are(self) -> None:
         """[DONE] would come while a choice still speaks."""
@@ -268,10 +287,9 @@ class TestExchange:
             assert not stream.done.done()
             choice.on_tokens(taken("hi"))
             choice.on_end("stop")
-            assert b'"index":%d' % number in written[-1]
+            assert b'"index":%d' % number in b"".join(written.events[-2:])
         await stream.done
-        stream.close(stream.tail(usage=None))
-        assert written[-1] == DONE
+        assert (written.events[-1], written.ends) == (DONE, 1)
 
     async def test_nothing_follows_an_error(self) -> None:
         """Other choices' events would come behind the end of the body, as garbage in the next
@@ -279,13 +297,13 @@ class TestExchange:
         stream, choices, written = streamed(n=2)
         choices[0].on_tokens(taken("hi"))
         choices[1].on_fail(FAILED)
-        with pytest.raises(ApiError) as raised:
+        with pytest.raises(ApiError):
             await stream.done
-        stream.close(raised.value.event())
         choices[0].on_tokens(taken("more", 2))
         choices[0].on_end("stop")
-        assert b'"error"' in written[-1]
-        assert DONE not in b"".join(written)
+        assert b'"error"' in written.events[-1]
+        assert DONE not in b"".join(written.events)
+        assert written.ends == 1
 
     async def test_a_client_that_does_not_read_is_given_up(self) -> None:
         """Its answer would grow in our memory as long as its engine speaks."""
@@ -314,8 +332,8 @@ class TestExchange:
         assert choice.on_tokens(taken("textEN")) is False
         assert choice.on_tokens(taken("D", 6)) is True
         choice.on_end("stop")
-        assert b'"finish_reason":"stop"' in written[-1]
-        text = b"".join(written)
+        text = b"".join(written.events)
+        assert b'"finish_reason":"stop"' in text
         assert b"EN" not in text.replace(b'"END', b"")
         await stream.done
 
