@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from loadgen.simulator.client import Arrival, Client
+from loadgen.simulator.clients import Clients, draw_orders
 from loadgen.simulator.engine import Engines, EngineTimes
 from loadgen.simulator.faults import draw_incidents, draw_weather
+from loadgen.simulator.ingress import Ingress, inputs
 from loadgen.simulator.invariants import EpochWatch, PlanHistory
 from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.world import World
+from services.ingress.config import IngressConfig
 from services.router import core as router
 from services.router.config import RouterConfig
 from services.scheduler import core as scheduler
@@ -25,12 +27,14 @@ from services.switcher.config import SwitcherConfig
 from services.worker.config import WorkerConfig
 from services.worker.core import WorkerCore
 from services.worker.identity import WorkerIdentity
+from services.worker.replica import LiveRequest
 from shared import subjects
 from shared.core import Core
 from shared.hardware import GpuSpec, Parallelism
 from shared.mesh import MeshConfig, ReplicaWish
 from shared.mesh import NodeSpec as Host
 from shared.messages.plans import StoredPlan
+from shared.messages.requests import FailureCode
 from shared.models import ModelSpec
 
 MODEL = ModelSpec(model_id="simulated")
@@ -45,6 +49,9 @@ SWITCHER = SwitcherConfig(
     repair_retry_s_max=4.0,
 )
 SCHEDULER = SchedulerConfig(start_wait_s=3.0)
+PATIENT = IngressConfig(first_route_s=600.0)
+IMPATIENT = IngressConfig(first_route_s=2.0, request_s=8.0)
+IMPATIENT_FAILURES: tuple[FailureCode, ...] = ("no_replica", "deadline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,8 @@ class Outcome:
     time_s: float
     requests: int
     attempts: int
+    failed: int
+    lost: int
     switches: int
     rollbacks: int
     epoch: int
@@ -105,8 +114,10 @@ class Mesh:
             digest=world.trace.digest,
             steps=world.steps,
             time_s=world.now_s,
-            requests=self.client.expected,
-            attempts=sum(self.client.ended.values()),
+            requests=len(self.clients),
+            attempts=self.clients.attempts,
+            failed=self.clients.count("failed"),
+            lost=self.clients.count("lost"),
             switches=self.history.switches,
             rollbacks=self.history.rollbacks,
             epoch=stored.epoch,
@@ -115,8 +126,10 @@ class Mesh:
     def unsettled(self) -> list[str]:
         """What is not yet as everyone wishes; empty when the mesh is at rest."""
         waiting: list[str] = []
-        if not self.client.done:
-            waiting.append(f"open requests {self.client.open}")
+        if not self.clients.done:
+            waiting.append(f"open requests {self.clients.open}")
+        if attempts := self._attempts():
+            waiting.append(f"workers still run {attempts}")
         stored, brain = self._stored(), self.world.core("scheduler")
         if stored is None or stored.target is not None:
             return [*waiting, "a switch is under way"]
@@ -142,6 +155,11 @@ class Mesh:
             if worker_id not in self.world.lost
             for held in report.replicas
         }
+
+    def _attempts(self) -> list[LiveRequest]:
+        """What the workers still run, for a client or for nobody."""
+        workers = (self.world.core(gpu.gpu_id) for host in self._hosts for gpu in host.gpu_specs())
+        return [live for core in workers if isinstance(core, WorkerCore) for live in core.live]
 
     def _add_services(self, rng: random.Random) -> None:
         add = self.world.add
@@ -172,17 +190,20 @@ class Mesh:
         for host in self._hosts:
             for gpu in host.gpu_specs():
                 add(self._worker(host.node_id, gpu))
-        self.client = Client(INGRESS, MODEL.model_id, _draw_arrivals(rng, self.FAULTS_S))
-        add(
-            NodeSpec(
-                name=INGRESS,
-                make=lambda _n, _p: (self.client, {}),
-                inputs=(
-                    subjects.ROUTE_REPLY.of(ingress_id=INGRESS),
-                    subjects.TOKEN_CHUNKS.of(ingress_id=INGRESS),
-                ),
-            )
-        )
+        self._add_ingress(rng)
+
+    def _add_ingress(self, rng: random.Random) -> None:
+        """In most runs it waits as long as it takes, so that no request may fail at all."""
+        patient = rng.random() < 0.75  # noqa: PLR2004  # the share of such runs
+        config = PATIENT if patient else IMPATIENT
+        may_fail = () if patient else IMPATIENT_FAILURES
+        self.clients = Clients(draw_orders(rng, until_s=self.FAULTS_S), may_fail=may_fail)
+
+        def make(_number: int, _port: Port) -> tuple[Core, Mapping[str, Job]]:
+            core = Ingress(config, self.clients, ingress_id=INGRESS, model_id=MODEL.model_id)
+            return core, {}
+
+        self.world.add(NodeSpec(name=INGRESS, make=make, inputs=inputs(INGRESS)))
 
     def _worker(self, node_id: str, gpu: GpuSpec) -> NodeSpec:
         worker_id = gpu.gpu_id
@@ -218,7 +239,7 @@ class Mesh:
 
     def _plan_faults(self, rng: random.Random) -> None:
         workers = [gpu.gpu_id for host in self._hosts for gpu in host.gpu_specs()]
-        services = ["switcher", "scheduler", "router-0", "router-1"]
+        services = ["switcher", "scheduler", "router-0", "router-1", INGRESS]
         incidents = draw_incidents(
             rng,
             nodes=[*workers, *services, "switcher", "switcher", "scheduler"],
@@ -263,13 +284,3 @@ def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...]) -> tuple[ReplicaWi
         pinned = taken if rng.random() < 0.5 else ()  # noqa: PLR2004  # half of them
         wishes.append(ReplicaWish(replica_id=f"r{i}", parallelism=str(shape), gpus=pinned))
     return tuple(wishes)
-
-
-def _draw_arrivals(rng: random.Random, until_s: float) -> list[tuple[float, Arrival]]:
-    return [
-        (
-            rng.uniform(0.0, until_s),
-            Arrival(request_id=f"q{i}", output_tokens=rng.choice([1, 4, 12, 40])),
-        )
-        for i in range(rng.randint(5, 25))
-    ]

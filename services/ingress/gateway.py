@@ -1,45 +1,31 @@
-"""Between HTTP and the bus: feeds the core, performs its effects, hands tokens to their choices.
+"""Between HTTP and the bus: feeds the intake what arrives, and performs the effects.
 
 Runs on one event loop and steps the core directly, without an inbox: every caller is already a
-callback of that loop, and a step takes microseconds. What one client's request breaks costs only
-that request: a batch of chunks is shared by many.
+callback of that loop, and a step takes microseconds.
 """
 
 import asyncio
 import logging
 from collections import deque
 
-from services.ingress.choices import Choice, Choices
+from services.ingress.choices import Choice
 from services.ingress.config import IngressConfig
-from services.ingress.core import IngressCore
-from services.ingress.events import (
-    Acknowledged,
-    Arrived,
-    AttemptLost,
-    ClientGone,
-    Finished,
-    IngressEvent,
-    Reconnected,
-    ReplicaRestarted,
-    StaleChunk,
-    Sweep,
-)
-from services.ingress.journey import Journey, Taken, take
+from services.ingress.events import AttemptLost, Reconnected
+from services.ingress.intake import Intake
+from services.ingress.journey import Journey
 from services.ingress.outbox import Outbox
 from services.ingress.reader import Reader
 from shared import subjects
 from shared.bus import Delivery
-from shared.core import Ask, Log, Publish, Start
+from shared.core import Ask, Log, Publish
 from shared.errors import PayloadTooLarge
 from shared.messages.base import DataMessage, Message, encode
 from shared.messages.plans import PlanInForce
 from shared.messages.requests import (
-    FinishReason,
     RequestCompleted,
     RequestsCompleted,
     RouteReply,
     SubmitRequest,
-    TokenChunk,
     TokenChunks,
 )
 from shared.service import ServiceContext
@@ -48,7 +34,6 @@ log = logging.getLogger("oserve.ingress")
 
 COMPLETED_MAX = 16_384
 COMPLETED_BATCH_MAX = 512
-STALE_REPLIES_MAX = 1_000  # aborts of stale attempts remembered between two checks
 PLAN_FRESH_S = 10.0
 CHECK_S = 1.0
 LATE_TICKS = 4.0  # a sweep this many periods late says that the loop was held up
@@ -59,14 +44,11 @@ class Gateway:
         self._config, self._context = config, context
         self._bus, self._clock = context.bus, context.clock
         self.ingress_id = context.instance_id
-        self.core = IngressCore(config, ingress_id=self.ingress_id)
-        self.choices = Choices()
+        self._intake = Intake(config, ingress_id=self.ingress_id, shell=self)
+        self.core, self.choices = self._intake.core, self._intake.choices
         self._headers: dict[str, dict[str, str]] = {}  # trace context of traced requests
         self.outbox = Outbox(context.bus, context.metrics)
         self._completed: deque[RequestCompleted] = deque(maxlen=COMPLETED_MAX)
-        self._heard: dict[str, float] = {}
-        self._runs: dict[str, tuple[str, str]] = {}  # replica -> incarnation now, and before
-        self._stale: set[tuple[str, int]] = set()
         self._plan: PlanInForce | None = None
         self._plan_s = 0.0
         self._reader = Reader(context.clock, context.metrics)
@@ -103,39 +85,35 @@ class Gateway:
 
     def open(self, journey: Journey, choice: Choice, headers: dict[str, str] | None) -> None:
         """Take charge of a request; ``choice`` hears of it until ``on_end`` or ``on_fail``."""
-        self.choices.open(journey.request_id, choice)
         if headers:
             self._headers[journey.request_id] = headers
-        self._step(Arrived(journey))
+        self._intake.open(journey, choice, self._clock.now_s())
 
     def abort(self, request_id: str) -> None:
         """The client is gone, or wants no more."""
         self._headers.pop(request_id, None)
-        self.choices.forget(request_id)
-        self._step(ClientGone(request_id))
+        self._intake.abort(request_id, self._clock.now_s())
 
     def completed(self, record: RequestCompleted) -> None:
         """Publish the record with the next batch; the oldest is dropped when too many wait."""
         self._completed.append(record)
 
-    def _step(self, event: IngressEvent) -> None:
-        for effect in self.core.step(event, self._clock.now_s()):
-            match effect:
-                case Publish(subject=subject, message=message):
-                    self._send(subject, message, "")
-                case Ask(subject=subject, message=message, reply_to=reply_to):
-                    self._send(subject, message, reply_to)
-                case Start(job="fail", argument=failure):
-                    self._headers.pop(failure.request_id, None)
-                    self.choices.fail(failure)
-                case Start(job="finish", argument=finished):
-                    self._end(finished.request_id, finished.finish)
-                case Log(event=name, fields=fields):
-                    if name == "request.moved":
-                        self._moved.labels(fields["reason"]).inc()
-                    log.info(name, extra=fields)
-                case _:
-                    raise AssertionError(effect)
+    def perform(self, effect: Publish | Ask | Log) -> None:
+        match effect:
+            case Publish(subject=subject, message=message):
+                self._send(subject, message, "")
+            case Ask(subject=subject, message=message, reply_to=reply_to):
+                self._send(subject, message, reply_to)
+            case Log(event=name, fields=fields):
+                if name == "request.moved":
+                    self._moved.labels(fields["reason"]).inc()
+                log.info(name, extra=fields)
+
+    def on_ended(self, request_id: str) -> None:
+        self._headers.pop(request_id, None)
+
+    def on_unexpected(self) -> None:
+        self._unexpected.inc()
 
     def _send(self, subject: str, message: Message | DataMessage, reply_to: str) -> None:
         payload = encode(message)
@@ -150,7 +128,7 @@ class Gateway:
         limit_bytes = self._bus.payload_bytes_max
         cause = PayloadTooLarge(subject=subject, size_bytes=size_bytes, limit_bytes=limit_bytes)
         lost = AttemptLost(submit.request_id, submit.attempt, "refused", "too_long", str(cause))
-        self._step(lost)
+        self._intake.step(lost, self._clock.now_s())
 
     def on_plan(self, delivery: Delivery) -> None:
         plan = self._reader.read(delivery, PlanInForce)
@@ -165,95 +143,16 @@ class Gateway:
     def on_route(self, delivery: Delivery) -> None:
         reply = self._reader.read(delivery, RouteReply)
         if reply is not None:
-            self._step(reply)
+            self._intake.step(reply, self._clock.now_s())
 
     def on_chunks(self, delivery: Delivery) -> None:
         batch = self._reader.read(delivery, TokenChunks)
-        if batch is None:
-            return
-        now_s = self._clock.now_s()
-        run = self._runs.get(batch.replica_id)
-        if (run is not None and run[0] == batch.incarnation) or self._is_new_run(batch, run):
-            self._heard[batch.replica_id] = now_s
-        for chunk in batch.chunks:
-            self._on_chunk(batch, chunk, now_s)
-
-    def _is_new_run(self, batch: TokenChunks, known: tuple[str, str] | None) -> bool:
-        """Another run of the worker leads the replica; False for the last words of the former."""
-        if known is not None and known[1] == batch.incarnation:
-            return False
-        self._runs[batch.replica_id] = (batch.incarnation, known[0] if known else "")
-        if known is not None:
-            self._step(ReplicaRestarted(batch.replica_id, batch.incarnation))
-        return True
-
-    def _on_chunk(self, batch: TokenChunks, chunk: TokenChunk, now_s: float) -> None:
-        request_id, attempt = chunk.request_id, chunk.attempt
-        journey = self.core.journey(request_id)
-        if journey is None or attempt != journey.attempt:
-            if journey is None or attempt < journey.attempt:
-                self._on_stale(batch.replica_id, chunk)
-            else:
-                self._unexpected.inc()
-            return
-        finish = chunk.finish
-        if finish in ("refused", "failed", "abort"):  # an abort that we did not ask for
-            reason = "refused" if finish == "refused" else "failed"
-            self._step(AttemptLost(request_id, attempt, reason, chunk.failure, chunk.detail))
-            return
-        streaming = journey.phase == "streaming" and journey.incarnation == batch.incarnation
-        if not streaming or journey.probing:
-            self._step(Acknowledged(request_id, attempt, batch.incarnation))
-            if journey.attempt != attempt or journey.phase != "streaming":
-                return
-        if chunk.tokens:
-            verdict, taken = take(journey, chunk)
-            if verdict == "gap":
-                detail = f"position {chunk.position} came after {len(journey.tokens)} tokens"
-                self._step(AttemptLost(request_id, attempt, "gap", detail=detail))
-                return
-            journey.heard_s = now_s
-            if taken is not None and self._show(journey, taken, now_s):
-                return
-        if finish is not None:
-            self._on_finish(journey, chunk, finish)
-
-    def _show(self, journey: Journey, taken: Taken, now_s: float) -> bool:
-        """Hand on new tokens; True if a stop string ended the request here."""
-        if journey.first_token_s is None:
-            journey.first_token_s = now_s
-        ended = self.choices.show(journey.request_id, taken)
-        if ended is None:
-            return False
-        # No harm if the engine has seen the stop string too.
-        self._step(ClientGone(journey.request_id))
-        journey.finish = ended
-        self._headers.pop(journey.request_id, None)
-        self.choices.end(journey.request_id, ended)
-        return True
-
-    def _on_finish(self, journey: Journey, chunk: TokenChunk, finish: FinishReason) -> None:
-        if chunk.position + len(chunk.tokens) > len(journey.tokens):
-            detail = f"ended at {chunk.position}, known are {len(journey.tokens)} tokens"
-            self._step(AttemptLost(journey.request_id, chunk.attempt, "gap", detail=detail))
-            return
-        self._end(journey.request_id, finish)
-
-    def _end(self, request_id: str, finish: FinishReason) -> None:
-        self._headers.pop(request_id, None)
-        self._step(Finished(request_id, finish))
-        self.choices.end(request_id, finish)
-
-    def _on_stale(self, replica_id: str, chunk: TokenChunk) -> None:
-        """Somebody still works on what nobody waits for: say so, once between two checks."""
-        key = (chunk.request_id, chunk.attempt)
-        if chunk.finish is None and key not in self._stale and len(self._stale) < STALE_REPLIES_MAX:
-            self._stale.add(key)
-            self._step(StaleChunk(chunk.request_id, chunk.attempt, replica_id))
+        if batch is not None:
+            self._intake.on_chunks(batch, self._clock.now_s())
 
     def sweep(self) -> None:
         """Look for phases that last too long."""
-        self._step(Sweep(self._heard))
+        self._intake.sweep(self._clock.now_s())
 
     async def _sweep(self) -> None:
         late = away = False
@@ -264,7 +163,7 @@ class Gateway:
             now_s = self._clock.now_s()
             was_away, away = away, not self._bus.connected
             if was_away and not away:
-                self._step(Reconnected())
+                self._intake.step(Reconnected(), now_s)
             # Held up: what arrived meanwhile is unread, so silence proves nothing. Read first,
             # but not twice in a row, or a busy loop would never notice a dead replica.
             late = not late and now_s - before_s > LATE_TICKS * self._config.sweep_s
@@ -276,11 +175,8 @@ class Gateway:
                 self._check()
 
     def _check(self) -> None:
-        self._stale.clear()
         self.core.check()
-        horizon_s = self._clock.now_s() - self._config.request_s
-        self._heard = {r: t for r, t in self._heard.items() if t > horizon_s}
-        self._runs = {r: run for r, run in self._runs.items() if r in self._heard}
+        self._intake.forget(self._clock.now_s())
 
     async def _publish_completed(self) -> None:
         while True:

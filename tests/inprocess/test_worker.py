@@ -386,10 +386,18 @@ def test_torch_engine_serves_behind_the_same_worker(tmp_path: Path) -> None:
     run(scenario)
 
 
+@pytest.mark.torch
 def test_bad_checkpoint_is_reported_with_its_cause(tmp_path: Path) -> None:
     """Otherwise an operator would see a replica that never comes up, and not why."""
+    pytest.importorskip("torch", reason="the torch extra is not installed")
+    from services.worker.engine.torch_engine.make_model import make_model
+
+    folder = tmp_path / "cut"
+    make_model(folder, size="tiny")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])  # as a broken download leaves it
     topology = MeshConfig(
-        model=ModelSpec(model_id="tiny", path=str(tmp_path / "nothing")),
+        model=ModelSpec(model_id="tiny", path=str(folder)),
         engine=EngineSpec(kind="torch"),
         nodes=(NodeSpec(node_id="n0"),),
     )
@@ -399,7 +407,7 @@ def test_bad_checkpoint_is_reported_with_its_cause(tmp_path: Path) -> None:
             await mesh.listen(REPLICA_FAILED)
             await mesh.tell(START_REPLICA, StartReplica(epoch=1, worker_id=WORKER, replica=spec()))
             await mesh.until(lambda: mesh.of(ReplicaFailed))
-            assert "nothing" in mesh.of(ReplicaFailed)[0].detail
+            assert "model.safetensors" in mesh.of(ReplicaFailed)[0].detail
             assert mesh.of(WorkerReport)[-1].replicas[0].phase == "failed"
 
     run(scenario)

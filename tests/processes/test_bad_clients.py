@@ -287,9 +287,11 @@ def test_ten_thousand_silent_connections(edge: Edge) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("service", ["ingress", "worker"])
+@pytest.mark.parametrize(
+    ("service", "engine"), [("ingress", "modelled"), ("worker", "modelled"), ("worker", "torch")]
+)
 def test_a_bad_checkpoint_is_said_at_start(
-    nats_server: Broker, tmp_path: Path, service: str
+    nats_server: Broker, tmp_path: Path, service: str, engine: str
 ) -> None:
     """A supervisor would restart for ever what only its operator can mend."""
     topology = write_topology(tmp_path)
@@ -297,7 +299,7 @@ def test_a_bad_checkpoint_is_said_at_start(
     folder.mkdir()
     text = topology.read_text(encoding="utf-8")
     topology.write_text(text.replace("[mesh.model]", f'[mesh.model]\npath = "{folder}"'))
-    settings = (f"bus.url={nats_server.url}", "ingress.port=0")
+    settings = (f"bus.url={nats_server.url}", "ingress.port=0", f"mesh.engine.kind={engine}")
     command = [sys.executable, "-m", f"services.{service}", "--config", str(topology)]
     if service == "worker":
         settings += ("worker.worker_id=n0-g0",)

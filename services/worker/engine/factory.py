@@ -1,13 +1,16 @@
 """Which engine the topology asks for, and how to build it. Torch is imported only to build one."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from services.worker.engine.interface import Engine
 from services.worker.engine.modelled import ModelledEngine, check_settings
 from services.worker.engine.torch_engine.config import TorchEngineConfig
+from services.worker.engine.torch_engine.model_config import read_model_config
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.mesh import MeshConfig
@@ -67,6 +70,7 @@ def _torch_factory(mesh: MeshConfig) -> EngineFactory:
             field="mesh.engine.torch", value=mesh.engine.torch, remedy=str(error)
         ) from None
     config.validate()
+    _check_checkpoint(mesh.model)
 
     def build(spec: ReplicaSpec) -> Engine:
         if Parallelism.parse(spec.parallelism).gpus > 1:
@@ -84,3 +88,22 @@ def _torch_factory(mesh: MeshConfig) -> EngineFactory:
     return EngineFactory(
         build=build, delay_s=0.0, running_max=config.running_max, waiting_max=config.waiting_max
     )
+
+
+def _check_checkpoint(model: ModelSpec) -> None:
+    """What a look at the folder shows already is said when the worker starts, not when a plan
+    first sends it a replica. Weights are read, and checked, by the engine."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigInvalid(
+            field="mesh.engine.kind",
+            value="torch",
+            remedy="install it: pip install 'oserve[torch]'",
+        )
+    checkpoint = read_model_config(Path(model.path))
+    load_tokenizer(model.path)
+    if model.context_tokens_max > checkpoint.context_tokens:
+        raise ConfigInvalid(
+            field="mesh.model.context_tokens_max",
+            value=model.context_tokens_max,
+            remedy=f"the checkpoint holds {checkpoint.context_tokens}: use at most that",
+        )
