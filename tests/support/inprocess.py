@@ -55,6 +55,7 @@ class InprocessMesh:
     url: str
     mesh: MeshConfig
     broker_url: str
+    otlp_endpoint: str = ""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict[str, "asyncio.Task[None]"])
     contexts: dict[str, ServiceContext] = field(default_factory=dict[str, ServiceContext])
 
@@ -70,7 +71,11 @@ class InprocessMesh:
             ids=RandomIds(),
             mesh=self.mesh,
             metrics=Metrics(service),
-            tracing=Tracing(TelemetryConfig(), service=service, instance_id=name),
+            tracing=Tracing(
+                TelemetryConfig(otlp_endpoint=self.otlp_endpoint),
+                service=service,
+                instance_id=name,
+            ),
         )
         self.contexts[name] = context
         self.tasks[name] = asyncio.create_task(self._run(serve, config, context), name=name)
@@ -80,6 +85,7 @@ class InprocessMesh:
             await serve(config, context)
         finally:
             await context.bus.close()
+            await asyncio.to_thread(context.tracing.close)
 
     async def stop(self, name: str) -> None:
         self.contexts[name].stopping.set()
@@ -107,11 +113,11 @@ class InprocessMesh:
 
 @asynccontextmanager
 async def inprocess_mesh(
-    broker_url: str, mesh: MeshConfig, *, routers: int = 1, **ingress: Any
+    broker_url: str, mesh: MeshConfig, *, routers: int = 1, otlp: str = "", **ingress: Any
 ) -> AsyncGenerator[InprocessMesh]:
     """Start everything, wait until ready, stop everything at the end."""
     port = free_port()
-    running = InprocessMesh(f"http://127.0.0.1:{port}", mesh, broker_url)
+    running = InprocessMesh(f"http://127.0.0.1:{port}", mesh, broker_url, otlp)
     scheduler = SchedulerConfig(settle_s=0.1, start_wait_s=5.0)
     try:
         await running.start("switcher", serve_switcher, SwitcherConfig())
