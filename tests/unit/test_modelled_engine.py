@@ -1,5 +1,6 @@
 """What the modelled engine does beyond the contract that all engines share."""
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,6 +9,7 @@ import pytest
 from services.worker.engine.factory import engine_factory
 from services.worker.engine.interface import EngineRequest
 from services.worker.engine.modelled import ModelledEngine
+from services.worker.engine.torch_engine.make_model import make_model
 from shared.errors import ConfigInvalid
 from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings
 from shared.messages.plans import ReplicaSpec
@@ -137,9 +139,22 @@ class TestFactory:
         with pytest.raises(ConfigInvalid, match="kv_block"):
             engine_factory(MeshConfig(engine=spec))
 
-    def test_torch_replica_of_many_gpus_is_refused(self) -> None:
+    @pytest.mark.torch
+    def test_torch_replica_of_many_gpus_is_refused(self, tmp_path: Path) -> None:
         """Otherwise it would run on one GPU while the scheduler counts on two."""
-        mesh = MeshConfig(engine=EngineSpec(kind="torch"), model=ModelSpec(model_id="m", path="x"))
+        pytest.importorskip("torch", reason="needs the torch extra")
+        make_model(tmp_path / "m", size="tiny")
+        model = ModelSpec(model_id="m", path=str(tmp_path / "m"))
+        mesh = MeshConfig(engine=EngineSpec(kind="torch"), model=model)
         spec = ReplicaSpec(replica_id="r", model_id="m", parallelism="tp2pp1", gpus=("a", "b"))
         with pytest.raises(ConfigInvalid, match="one device"):
             engine_factory(mesh).build(spec)
+
+    @pytest.mark.torch
+    def test_a_longer_context_than_the_checkpoints_is_refused(self, tmp_path: Path) -> None:
+        """The ingress would admit prompts that every engine then refuses."""
+        pytest.importorskip("torch", reason="needs the torch extra")
+        make_model(tmp_path / "m", size="tiny")
+        model = ModelSpec(model_id="m", path=str(tmp_path / "m"), context_tokens_max=1 << 20)
+        with pytest.raises(ConfigInvalid, match="context_tokens_max"):
+            engine_factory(MeshConfig(engine=EngineSpec(kind="torch"), model=model))
