@@ -91,7 +91,7 @@ def replay(context: typer.Context) -> None:
     """Send a trace to a mesh, and report what it felt like."""
     from loadgen.replay import replay as command  # noqa: PLC0415
 
-    tool = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    tool = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     tool.command()(command)
     tool(args=context.args, prog_name="oserve replay")
 
@@ -117,11 +117,23 @@ def new_key(
         str, typer.Option("--class", help="interactive, standard or batch.")
     ] = "standard",
     key_id: Annotated[str, typer.Option("--id", help="Name in logs. [default: made up]")] = "",
+    requests_per_s: Annotated[
+        float | None, typer.Option(help="Rate limit. [default: none]", min=0.001)
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Prompt and output asked for. [default: no limit]", min=1)
+    ] = None,
 ) -> None:
-    """Make an API key: the key on stderr, its entry for the keys file on stdout."""
+    """Make an API key: the key on stderr, its keys file entry on stdout."""
     from deploy.keys import new_key as make  # noqa: PLC0415
 
-    key = make(tenant=tenant, slo_class=slo_class, key_id=key_id)
+    key = make(
+        tenant=tenant,
+        slo_class=slo_class,
+        key_id=key_id,
+        requests_per_s=requests_per_s,
+        tokens_per_minute=tokens_per_minute,
+    )
     typer.echo(f"{key.text}   (shown only now: give it to the client)", err=True)
     typer.echo(key.entry)
 

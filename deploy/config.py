@@ -73,6 +73,7 @@ class Topology:
     broker_embedded: bool  # nobody named a broker, so the mesh brings its own
     http_host: str
     http_port: int
+    metrics_port: int  # of the first process, the others count up from it; 0: any free ones
     keys_file: str  # empty: open to whoever reaches the port
 
     @property
@@ -99,6 +100,7 @@ def load_topology(file: Path, overrides: Sequence[str] = ()) -> Topology:
         broker_embedded="bus.url" not in settings.sources,
         http_host=up.http_host or str(_ingress(settings).get("host", "127.0.0.1")),
         http_port=_http_port(settings, up),
+        metrics_port=_port(settings, "telemetry", "metrics_port", default=0),
         keys_file=str(_ingress(settings).get("keys_file", "")),
     )
 
@@ -106,11 +108,15 @@ def load_topology(file: Path, overrides: Sequence[str] = ()) -> Topology:
 def _http_port(settings: Settings, up: UpConfig) -> int:
     if up.http_port is not None:
         return up.http_port
-    value = _ingress(settings).get("port", HTTP_PORT)
+    return _port(settings, "ingress", "port", default=HTTP_PORT)
+
+
+def _port(settings: Settings, section: str, key: str, *, default: int) -> int:
+    value = settings.values.get(section, {}).get(key, default)
     try:
         return msgspec.convert(value, int, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigInvalid(field="ingress.port", value=value, remedy=str(error)) from None
+        raise ConfigInvalid(field=f"{section}.{key}", value=value, remedy=str(error)) from None
 
 
 def _ingress(settings: Settings) -> dict[str, Any]:

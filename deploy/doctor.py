@@ -45,11 +45,11 @@ def diagnose(file: Path, overrides: Sequence[str] = ()) -> list[Finding]:
     """All findings for a topology; only the settings' when those are wrong."""
     try:
         topology = load_topology(file, overrides)
+        findings = [ok("settings", f"{file} is understood")]
+        for check in CHECKS:
+            findings += check(topology)
     except ConfigInvalid as error:
         return [failed("settings", f"{error.field} = {error.value!r}", error.remedy)]
-    findings = [ok("settings", f"{file} is understood")]
-    for check in CHECKS:
-        findings += check(topology)
     return findings + asyncio.run(health_broker.check_broker(topology, _running_bus(topology)))
 
 

@@ -7,12 +7,24 @@ import msgspec
 
 from deploy.config import Topology
 from deploy.finding import Finding, failed, ok, warned
+from shared.config import Settings
 from shared.hardware import Parallelism
 
 _TOKENIZER = "tokenizer.json"
 _MEMORY_SHARE_MAX = 0.9  # of what is free, for weights and KV cache
 _PROCESS_BYTES = 300 << 20  # torch and Python, of each worker
-_KV_BYTES = 512 << 20  # the torch engine's default
+
+
+class _TorchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the torch engine's settings those that matter here, with its defaults."""
+
+    device: str = "cpu"
+    kv_memory_bytes: int = 512 << 20
+
+
+def _torch_settings(topology: Topology) -> _TorchSettings:
+    name = "mesh.engine.torch"
+    return Settings({name: topology.mesh.engine.torch}, {}).section(name, _TorchSettings)
 
 
 def check_extras(topology: Topology) -> list[Finding]:
@@ -37,9 +49,9 @@ def _installed(name: str) -> bool:
 
 def check_devices(topology: Topology) -> list[Finding]:
     """The topology's GPUs must exist, if the engine wants real ones."""
-    engine = topology.mesh.engine
-    device = str(engine.torch.get("device", "cpu"))
-    if engine.kind != "torch" or not device.startswith("cuda"):
+    if topology.mesh.engine.kind != "torch":
+        return []
+    if not _torch_settings(topology).device.startswith("cuda"):
         return []
     present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     wanted = len(topology.mesh.gpus())
@@ -95,11 +107,12 @@ def check_memory(topology: Topology) -> list[Finding]:
     free = free_memory_bytes()
     if mesh.engine.kind != "torch" or free is None:
         return []
-    if str(mesh.engine.torch.get("device", "cpu")) != "cpu":
+    settings = _torch_settings(topology)
+    if settings.device != "cpu":
         return []
     copies = sum(Parallelism.parse(wish.parallelism).gpus for wish in mesh.replicas)
-    cache = int(mesh.engine.torch.get("kv_memory_bytes", _KV_BYTES))
-    needed = copies * (weight_bytes(Path(mesh.model.path)) + cache + _PROCESS_BYTES)
+    weights = weight_bytes(Path(mesh.model.path))
+    needed = copies * (weights + settings.kv_memory_bytes + _PROCESS_BYTES)
     text = f"{needed / 2**30:.1f} GiB for {copies} replicas, {free / 2**30:.1f} GiB free"
     if needed <= _MEMORY_SHARE_MAX * free:
         return [ok("memory", text)]

@@ -20,7 +20,14 @@ class NewKey:
     entry: str
 
 
-def new_key(*, tenant: str, slo_class: str, key_id: str = "") -> NewKey:
+def new_key(
+    *,
+    tenant: str,
+    slo_class: str,
+    key_id: str = "",
+    requests_per_s: float | None = None,
+    tokens_per_minute: int | None = None,
+) -> NewKey:
     """256 random bits, and their entry for the file that ``ingress.keys_file`` names."""
     if slo_class not in SLO_CLASSES:
         raise ConfigInvalid(
@@ -35,8 +42,13 @@ def new_key(*, tenant: str, slo_class: str, key_id: str = "") -> NewKey:
             f'sha256 = "{hashlib.sha256(text.encode()).hexdigest()}"',
             f'tenant = "{tenant}"',
             f'slo_class = "{slo_class}"',
-            "# requests_per_s = 50.0",
-            "# tokens_per_minute = 2000000",
+            _limit("requests_per_s", requests_per_s, example=50.0),
+            _limit("tokens_per_minute", tokens_per_minute, example=2_000_000),
         )
     )
     return NewKey(text, entry)
+
+
+def _limit(name: str, value: float | None, *, example: float) -> str:
+    """Without a limit, a comment shows how to set one later."""
+    return f"# {name} = {example}" if value is None else f"{name} = {value}"

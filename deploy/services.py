@@ -1,5 +1,6 @@
 """The processes of a mesh on one machine: which, with which arguments, in which order stopped."""
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -29,11 +30,14 @@ def service_specs(
     """Every service of the topology; what serves requests first comes first."""
     common = (f"bus.url={bus_url}",)
     quiet = dict.fromkeys((name for name in _THREADS if name not in environ), "1")
+    metrics_ports = itertools.count(topology.metrics_port)
 
     def spec(
         name: str, service: str, role: Role, *sets: str, extra: Mapping[str, str] = quiet
     ) -> ProcessSpec:
-        settings = (*topology.overrides, *common, *sets)
+        settings = [*topology.overrides, *common, *sets]
+        if topology.metrics_port:
+            settings.append(f"telemetry.metrics_port={next(metrics_ports)}")
         return ProcessSpec(
             name=name,
             role=role,

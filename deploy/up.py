@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from deploy.config import STATE_DIR, Topology
 from deploy.local import LocalMesh, MeshFailed
 
 _KILLED = 130  # what shells say of a process that Ctrl-C ended
@@ -92,13 +94,16 @@ def _signals() -> list[signal.Signals]:
 def _howto(mesh: LocalMesh) -> str:
     model_id = mesh.topology.mesh.model.model_id
     keys = mesh.topology.keys_file
-    who = f"to the keys in {keys}" if keys else "to everybody who can reach it (ingress.keys_file)"
+    who = (
+        f"to the keys in {keys}" if keys else "to whoever reaches it: ingress.keys_file is not set"
+    )
     api_key = "sk-oserve-..." if keys else "any"
+    authorization = f" -H 'authorization: Bearer {api_key}'" if keys else ""
     return f"""
 The mesh serves at {mesh.url}
 Open {who}.
 
-  curl {mesh.url}/v1/chat/completions -H 'content-type: application/json' \\
+  curl {mesh.url}/v1/chat/completions -H 'content-type: application/json'{authorization} \\
     -d '{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
   from openai import OpenAI
@@ -107,9 +112,23 @@ Open {who}.
   for chunk in client.chat.completions.create(model="{model_id}", messages=messages, stream=True):
       print(chunk.choices[0].delta.content or "", end="")
 
-  oserve status        what runs, and how loaded it is
-  oserve doctor        if something does not work
-  {mesh.log_dir}/
-                       one log file for each process
-  Ctrl-C               drains and stops
+  What runs, and how loaded it is:    oserve status{_where(mesh)}
+  If something does not work:         oserve doctor{_which(mesh.topology)}
+  One log file for each process:      {mesh.log_dir}/
+  Ctrl-C drains and stops.
 """
+
+
+def _where(mesh: LocalMesh) -> str:
+    """`oserve status` looks by itself only below the default folder."""
+    data_dir = mesh.data_dir
+    return "" if data_dir.parent == STATE_DIR else f" --data-dir {shlex.quote(str(data_dir))}"
+
+
+def _which(topology: Topology) -> str:
+    """The doctor must look at the same settings."""
+    file, here = topology.file, Path.cwd()
+    words = ["-t", str(file.relative_to(here) if file.is_relative_to(here) else file)]
+    for override in topology.overrides:
+        words += ["--set", override]
+    return "".join(f" {shlex.quote(word)}" for word in words)

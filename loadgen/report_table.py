@@ -7,7 +7,6 @@ from rich.text import Text
 from loadgen.report import Report, Spread, TypeReport
 
 _NOTHING = "-"
-_LATENCIES = ("TTFT", "TPOT", "ITL", "E2E")
 
 
 def report_tables(report: Report) -> RenderableType:
@@ -60,6 +59,7 @@ def _summary(report: Report) -> Table:
             f"{overall.goodput_rps:.2f} requests/s; "
             f"SLO attainment {share(overall.slo_attainment)} of those offered"
         ),
+        "SLO targets": _targets(report),
         "mesh overhead": _line(report.overhead_ms),
         "sent late by": _line(report.lag_ms),
     }
@@ -74,6 +74,14 @@ def _summary(report: Report) -> Table:
     return table
 
 
+def _targets(report: Report) -> str:
+    targets = [
+        f"{slo_class} {1000 * target.ttft_s:,g}/{1000 * target.tpot_s:,g}"
+        for slo_class, target in report.slo_targets.items()
+    ]
+    return f"TTFT/TPOT in ms: {', '.join(targets)}"
+
+
 def _line(spread: Spread | None) -> str:
     if spread is None:
         return _NOTHING
@@ -84,29 +92,29 @@ def _line(spread: Spread | None) -> str:
 
 
 def _latencies(report: Report) -> Table:
+    """Percentiles one below the other: side by side they do not fit on 80 columns."""
     table = Table(title="Latency in ms, of completed requests", title_justify="left")
-    table.add_column("type", no_wrap=True)
-    for name in ("offered", "failed", "SLO"):
+    for name in ("type", "requests", ""):
+        table.add_column(name, no_wrap=name != "requests")
+    for name in ("TTFT", "TPOT", "ITL", "E2E"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in _LATENCIES:
-        table.add_column(f"{name}\np50 / p90 / p99", justify="right")
     for label, entry in report.types.items():
-        table.add_row(*_cells(label, entry))
-    table.add_section()
+        table.add_row(*_cells(label, entry), end_section=True)
     table.add_row(*_cells("all", report.overall), style="bold")
     return table
 
 
 def _cells(label: str, entry: TypeReport) -> list[Text]:
     spreads = (entry.ttft_ms, entry.tpot_ms, entry.itl_ms, entry.e2e_ms)
-    texts = [label, f"{entry.offered:,}", f"{entry.failed:,}", share(entry.slo_attainment)]
-    texts += [
+    requests = f"{entry.offered:,} offered\n{entry.failed:,} failed"
+    requests += f"\nSLO {share(entry.slo_attainment)}"
+    latencies = [
         _NOTHING
         if spread is None
-        else " / ".join(milliseconds(value) for value in (spread.p50, spread.p90, spread.p99))
+        else "\n".join(milliseconds(value) for value in (spread.p50, spread.p90, spread.p99))
         for spread in spreads
     ]
-    return [Text(text) for text in texts]
+    return [Text(text) for text in (label, requests, "p50\np90\np99", *latencies)]
 
 
 def _errors(report: Report) -> Table:

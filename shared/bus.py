@@ -128,7 +128,7 @@ class NatsBus:
         self._config = config
         self._client = Client()
         self._state: Any = None
-        self._errors_seen = 0
+        self._error_told = ""
         self._connecting = self._opened = False  # nats-py cannot close what was never opened
 
     @property
@@ -258,11 +258,9 @@ class NatsBus:
         """INFO of every registered service that answers within ``wait_s``."""
         found: list[dict[str, Any]] = []
         inbox = self._client.new_inbox()
-
-        def on_info(delivery: Delivery) -> None:
-            found.append(msgspec.json.decode(delivery.payload))
-
-        subscription = await self.subscribe(inbox, on_info)
+        subscription = await self.subscribe(
+            inbox, lambda delivery: found.append(msgspec.json.decode(delivery.payload))
+        )
         await self.publish("$SRV.INFO", b"", reply_to=inbox)
         await asyncio.sleep(wait_s)
         await subscription.unsubscribe()
@@ -290,11 +288,13 @@ class NatsBus:
     async def _on_error(self, error: Exception) -> None:
         if self._connecting:  # without this nats-py tries a wrong password for ever
             raise error
-        self._errors_seen += 1
-        log.warning("bus.error", extra={"error": repr(error), "seen": self._errors_seen})
+        if self._client.is_connected or repr(error) != self._error_told:  # not at each attempt
+            self._error_told = repr(error)
+            log.warning("bus.error", extra={"error": self._error_told})
 
     async def _on_disconnect(self) -> None:
-        log.warning("bus.disconnected", extra={"broker": broker_name(self._config.url)})
+        if not self._client.is_closed:  # otherwise it is we who leave
+            log.warning("bus.disconnected", extra={"broker": broker_name(self._config.url)})
 
     async def _on_reconnect(self) -> None:
         log.info("bus.reconnected", extra={"broker": broker_name(self._config.url)})

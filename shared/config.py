@@ -93,7 +93,10 @@ def load_settings(
     unknown = sorted(set(values) - set(SECTIONS))
     if unknown:
         raise ConfigInvalid(
-            field=unknown[0], value=sources_of(sources, unknown[0]), remedy=f"sections: {SECTIONS}"
+            field=unknown[0],
+            value=values[unknown[0]],
+            remedy=f"unknown section, from {sources_of(sources, unknown[0])}; "
+            f"known sections: {', '.join(SECTIONS)}",
         )
     return Settings(values, sources)
 
@@ -116,10 +119,12 @@ def _read_toml(file: str) -> Tree:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigInvalid(
-            field="--config", value=file, remedy=f"cannot read it: {error.strerror}"
+            field="settings file", value=file, remedy=f"cannot read it: {error.strerror}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigInvalid(field="--config", value=file, remedy=f"not TOML: {error}") from None
+        raise ConfigInvalid(
+            field="settings file", value=file, remedy=f"not TOML: {error}"
+        ) from None
 
 
 def _merge(into: Tree, table: Tree, sources: dict[str, str], *, source: str, prefix: str) -> None:
@@ -135,9 +140,8 @@ def _merge(into: Tree, table: Tree, sources: dict[str, str], *, source: str, pre
 
 def _put(into: Tree, path: list[str], value: object, *, field: str) -> None:
     if len(path) < 2 or not all(path):  # noqa: PLR2004  # section and key
-        raise ConfigInvalid(
-            field=field, value=value, remedy="name a section and a key: OSERVE_ROUTER__POLICY"
-        )
+        remedy = "name a section and a key, as in OSERVE_ROUTER__POLICY or --set router.policy"
+        raise ConfigInvalid(field=field, value=value, remedy=remedy)
     for part in path[:-1]:
         into = into.setdefault(part, {})
         if not isinstance(into, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # from a file
@@ -179,7 +183,7 @@ def _explained(
         return ConfigInvalid(field=f"{where}.{unknown}", value=_at(value, unknown), remedy=remedy)
     if "missing required field" in text:
         missing = text.split("`")[1]
-        return ConfigInvalid(field=f"{where}.{missing}", value=None, remedy="set it: required")
+        return ConfigInvalid(field=f"{where}.{missing}", value=None, remedy="required: set it")
     if isinstance(kind, LiteralType):
         text = f"one of {', '.join(map(str, kind.values))}"
     return ConfigInvalid(field=where, value=value, remedy=text)

@@ -19,7 +19,14 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
 from prometheus_client import generate_latest as _generate_latest
 
 from shared.errors import ConfigInvalid
@@ -87,6 +94,7 @@ class Metrics:
     """The process's registry. Label values must come from small closed sets."""
 
     def __init__(self, service: str) -> None:
+        disable_created_metrics()  # a gauge beside each counter, which nobody reads
         self.registry = CollectorRegistry()
         self._service = service
         self._server: tuple[WSGIServer, threading.Thread] | None = None

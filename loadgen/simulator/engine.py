@@ -60,6 +60,7 @@ class _Engine:
     generation: int
     ready: bool = False
     stepping: bool = False
+    broken: bool = False
     runs: dict[str, _Run] = field(default_factory=dict[str, _Run])
 
 
@@ -111,6 +112,8 @@ class Engines:
     def _admit(self, admission: Admission) -> None:
         request = admission.request
         engine = self._engines[request.replica_id]
+        if engine.broken:
+            return  # the core is about to hear of it, and ends what it has admitted
         assert engine.ready, f"{request.request_id} was admitted to an engine that is not ready"
         engine.runs[admission.key] = _Run(request, len(request.output_tokens))
         self._keep_stepping(engine)
@@ -175,7 +178,8 @@ class Engines:
         self._keep_stepping(engine)
 
     def _break(self, engine: _Engine, detail: str) -> None:
-        del self._engines[engine.replica_id]
+        engine.ready, engine.broken = False, True
+        engine.runs.clear()
         self._port.feed(
             EngineBroken(replica_id=engine.replica_id, generation=engine.generation, detail=detail)
         )

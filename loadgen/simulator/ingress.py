@@ -118,7 +118,7 @@ class Ingress:
         """The gateway lets go of trace headers here."""
 
     def on_unexpected(self) -> None:
-        """Possible after a restart only: chunks of the former process's requests are stale."""
+        raise AssertionError("a worker speaks of an attempt that was never made")
 
     def _on_started(self, now_s: float) -> Iterable[Effect]:
         self._clients.lose()

@@ -244,7 +244,7 @@ class Router:
             f"{self._config.policy}: type {request_type}, weight {shares[chosen.index]:.2f}, "
             f"load {load.in_flight}/{load.slots}, {len(options.candidates)} candidates{note}"
         )
-        load.decide(now_s)
+        load.decide(request.request_id, now_s)
         return RouteReply(
             request_id=request.request_id,
             attempt=request.attempt,

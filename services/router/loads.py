@@ -4,8 +4,6 @@ Reports come ten times a second, decisions a thousand times: without counting it
 a router would send a whole burst to the replica that looked idle in the last report.
 """
 
-from collections import deque
-
 from shared.messages.replicas import ReplicaReport
 
 UNKNOWN_PRESSURE = 1.0
@@ -18,8 +16,8 @@ class ReplicaLoad:
     those of all replicas while only a report or a decision changes one."""
 
     __slots__ = (
-        "_decided_s", "in_flight", "incarnation", "open", "phase", "pressure", "report",
-        "reported_s", "slots",
+        "_decided_s", "_decisions_max", "in_flight", "incarnation", "open", "phase", "pressure",
+        "report", "reported_s", "slots",
     )  # fmt: skip
 
     def __init__(self, *, decisions_max: int) -> None:
@@ -31,7 +29,8 @@ class ReplicaLoad:
         self.in_flight = 0
         self.slots = 0
         self.incarnation = ""
-        self._decided_s: deque[float] = deque(maxlen=decisions_max)
+        self._decisions_max = decisions_max
+        self._decided_s: dict[str, float] = {}  # request -> when, the oldest first
 
     @property
     def decisions(self) -> int:
@@ -44,16 +43,23 @@ class ReplicaLoad:
             self._decided_s.clear()
             self.incarnation = report.incarnation
         decided_s = self._decided_s
-        while decided_s and decided_s[0] <= now_s - decision_lag_s:
-            decided_s.popleft()
+        if decided_s:
+            horizon_s = now_s - decision_lag_s
+            self._decided_s = {r: at_s for r, at_s in decided_s.items() if at_s > horizon_s}
         self.report = report
         self.reported_s = now_s
         self.phase = report.phase
         self._recompute(report)
 
-    def decide(self, now_s: float) -> None:
-        """Count a request just sent there."""
-        self._decided_s.append(now_s)
+    def decide(self, request_id: str, now_s: float) -> None:
+        """Count a request just sent there, once however often it was asked for: a router that was
+        held up finds each question many times, and must not take them for a crowd."""
+        decided_s = self._decided_s
+        if request_id in decided_s:
+            del decided_s[request_id]  # to the end of the order
+        elif len(decided_s) >= self._decisions_max:
+            del decided_s[next(iter(decided_s))]
+        decided_s[request_id] = now_s
         if self.report is not None:
             self._recompute(self.report)
 

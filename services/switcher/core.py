@@ -10,18 +10,9 @@ switcher (one thought dead that comes back) finds out and follows.
 from collections.abc import Iterable
 from typing import assert_never
 
-from services.switcher import announce, machine, walk
+from services.switcher import announce, events, machine, walk
 from services.switcher.config import SwitcherConfig
-from services.switcher.events import (
-    INPUTS,
-    KEY,
-    NOTHING,
-    BucketEvent,
-    PhaseDeadline,
-    ReplicaEvent,
-    SwitcherEvent,
-    Tick,
-)
+from services.switcher.events import INPUTS, KEY, NOTHING, PhaseDeadline, SwitcherEvent, Tick
 from services.switcher.machine import State, Switch
 from services.switcher.pacing import Pacing
 from services.switcher.refusals import Refusals
@@ -42,6 +33,7 @@ class Switcher:
         self._revision = 0
         self._writing: StoredPlan | None = None  # what we have asked it to hold
         self._switch: Switch | None = None
+        self._looking = False  # a Load is under way that we do not wait for
         self._view = WorkerView(worker_timeout_s=config.worker_timeout_s, started_s=0.0)
         self._pacing = Pacing(config)
         self._published_s = float("-inf")
@@ -125,15 +117,19 @@ class Switcher:
         if self._view.on_report(report, now_s):
             yield from self._advance(now_s)
 
-    def _on_replica_event(self, event: ReplicaEvent, now_s: float) -> Iterable[Effect]:
+    def _on_replica_event(self, event: events.ReplicaEvent, now_s: float) -> Iterable[Effect]:
         self._view.on_event(event)
         if isinstance(event, replicas.ReplicaFailed):
             yield Log("replica.failed", announce.fields(event), "warning")
         if self._state != "settled":  # there the report that follows says more: why it changed
             yield from self._advance(now_s)
 
-    def _on_bucket(self, event: BucketEvent, now_s: float) -> Iterable[Effect]:
+    def _on_bucket(self, event: events.BucketEvent, now_s: float) -> Iterable[Effect]:
         match event:
+            case core.Loaded() if self._state != "loading":
+                self._looking = False
+                if self._state == "settled" and event.revision != self._revision:
+                    yield from self._reload("the plan was written by another switcher")
             case core.Loaded(message=StoredPlan() as stored):
                 self._revision = event.revision
                 yield from self._follow(stored, now_s)
@@ -155,6 +151,13 @@ class Switcher:
             yield from self._advance(now_s)
             if now_s - self._published_s >= self._config.publish_period_s:
                 yield self._plan_in_force(now_s)
+                yield from self._look()
+
+    def _look(self) -> Iterable[Effect]:
+        """A second switcher may have written a target and died: nobody else would tell us."""
+        if self._state == "settled" and not self._looking:
+            self._looking = True
+            yield core.Load(KEY, StoredPlan)
 
     def _on_phase_deadline(self, event: PhaseDeadline, now_s: float) -> Iterable[Effect]:
         switch = self._switch
@@ -228,13 +231,9 @@ class Switcher:
             yield from self._send(upkeep, now_s)
         if stored is None or switch is None or self._state not in machine.WALKING:
             return
+        limit_s = self._config.drain_timeout_s
         step = walk.next_step(
-            self._state,
-            stored.in_force,
-            switch,
-            self._view,
-            now_s,
-            drain_timeout_s=self._config.drain_timeout_s,
+            self._state, stored.in_force, switch, self._view, now_s, drain_timeout_s=limit_s
         )
         if step.failure:
             yield from self._roll_back(step.failure, now_s)
@@ -277,7 +276,7 @@ class Switcher:
         if self._state == "loading" and self._writing is None:
             return  # the answer is under way
         self._move("loading")
-        self._writing = None
+        self._writing, self._looking = None, False
         yield Log("plan.reload", {"reason": why}, "warning")
         yield core.Load(KEY, StoredPlan)
 

@@ -329,6 +329,27 @@ def test_new_limits_reach_an_existing_journal(nats_server: Broker) -> None:
     asyncio.run(main())
 
 
+def test_a_broker_away_is_said_once_and_leaving_not_at_all(
+    nats_server: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten warnings a second would bury the cause, and one at each normal end teaches to ignore."""
+
+    async def main() -> None:
+        async with connected(nats_server.url) as bus:
+            nats_server.kill()
+            await _until(lambda: not bus.connected, "disconnected")
+            await asyncio.sleep(1.0)  # about ten attempts
+            nats_server.start()
+            await _until(lambda: bus.connected, "reconnected")
+            texts = [record.getMessage() for record in caplog.records]
+            assert texts.count("bus.disconnected") == 1
+            assert 1 <= texts.count("bus.error") <= 3  # reset, end of stream, refused
+            caplog.clear()
+        assert "bus.disconnected" not in [record.getMessage() for record in caplog.records]
+
+    asyncio.run(main())
+
+
 def test_closing_a_bus_that_never_connected() -> None:
     """A service whose broker never came would crash again while it ends."""
 

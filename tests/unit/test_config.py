@@ -183,14 +183,16 @@ def test_unknown_section_names_its_source_and_the_known_ones(tmp_path: Path) -> 
     with pytest.raises(ConfigInvalid) as caught:
         load_settings(file=file, environ={})
     assert caught.value.field == "ruoter"
-    assert caught.value.value == file
-    assert "'router'" in caught.value.remedy
+    assert caught.value.value == {"policy": "plan"}
+    assert file in caught.value.remedy
+    assert "router" in caught.value.remedy
 
 
 def test_unknown_environment_section_names_the_variable() -> None:
     """A misspelt OSERVE_ variable would do nothing, silently."""
     error = _error(OSERVE_RUOTER__POLICY="plan")
-    assert (error.field, error.value) == ("ruoter", "OSERVE_RUOTER__POLICY")
+    assert error.field == "ruoter"
+    assert "OSERVE_RUOTER__POLICY" in error.remedy
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_unreadable_file(tmp_path: Path, content: bytes | None, remedy: str) -> 
         path.write_bytes(content)
     with pytest.raises(ConfigInvalid, match=remedy) as caught:
         load_settings(file=str(path), environ={})
-    assert (caught.value.field, caught.value.value) == ("--config", str(path))
+    assert (caught.value.field, caught.value.value) == ("settings file", str(path))
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

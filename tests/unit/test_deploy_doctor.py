@@ -230,6 +230,15 @@ def test_too_little_memory_is_said_before_the_kernel_kills(tmp_path: Path) -> No
     assert "GiB free" in found.text
 
 
+def test_an_engine_setting_that_is_no_number_is_said(tmp_path: Path) -> None:
+    """The doctor itself would fall over what it is asked to find."""
+    _model(tmp_path)
+    wrong = '[mesh.engine.torch]\nkv_memory_bytes = "much"\n'
+    (found,) = _bad(_file(tmp_path, TORCH + wrong))
+    assert found.subject == "settings"
+    assert "mesh.engine.torch.kv_memory_bytes = 'much'" in found.text
+
+
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
     """In a container the machine's memory is not ours."""
     (tmp_path / "proc").mkdir()

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_what_the_mesh_decides_beats_what_the_operator_overrides(tmp_path: Path)
     assert sets == ["router.policy=round_robin", "bus.url=nats://b:1", "worker.worker_id=n0-g1"]
 
 
+def test_metrics_ports_count_up_from_the_one_that_is_set(tmp_path: Path) -> None:
+    """All on one port, only the first would start; all on any port, no scraper finds them."""
+    topology = load_topology(_file(tmp_path), ["telemetry.metrics_port=9100"])
+    specs = service_specs(topology, bus_url="nats://b", http_ports=(8000,), environ={})
+    ports = [spec.command[-1] for spec in specs]
+    assert ports == [f"telemetry.metrics_port={9100 + place}" for place in range(len(specs))]
+    with pytest.raises(ConfigInvalid, match=r"telemetry\.metrics_port"):
+        load_topology(_file(tmp_path), ["telemetry.metrics_port=many"])
+
+
 def test_workers_share_the_cores_and_own_their_gpu(tmp_path: Path) -> None:
     """Two workers with all cores each thrash; two on the same GPU run out of its memory."""
     torch = (
@@ -194,6 +205,9 @@ def test_a_new_key_opens_the_ingress(tmp_path: Path) -> None:
     assert (identity.tenant, identity.slo_class) == ("search", "interactive")
     assert key.text not in key.entry
     assert hashlib.sha256(key.text.encode()).hexdigest() in key.entry
+    limited = new_key(tenant="search", slo_class="batch", requests_per_s=2.5, tokens_per_minute=600)
+    (entry,) = tomllib.loads(limited.entry)["keys"]
+    assert (entry["requests_per_s"], entry["tokens_per_minute"]) == (2.5, 600)
     with pytest.raises(ConfigInvalid, match="interactive, standard, batch"):
         new_key(tenant="search", slo_class="fast")
     with pytest.raises(ConfigInvalid, match="tenant"):

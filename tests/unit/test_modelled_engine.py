@@ -140,6 +140,18 @@ class TestFactory:
             engine_factory(MeshConfig(engine=spec))
 
     @pytest.mark.torch
+    def test_torch_settings_may_come_as_text(self, tmp_path: Path) -> None:
+        """--set and OSERVE_ variables are text: no number of the engine could be overridden."""
+        pytest.importorskip("torch", reason="needs the torch extra")
+        make_model(tmp_path / "m", size="tiny")
+        model = ModelSpec(model_id="m", path=str(tmp_path / "m"), context_tokens_max=1024)
+        spec = EngineSpec(kind="torch", torch={"running_max": "16"})
+        assert engine_factory(MeshConfig(engine=spec, model=model)).running_max == 16
+        spec = EngineSpec(kind="torch", torch={"running_max": "many"})
+        with pytest.raises(ConfigInvalid, match=r"mesh\.engine\.torch\.running_max"):
+            engine_factory(MeshConfig(engine=spec, model=model))
+
+    @pytest.mark.torch
     def test_torch_replica_of_many_gpus_is_refused(self, tmp_path: Path) -> None:
         """Otherwise it would run on one GPU while the scheduler counts on two."""
         pytest.importorskip("torch", reason="needs the torch extra")

@@ -196,13 +196,15 @@ def test_share_is_whole_only_when_it_is() -> None:
     assert share(None) == "-"
 
 
-def test_table_shows_types_and_errors() -> None:
-    """Errors would be in the JSON only, where nobody looks."""
-    shown = Console(width=160)
+@pytest.mark.parametrize("width", [80, 160])
+def test_table_shows_types_and_errors(width: int) -> None:
+    """Errors would be in the JSON only, where nobody looks; or a narrow terminal would cut them."""
+    shown = Console(width=width)
     with shown.capture() as text:
         shown.print(report_tables(sample()))
-    for word in ("chat", "doc", "overloaded", "why overloaded", "25.0 %", "4 offered"):
+    for word in ("chat", "doc", "overloaded", "why overloaded", "25.0 %", "4 offered", "2,000/100"):
         assert word in text.get()
+    assert "…" not in text.get()
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

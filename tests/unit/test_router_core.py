@@ -186,6 +186,23 @@ def test_own_decisions_fill_a_replica_between_its_reports() -> None:
     assert reply_of(router, ask(), 0.1).failure is None
 
 
+def test_a_question_asked_again_counts_once() -> None:
+    """A router that was held up finds each question many times, one for each time that an ingress
+    lost its patience: it would call idle replicas full, and clients be turned away."""
+    router = router_of(plan_of("a"), report("a"))
+    replies = [reply_of(router, ask("q1"), 0.01) for _ in range(50)]
+    assert {reply.failure for reply in replies} == {None}
+    assert " load 1/8," in replies[-1].reason
+
+
+def test_decisions_are_remembered_within_bounds() -> None:
+    """A replica that never reports would grow the router until it ends."""
+    router = router_of(plan_of("a"), report("a", waiting_max=0), decisions_max=4)
+    replies = [reply_of(router, ask(f"q{i}"), 0.01) for i in range(9)]
+    router.check()
+    assert " load 4/8," in replies[-1].reason
+
+
 def test_decisions_on_their_way_outlive_a_report() -> None:
     """A report sent just before a request arrived would hide that request from the router."""
     router = router_of(plan_of("a"), report("a"), decision_lag_s=0.05)

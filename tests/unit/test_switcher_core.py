@@ -6,7 +6,7 @@ import msgspec
 
 from services.switcher.core import NOTHING
 from services.switcher.events import Tick
-from shared.core import Draining, Load, SetTimer, Store
+from shared.core import Draining, Load, Loaded, SetTimer, Store
 from shared.messages.plans import (
     AdoptPlan,
     DeploymentPlan,
@@ -434,6 +434,40 @@ def test_a_later_epoch_from_elsewhere_is_looked_up() -> None:
     run.step(PlanInForce(epoch=2, plan=B))
     assert (run.core.state, run.loads) == ("loading", 1)
     assert run.step(PlanInForce(epoch=2, plan=B)) == [], "one question is enough"
+
+
+def test_a_target_written_by_a_switcher_that_died_is_found() -> None:
+    """Otherwise it would lie in wait, to be walked to when nobody wishes for it any more."""
+    run = Run().in_force(A, 1, "g1")
+    run.revision += 1
+    run.bucket = StoredPlan(epoch=1, in_force=A, target=B, target_epoch=2)
+    run.later(1.0)
+    assert (run.core.state, run.loads) == ("settled", 1)
+    run.loaded()
+    assert (run.core.state, run.loads) == ("loading", 1)
+    run.loaded()
+    assert (run.core.state, run.commands) == ("draining", ["drain r0@g0 e2"])
+
+
+def test_looks_at_the_bucket_do_not_pile_up() -> None:
+    """Otherwise each second without the broker would add one that tries again for ever."""
+    run = Run().in_force(A, 1)
+    assert [(run.later(1.0), run.loads)[1] for _ in range(3)] == [1, 0, 0]
+    assert run.loaded() == []
+    run.later(1.0)
+    assert (run.core.state, run.loads) == ("settled", 1)
+
+
+def test_a_look_overtaken_by_a_switch_changes_nothing() -> None:
+    """Otherwise the switch would start over, or end, by what the bucket held before it."""
+    run = Run().in_force(A, 1, "g1")
+    run.later(1.0)
+    run.adopt(B, 1)
+    run.write()
+    assert run.core.state == "draining"
+    before = StoredPlan(epoch=1, in_force=A, target_epoch=1)
+    assert run.step(Loaded(key="plan", message=before, revision=1)) == []
+    assert run.core.state == "draining"
 
 
 def test_a_wiped_bucket_is_filled_from_memory() -> None:

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from services.worker.engine.interface import Engine
 from services.worker.engine.modelled import ModelledEngine, check_settings
 from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.model_config import read_model_config
+from shared.config import Settings
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.mesh import MeshConfig
@@ -63,12 +62,8 @@ def _tokenizer(model: ModelSpec) -> Tokenizer:
 
 
 def _torch_factory(mesh: MeshConfig) -> EngineFactory:
-    try:
-        config = msgspec.convert(mesh.engine.torch, TorchEngineConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigInvalid(
-            field="mesh.engine.torch", value=mesh.engine.torch, remedy=str(error)
-        ) from None
+    name = "mesh.engine.torch"
+    config = Settings({name: mesh.engine.torch}, {}).section(name, TorchEngineConfig)
     config.validate()
     _check_checkpoint(mesh.model)
 
