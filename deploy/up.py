@@ -12,6 +12,7 @@ from rich.console import Console
 
 from deploy.config import STATE_DIR, Topology
 from deploy.local import LocalMesh, MeshFailed
+from shared.config import SECRETS
 
 _KILLED = 130  # what shells say of a process that Ctrl-C ended
 
@@ -130,5 +131,6 @@ def _which(topology: Topology) -> str:
     file, here = topology.file, Path.cwd()
     words = ["-t", str(file.relative_to(here) if file.is_relative_to(here) else file)]
     for override in topology.overrides:
-        words += ["--set", override]
+        key, _, _ = override.partition("=")
+        words += ["--set", f"{key}=..." if key.rpartition(".")[2] in SECRETS else override]
     return "".join(f" {shlex.quote(word)}" for word in words)
