@@ -148,7 +148,7 @@ def build_report(
         ),
         slo_targets=all_targets,
         lag_ms=spread_ms(
-            result.sent_s - result.scheduled_s
+            max(0.0, result.sent_s - result.scheduled_s)  # timers may fire a little early
             for result in results_seen
             if result.sent_s is not None
         ),

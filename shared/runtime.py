@@ -84,6 +84,8 @@ class Runtime:
         self._jobs: set[asyncio.Task[None]] = set()
         self._stores: set[asyncio.Task[None]] = set()
         self._steps = metrics.counter("core_steps", "Events the core has handled")
+        self._published = metrics.counter("messages_published", "Messages sent", ["message"])
+        self._told = metrics.counter("core_log_events", "What the core told the log", ["event"])
 
     def feed(self, event: Any) -> None:  # noqa: ANN401  # any core's event
         """Enqueue an event. Timers and outcomes are bounded by what the core asked for, so they
@@ -168,6 +170,7 @@ class Runtime:
                     delay_s = max(0.0, at_s - self._clock.now_s())
                     asyncio.get_running_loop().call_later(delay_s, self.feed, event)
                 case Log(event=name, fields=fields, level=level):
+                    self._told.labels(name).inc()
                     log.log(
                         logging.getLevelNamesMapping()[level.upper()],
                         name,
@@ -188,6 +191,8 @@ class Runtime:
             )
         except (BusUnavailable, PayloadTooLarge) as error:
             log.warning("publish.failed", extra={"subject": subject, "error": str(error)})
+        else:
+            self._published.labels(type(message).__name__).inc()
 
     def _refuse(self, query: Query) -> None:
         if self._wiring.refuse is not None and self._tasks is not None:

@@ -64,7 +64,11 @@ def _tokenizer(model: ModelSpec) -> Tokenizer:
 def _torch_factory(mesh: MeshConfig) -> EngineFactory:
     name = "mesh.engine.torch"
     config = Settings({name: mesh.engine.torch}, {}).section(name, TorchEngineConfig)
-    config.validate()
+    try:
+        config.validate()
+    except ConfigInvalid as error:
+        field = f"{name}.{error.field}"
+        raise ConfigInvalid(field=field, value=error.value, remedy=error.remedy) from None
     _check_checkpoint(mesh.model)
 
     def build(spec: ReplicaSpec) -> Engine:
