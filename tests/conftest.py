@@ -1,11 +1,23 @@
 """Fixtures that more than one test layer uses."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.broker import Broker, server_binary
+
+# No test is timed: a busy machine must not fail one. In CI the examples are the same each time, so
+# that a failure there is of the change at hand; elsewhere they go on looking.
+settings.register_profile(
+    "oserve",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("oserve")
 
 
 @pytest.fixture
