@@ -15,6 +15,7 @@ requests at once. Prints one JSON line per measurement:
 
 import argparse
 import asyncio
+import gc
 import os
 import random
 import subprocess
@@ -210,6 +211,7 @@ def main() -> None:
     arguments = Arguments(parsed.requests, parsed.latency_requests, parsed.memory_requests)
     where: Environment = environment()
     os.sched_setaffinity(0, cores()[0])
+    gc.disable()  # the client keeps every result: its pauses are not the mesh's
     measurements = {
         "throughput": measure_throughput,
         "latency": measure_latency,

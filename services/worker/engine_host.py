@@ -241,6 +241,8 @@ class EngineHost:
         self.step_s += STEP_WEIGHT * (took_s - self.step_s) if self.step_s else took_s
         if result.chunks:
             await self._send(result.chunks)
+            # What is published leaves in the next turn of the loop: not behind the next step.
+            await asyncio.sleep(0)
 
     async def _pace(self, now_s: float, duration_s: float) -> None:
         """Wait until the step is due. Due times add up, so that many short steps do not drift by
