@@ -33,6 +33,7 @@ log = logging.getLogger("oserve.service")
 
 EXIT_CONFIG = 78
 EXIT_UNAVAILABLE = 69
+SETTLED_S = 2.0  # after the start: whatever is imported late has been
 C = TypeVar("C", bound=msgspec.Struct)
 
 
@@ -143,16 +144,22 @@ async def _main(name: str, instance_id: str, sections: dict[str, Any], serve: Se
             metadata={"instance": instance_id, "metrics": url, "pid": str(os.getpid())},
         )
         log.info("service.started", extra={"metrics": url})
-        # Modules and classes live as long as the process: a full collection that walks them all
-        # holds the event loop up for some 50 ms, and with it every stream.
-        gc.collect()
-        gc.freeze()
+        _freeze()
+        loop.call_later(SETTLED_S, _freeze)
         await serve(sections[name], context)
         log.info("service.ended", extra={})
     finally:
         await bus.close()
         context.metrics.close()
         context.tracing.close()
+
+
+def _freeze() -> None:
+    """Modules and classes live as long as the process: a full collection that walks them all
+    holds the event loop up for some 50 ms, and with it every stream. Called a second time for
+    what serving imports late."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _connected(bus: NatsBus, *, name: str, stopping: asyncio.Event) -> bool:
