@@ -155,9 +155,6 @@ class Streamed:
             self._closed = True
             self.done.set_exception(SlowClient)
 
-    def comment(self, text: bytes) -> None:
-        self.write(text)
-
     def ended(self, error: ApiError | None, *, output_tokens: int) -> None:
         """One choice is over. The last one ends the stream; an error does so at once, and what
         the other choices still have to say comes too late: nothing may follow it."""

@@ -81,7 +81,7 @@ class Waiting(Protocol):
 
     done: asyncio.Future[None]
 
-    def comment(self, text: bytes) -> None: ...
+    def write(self, event: bytes) -> None: ...
 
 
 async def wait_with_comments(stream: Waiting, journeys: list[Journey], *, every_s: float) -> None:
@@ -91,5 +91,5 @@ async def wait_with_comments(stream: Waiting, journeys: list[Journey], *, every_
         await asyncio.wait((stream.done,), timeout=every_s)
         accepted = any(journey.accepted_s is not None for journey in journeys)
         if accepted and not stream.done.done():
-            stream.comment(SSE_COMMENT)
+            stream.write(SSE_COMMENT)
     await stream.done
