@@ -1,6 +1,7 @@
 """The ``oserve`` command. Each command imports what it needs, so that help is instant."""
 
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
 ]
+
+PASS_THROUGH = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],  # --help is the command's own
+}
 
 
 @app.command()
@@ -80,20 +87,28 @@ def doctor(
     raise typer.Exit(run_doctor(topology, override or ()))
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],  # --help is the replay's own
-    }
-)
+@app.command(context_settings=PASS_THROUGH)
 def replay(context: typer.Context) -> None:
     """Send a trace to a mesh, and report what it felt like."""
     from loadgen.replay import replay as command  # noqa: PLC0415
 
-    tool = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    tool.command()(command)
-    tool(args=context.args, prog_name="oserve replay")
+    _run_tool(command, context, "oserve replay")
+
+
+@app.command(context_settings=PASS_THROUGH)
+def simulate(context: typer.Context) -> None:
+    """Run a trace through a simulated mesh: what would happen, without a GPU."""
+    from loadgen.simulator.cli import simulate as command  # noqa: PLC0415
+
+    _run_tool(command, context, "oserve simulate")
+
+
+@app.command(context_settings=PASS_THROUGH)
+def compare(context: typer.Context) -> None:
+    """Compare policies on the same trace in simulated meshes."""
+    from loadgen.compare.cli import compare as command  # noqa: PLC0415
+
+    _run_tool(command, context, "oserve compare")
 
 
 @app.command("make-model")
@@ -142,6 +157,12 @@ def new_key(
 def version() -> None:
     """Print the version."""
     typer.echo(metadata.version("oserve"))
+
+
+def _run_tool(command: Callable[..., None], context: typer.Context, name: str) -> None:
+    tool = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    tool.command()(command)
+    tool(args=context.args, prog_name=name)
 
 
 def main() -> None:

@@ -32,9 +32,13 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ModelledEngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The small cost model of the modelled engine: one step takes ``base_s`` plus a linear term
-    each for prompt tokens prefilled, requests decoded and tokens of context attended to."""
+    """Timing of the modelled engine. ``profile``: step times, KV capacity and start-up of the cost
+    profile of the replica's GPU kind and model. ``settings``: a small model given here, in which a
+    step takes ``base_s`` plus a linear term each for prompt tokens prefilled, requests decoded and
+    tokens of context attended to, with ``kv_blocks`` for each GPU."""
 
+    timing: Literal["settings", "profile"] = "settings"
+    prefix_caching: bool = False
     base_s: float = 0.004
     prefill_token_s: float = 0.00002
     decode_token_s: float = 0.0001
@@ -59,21 +63,29 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ReplicaWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A replica the operator asks for; without ``gpus`` the scheduler places it."""
+    """A replica the operator asks for; without ``gpus`` the scheduler places it, without
+    ``model_id`` it serves the topology's first model."""
 
     replica_id: str
+    model_id: str = ""
     parallelism: str = "tp1pp1"
     gpus: tuple[str, ...] = ()
 
 
 class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The topology: what there is, and what should serve on it."""
+    """The topology: what there is, and what should serve on it. ``more_models`` share the nodes
+    with ``model``."""
 
     name: str = "mesh"
     model: ModelSpec = msgspec.field(default_factory=lambda: ModelSpec(model_id="modelled"))
+    more_models: tuple[ModelSpec, ...] = ()
     engine: EngineSpec = msgspec.field(default_factory=EngineSpec)
     nodes: tuple[NodeSpec, ...] = ()
     replicas: tuple[ReplicaWish, ...] = ()
+
+    @property
+    def models(self) -> tuple[ModelSpec, ...]:
+        return (self.model, *self.more_models)
 
     def gpus(self) -> tuple[GpuSpec, ...]:
         return tuple(gpu for node in self.nodes for gpu in node.gpu_specs())

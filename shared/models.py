@@ -5,8 +5,14 @@ import msgspec
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A served model. ``path`` is a local checkpoint folder; the modelled engine needs none and
-    then speaks the built-in byte-level tokenizer."""
+    then speaks the built-in byte-level tokenizer. ``profile`` names the model in the cost profiles
+    (shared/cost/profiles); empty: as ``model_id``."""
 
     model_id: str
     path: str = ""
     context_tokens_max: int = 4096
+    profile: str = ""
+
+    @property
+    def profile_name(self) -> str:
+        return self.profile or self.model_id
