@@ -31,7 +31,7 @@ class UpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http_port: int | None = None  # None: ingress.port, or 8000; 0: any free port
     data_dir: str = ""  # empty: .oserve/<mesh name>
     broker_port: int = 0  # of the embedded broker; 0: any free port
-    make_model: str = ""  # size of the checkpoint to make at mesh.model.path if that is absent
+    make_model: str = ""  # size of the checkpoint to make at a model's path that is absent
     restart_backoff_s: float = 0.1  # before the first restart; doubled each time
     restart_backoff_s_max: float = 5.0
     restart_stable_s: float = 10.0  # a process that ran this long starts the backoff anew

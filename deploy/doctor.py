@@ -24,7 +24,8 @@ CHECKS: tuple[Check, ...] = (
     health_broker.check_binary,
     health_model.check_extras,
     health_model.check_devices,
-    health_model.check_model,
+    health_model.check_models,
+    health_model.check_wishes,
     health_model.check_memory,
 )
 

@@ -8,7 +8,7 @@ import msgspec
 from deploy.config import Topology
 from deploy.finding import Finding, failed, ok, warned
 from shared.config import Settings
-from shared.hardware import Parallelism
+from shared.models import ModelSpec
 
 _TOKENIZER = "tokenizer.json"
 _MEMORY_SHARE_MAX = 0.9  # of what is free, for weights and KV cache
@@ -61,21 +61,36 @@ def check_devices(topology: Topology) -> list[Finding]:
     return [failed("GPUs", f"{present} NVIDIA devices for {wanted} workers", remedy)]
 
 
-def check_model(topology: Topology) -> list[Finding]:
-    """The checkpoint folder must be there and whole."""
-    if not topology.mesh.model.path:
-        return []
-    folder = Path(topology.mesh.model.path)
+def check_models(topology: Topology) -> list[Finding]:
+    """Each checkpoint folder must be there and whole."""
+    models = [model for model in topology.mesh.models if model.path]
+    return [finding for model in models for finding in _check_model(topology, model)]
+
+
+def _check_model(topology: Topology, model: ModelSpec) -> list[Finding]:
+    folder = Path(model.path)
     if not (folder / "config.json").exists():
         if topology.up.make_model:
             return [ok("model", f"{folder} will be made by the first `oserve up`")]
-        remedy = "correct mesh.model.path, or try `oserve make-model DIR`"
+        remedy = f"correct the path of model {model.model_id}, or try `oserve make-model DIR`"
         return [failed("model", f"{folder} holds no config.json", remedy)]
     problems = [text for text in (_unreadable(folder), _without_weights(folder)) if text]
     if problems:
         remedy = "copy the whole checkpoint: config.json, *.safetensors, tokenizer.json"
         return [failed("model", f"{folder}: {text}", remedy) for text in problems]
     return [ok("model", f"{folder}: {weight_bytes(folder) / 2**20:.1f} MiB of weights")]
+
+
+def check_wishes(topology: Topology) -> list[Finding]:
+    """A model without a replica is listed to clients, and answers none of them."""
+    mesh = topology.mesh
+    wished = {mesh.model_of(wish.model_id).model_id for wish in mesh.replicas}
+    remedy = "add [[mesh.replicas]] with its model_id, unless the scheduler's policy adds replicas"
+    return [
+        warned("replicas", f"no [[mesh.replicas]] serves model {model_id}", remedy)
+        for model_id in mesh.model_ids
+        if model_id not in wished
+    ]
 
 
 def _unreadable(folder: Path) -> str:
@@ -110,10 +125,11 @@ def check_memory(topology: Topology) -> list[Finding]:
     settings = _torch_settings(topology)
     if settings.device != "cpu":
         return []
-    copies = sum(Parallelism.parse(wish.parallelism).gpus for wish in mesh.replicas)
-    weights = weight_bytes(Path(mesh.model.path))
-    needed = copies * (weights + settings.kv_memory_bytes + _PROCESS_BYTES)
-    text = f"{needed / 2**30:.1f} GiB for {copies} replicas, {free / 2**30:.1f} GiB free"
+    beside = settings.kv_memory_bytes + _PROCESS_BYTES
+    weights = {model.model_id: weight_bytes(Path(model.path)) for model in mesh.models}
+    copies = [mesh.model_of(wish.model_id).model_id for wish in mesh.replicas]
+    needed = sum(weights[model_id] + beside for model_id in copies)
+    text = f"{needed / 2**30:.1f} GiB for {len(copies)} replicas, {free / 2**30:.1f} GiB free"
     if needed <= _MEMORY_SHARE_MAX * free:
         return [ok("memory", text)]
     remedy = "use fewer replicas, a smaller mesh.engine.torch.kv_memory_bytes, or a smaller model"

@@ -114,7 +114,7 @@ class LocalMesh:
             self._ports = self._choose_ports()
             self.log_dir.mkdir(parents=True, exist_ok=True)
             self._failed = asyncio.get_running_loop().create_future()
-            await self._make_model()
+            await self._make_models()
             await self._start_broker()
             specs = service_specs(
                 self.topology, bus_url=self.bus_url, http_ports=self._ports, environ=os.environ
@@ -183,16 +183,18 @@ class LocalMesh:
             require_free(host, port, field="HTTP port", remedy=remedy)
         return ports
 
-    async def _make_model(self) -> None:
-        """A first start needs a checkpoint: the topology may ask us to make one."""
-        size, path = self.topology.up.make_model, self.topology.mesh.model.path
-        if not size or not path or is_checkpoint(Path(path)):
-            return
-        self._say(f"making a {size} checkpoint with random weights at {path} (first start only)")
-        try:
-            await make_model(Path(path), size)
-        except ModelNotMade as error:
-            raise MeshFailed(str(error), exit_code=EXIT_CONFIG) from None
+    async def _make_models(self) -> None:
+        """A first start needs checkpoints: the topology may ask us to make them."""
+        size = self.topology.up.make_model
+        for path in dict.fromkeys(model.path for model in self.topology.mesh.models):
+            if not size or not path or is_checkpoint(Path(path)):
+                continue
+            what = f"making a {size} checkpoint with random weights at {path}"
+            self._say(f"{what} (first start only)")
+            try:
+                await make_model(Path(path), size)
+            except ModelNotMade as error:
+                raise MeshFailed(str(error), exit_code=EXIT_CONFIG) from None
 
     async def _start_broker(self) -> None:
         up = self.topology.up

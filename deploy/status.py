@@ -185,14 +185,17 @@ def _gpus_table(status: MeshStatus) -> Table:
 
 
 def _replicas_table(status: MeshStatus) -> Table:
-    shapes = {s.replica_id: s.parallelism for s in status.plan.plan.replicas} if status.plan else {}
-    columns = ("replica", "shape", "phase", "running", "waiting", "KV", "step", "requests")
+    specs = {s.replica_id: s for s in status.plan.plan.replicas} if status.plan else {}
+    models = {model_id for report in status.workers for model_id in report.models}
+    named = ("replica", "model") if len(models) > 1 else ("replica",)  # 80 columns are not many
+    columns = (*named, "shape", "phase", "running", "waiting", "KV", "step", "requests")
     table = Table(*columns, title="Replicas", title_justify="left")
     for report in status.replicas:
         used = report.kv_blocks_used / report.kv_blocks_total if report.kv_blocks_total else 0.0
+        spec = specs.get(report.replica_id)
         table.add_row(
-            report.replica_id,
-            shapes.get(report.replica_id, "not in the plan"),
+            *(report.replica_id, spec.model_id if spec else "-")[: len(named)],
+            spec.parallelism if spec else "not in the plan",
             report.phase,
             f"{report.running}/{report.running_max}",
             f"{report.waiting}/{report.waiting_max}",

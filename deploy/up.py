@@ -93,7 +93,9 @@ def _signals() -> list[signal.Signals]:
 
 
 def _howto(mesh: LocalMesh) -> str:
-    model_id = mesh.topology.mesh.model.model_id
+    model_ids = mesh.topology.mesh.model_ids
+    model_id = model_ids[0]
+    served = f"Models: {', '.join(model_ids)}.\n" if len(model_ids) > 1 else ""
     keys = mesh.topology.keys_file
     who = (
         f"to the keys in {keys}" if keys else "to whoever reaches it: ingress.keys_file is not set"
@@ -103,7 +105,7 @@ def _howto(mesh: LocalMesh) -> str:
     return f"""
 The mesh serves at {mesh.url}
 Open {who}.
-
+{served}
   curl {mesh.url}/v1/chat/completions -H 'content-type: application/json'{authorization} \\
     -d '{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 

@@ -1,5 +1,6 @@
 """The mesh as its operator wishes it: model, engine, nodes, replicas, from the topology file."""
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -10,6 +11,9 @@ from shared.ids import checked_id
 from shared.models import ModelSpec
 
 EngineKind = Literal["modelled", "torch"]
+
+CONTEXT_TOKENS_MIN = 2  # one of prompt, one of output
+_MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
 
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +91,19 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def models(self) -> tuple[ModelSpec, ...]:
         return (self.model, *self.more_models)
 
+    @property
+    def model_ids(self) -> tuple[str, ...]:
+        return tuple(model.model_id for model in self.models)
+
+    def model_of(self, model_id: str) -> ModelSpec:
+        """The model of that id, the first one for ""; raises ConfigInvalid."""
+        for model in self.models:
+            if model_id in ("", model.model_id):
+                return model
+        raise ConfigInvalid(
+            field="model_id", value=model_id, remedy=f"known models: {', '.join(self.model_ids)}"
+        )
+
     def gpus(self) -> tuple[GpuSpec, ...]:
         return tuple(gpu for node in self.nodes for gpu in node.gpu_specs())
 
@@ -105,12 +122,7 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Self, if its parts fit together; raises ConfigInvalid."""
         known = [gpu.gpu_id for gpu in self.gpus()]
         _check_nodes(self.nodes)
-        if self.engine.kind == "torch" and not self.model.path:
-            raise ConfigInvalid(
-                field="mesh.model.path",
-                value="",
-                remedy="the torch engine needs a checkpoint folder (`oserve make-model DIR`)",
-            )
+        self._check_models()
         owner: dict[str, str] = {}
         wished: set[str] = set()
         for wish in self.replicas:
@@ -121,8 +133,39 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                     remedy="give each replica its own id",
                 )
             wished.add(wish.replica_id)
-            _check_wish(wish, known=known, owner=owner, engine=self.engine.kind)
+            _check_wish(wish, known=known, owner=owner, mesh=self)
         return self
+
+    def _check_models(self) -> None:
+        seen: set[str] = set()
+        for index, model in enumerate(self.models):
+            section = "mesh.more_models" if index else "mesh.model"
+            _check_model_id(f"{section}.model_id", model.model_id, seen)
+            name = f"{section}.{model.model_id}" if index else section
+            if model.context_tokens_max < CONTEXT_TOKENS_MIN:
+                raise ConfigInvalid(
+                    field=f"{name}.context_tokens_max",
+                    value=model.context_tokens_max,
+                    remedy=f"use {CONTEXT_TOKENS_MIN} or more: prompt and output share it",
+                )
+            if self.engine.kind == "torch" and not model.path:
+                raise ConfigInvalid(
+                    field=f"{name}.path",
+                    value="",
+                    remedy="the torch engine needs a checkpoint folder (`oserve make-model DIR`)",
+                )
+
+
+def _check_model_id(field: str, model_id: str, seen: set[str]) -> None:
+    if not _MODEL_ID.fullmatch(model_id):
+        raise ConfigInvalid(
+            field=field,
+            value=model_id,
+            remedy="use 1 to 128 letters, digits and '._:/@+-', a letter or digit first",
+        )
+    if model_id in seen:
+        raise ConfigInvalid(field=field, value=model_id, remedy="give each model its own id")
+    seen.add(model_id)
 
 
 def _check_nodes(nodes: tuple[NodeSpec, ...]) -> None:
@@ -141,11 +184,18 @@ def _check_nodes(nodes: tuple[NodeSpec, ...]) -> None:
 
 
 def _check_wish(
-    wish: ReplicaWish, *, known: list[str], owner: dict[str, str], engine: EngineKind
+    wish: ReplicaWish, *, known: list[str], owner: dict[str, str], mesh: MeshConfig
 ) -> None:
     field = f"mesh.replicas.{checked_id('mesh.replicas.replica_id', wish.replica_id)}"
+    if wish.model_id and wish.model_id not in mesh.model_ids:
+        names = ", ".join(mesh.model_ids)
+        raise ConfigInvalid(
+            field=f"{field}.model_id",
+            value=wish.model_id,
+            remedy=f"name a model of mesh.model or [[mesh.more_models]]: {names}",
+        )
     shape = Parallelism.parse(wish.parallelism)
-    if engine == "torch" and shape.gpus > 1:
+    if mesh.engine.kind == "torch" and shape.gpus > 1:
         raise ConfigInvalid(
             field=f"{field}.parallelism",
             value=wish.parallelism,

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-IncidentKind = Literal["crash", "stall", "partition", "twin"]
+IncidentKind = Literal["crash", "stall", "partition", "twin", "slow"]
 """crash: the process dies; a new one that remembers nothing starts ``for_s`` later.
 stall: it stands still (SIGSTOP, a long pause), then finds all it missed.
 partition: nothing passes between it and the others.
+slow: messages to and from it take ``factor`` times as long.
 twin: it stalls, is taken for dead and replaced at once, wakes up half way beside its
 replacement, and is ended after ``for_s``."""
 
@@ -28,6 +29,11 @@ class Weather:
     duplicate: float = 0.0
     conflict: float = 0.0  # share of writes that take place and are reported as lost races
 
+    @property
+    def steady(self) -> bool:
+        """Whether every message takes the same time, and nothing goes wrong."""
+        return not (self.delay_s_max or self.loss or self.duplicate or self.conflict)
+
     def delay_s(self, rng: random.Random) -> float:
         return self.delay_s_min + self.delay_s_max * rng.random() ** self.skew
 
@@ -41,6 +47,7 @@ class Incident:
     node: str
     at_s: float
     for_s: float
+    factor: float = 1.0
 
 
 def draw_weather(rng: random.Random) -> Weather:
@@ -68,8 +75,11 @@ def draw_incidents(
         at_s = rng.uniform(0.0, until_s * 0.8)
         for_s = min(rng.choice([0.3, 1.5, 4.0, 10.0]) * rng.uniform(0.5, 1.5), until_s - at_s)
         node = rng.choice(nodes)
-        kinds: list[IncidentKind] = ["crash", "crash", "stall", "partition"]
+        kinds: list[IncidentKind] = ["crash", "crash", "stall", "partition", "slow"]
         if node in twins:
             kinds.extend(("twin", "twin"))
-        incidents.append(Incident(kind=rng.choice(kinds), node=node, at_s=at_s, for_s=for_s))
+        factor = rng.choice([3.0, 30.0, 300.0])
+        incidents.append(
+            Incident(kind=rng.choice(kinds), node=node, at_s=at_s, for_s=for_s, factor=factor)
+        )
     return sorted(incidents, key=lambda incident: incident.at_s)

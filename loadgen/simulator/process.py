@@ -12,8 +12,16 @@ Job = Callable[[Any], None]
 """Performs a Start effect; its outcome, if any, comes back through the process's Port."""
 
 
+Alarm = Callable[[float, Message], bool]
+"""Takes over a timer (when it is due, and its event); False leaves it to the world."""
+
+
 class Port(Protocol):
-    """What the adapters of one process may do. All of it ends with the process."""
+    """What the adapters of one process may do. All of it ends with the process. ``last_words`` is
+    called when the process dies: what it had sent by then and only the adapter knows of."""
+
+    last_words: Callable[[], None] | None
+    alarm: Alarm | None
 
     @property
     def now_s(self) -> float: ...
@@ -44,21 +52,28 @@ class Process:
     core: Core
     jobs: Mapping[str, Job]
     number: int
+    port: Port
     stalled_until_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Node:
     """A place in the mesh, and the processes that run there: one, none, or two twins."""
 
     spec: NodeSpec
     starts: int = 0
     cut_until_s: float = 0.0
+    slow_until_s: float = 0.0
+    slow_factor: float = 1.0
     processes: dict[int, Process] = field(default_factory=dict[int, Process])
 
     @property
     def newest(self) -> Process | None:
         return self.processes[max(self.processes)] if self.processes else None
+
+    def slowness(self, now_s: float) -> float:
+        """What a message's delay is multiplied by."""
+        return self.slow_factor if now_s < self.slow_until_s else 1.0
 
 
 def matches(subject: str, wildcard: str) -> bool:
@@ -77,16 +92,16 @@ def matches(subject: str, wildcard: str) -> bool:
 class Audience:
     """Who hears a subject: all ``listeners``, and one member of each queue group."""
 
-    listeners: list[str] = field(default_factory=list[str])
-    groups: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    listeners: list[Node] = field(default_factory=list[Node])
+    groups: dict[str, list[Node]] = field(default_factory=dict[str, list[Node]])
 
 
 def audience(subject: str, nodes: Mapping[str, Node]) -> Audience:
     found = Audience()
-    for name, node in nodes.items():
+    for node in nodes.values():
         if any(matches(subject, listened.wildcard) for listened in node.spec.inputs):
-            found.listeners.append(name)
+            found.listeners.append(node)
         for listened, group in node.spec.queries:
             if matches(subject, listened.wildcard):
-                found.groups.setdefault(group, []).append(name)
+                found.groups.setdefault(group, []).append(node)
     return found

@@ -3,79 +3,93 @@
 result = run(SimulationSpec(mesh=..., traffic=..., policy=policy_named("oserve")))
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import hashlib
+import resource
+import time
 
 import numpy as np
-import numpy.typing as npt
 
-from loadgen.simulator.policies import Policy
-from loadgen.workload.records import TraceRecord
-from shared.mesh import MeshConfig
+from loadgen.simulator.cluster import BOOT_S, Cluster
+from loadgen.simulator.outcome import (
+    Forecast,
+    Requests,
+    SimulationResult,
+    SimulationSpec,
+    Switch,
+    Traffic,
+)
 
-Forecast = Literal["ours", "last", "oracle"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """What one model is asked; ``records`` by ascending time, the run begins at 0 s."""
-
-    model_id: str
-    records: Sequence[TraceRecord]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationSpec:
-    mesh: MeshConfig
-    traffic: Sequence[Traffic]
-    policy: Policy
-    forecast: Forecast = "ours"
-    seed: int = 0
-    network_s: float = 0.0003  # a message's way
-    warmup_s: float = 0.0  # requests that arrive before are served but not counted
-    drain_s: float = 600.0  # how long after the last arrival open requests may still end
-    slow_work: float | None = None  # virtual seconds of each solve; None: as measured
+__all__ = [
+    "Forecast",
+    "Requests",
+    "SimulationResult",
+    "SimulationSpec",
+    "Switch",
+    "Traffic",
+    "run",
+]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Requests:
-    """Columns, one row per request in order of arrival. NaN where there is none."""
+def run(spec: SimulationSpec) -> SimulationResult:
+    """Simulate it. Raises ConfigInvalid for what cannot be, and AssertionError if a core breaks
+    its invariants. Two runs of one spec are equal to the bit, unless ``slow_work_s`` is None and
+    its policy solves."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    cluster = Cluster(spec)
+    cluster.boot()
+    cluster.serve()
+    requests = _requests(cluster)
+    observer = cluster.observer
+    switches = tuple(
+        Switch(
+            at_s=switch.at_s - BOOT_S,
+            took_s=switch.took_s,
+            succeeded=switch.succeeded,
+            plan=switch.plan,
+            reason=switch.reason,
+        )
+        for switch in observer.switches[1:]  # the first brought up the plan it began with
+    )
+    return SimulationResult(
+        requests=requests,
+        duration_s=cluster.ended_s - BOOT_S,
+        switches=switches,
+        gpu_seconds=observer.gpu_seconds,
+        events=cluster.world.steps,
+        engine_steps=cluster.engine_steps,
+        preemptions=cluster.preemptions,
+        wall_s=time.perf_counter() - wall_s,
+        cpu_s=time.process_time() - cpu_s,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        digest=_digest(requests, switches),
+        notes=cluster.notes(),
+    )
 
-    model: npt.NDArray[np.int16]  # index into ``models``
-    arrived_s: npt.NDArray[np.float64]
-    ttft_s: npt.NDArray[np.float64]
-    e2e_s: npt.NDArray[np.float64]
-    input_tokens: npt.NDArray[np.int32]
-    output_tokens: npt.NDArray[np.int32]
-    completed: npt.NDArray[np.bool_]
-    label: npt.NDArray[np.int16]  # index into ``labels``; a record's type
-    models: tuple[str, ...]
-    labels: tuple[str, ...]
+
+def _requests(cluster: Cluster) -> Requests:
+    columns, arrivals = cluster.source.columns, cluster.arrivals
+    models = tuple(dict.fromkeys(traffic.model_id for traffic in cluster.spec.traffic))
+    labels = tuple(sorted({arrival.record.label for arrival in arrivals}))
+    model_index = {model_id: i for i, model_id in enumerate(models)}
+    label_index = {label: i for i, label in enumerate(labels)}
+    e2e_s = np.array(columns.e2e_s)
+    return Requests(
+        model=np.array([model_index[a.model_id] for a in arrivals], dtype=np.int16),
+        arrived_s=np.array([a.at_s - BOOT_S for a in arrivals]),
+        ttft_s=np.array(columns.ttft_s),
+        e2e_s=e2e_s,
+        input_tokens=np.array([a.record.input_tokens for a in arrivals], dtype=np.int32),
+        output_tokens=np.array(columns.output_tokens, dtype=np.int32),
+        completed=~np.isnan(e2e_s),
+        label=np.array([label_index[a.record.label] for a in arrivals], dtype=np.int16),
+        models=models,
+        labels=labels,
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Switch:
-    """One change of the plan in force. ``took_s``: from adoption to the new plan in force."""
-
-    at_s: float
-    took_s: float
-    succeeded: bool
-    plan: str  # its shapes in words: "tp4*2 tp2*4"
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationResult:
-    requests: Requests
-    duration_s: float  # from 0 to the last end
-    switches: tuple[Switch, ...]
-    gpu_seconds: float  # GPUs held by replicas of the plan in force, summed over time
-    events: int
-    engine_steps: int
-    preemptions: int
-    wall_s: float
-    cpu_s: float
-    peak_rss_bytes: int
-    digest: str  # equal for equal runs
-    notes: tuple[str, ...] = field(default=())
+def _digest(requests: Requests, switches: tuple[Switch, ...]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for column in (requests.ttft_s, requests.e2e_s, requests.output_tokens):
+        digest.update(column.tobytes())
+    digest.update(repr(switches).encode())
+    return digest.hexdigest()

@@ -74,7 +74,10 @@ class Track:
 
     @property
     def method(self) -> str:
-        """The better predictor so far; before the first score the one that needs no history."""
+        """The better predictor so far, unless one is set; before the first score the one that
+        needs no history."""
+        if self._config.method != "race":
+            return self._config.method
         if not self._last_errors or fmean(self._last_errors) <= fmean(self._ewma_errors):
             return LAST_VALUE
         return EWMA

@@ -7,24 +7,21 @@ from array import array
 from services.ingress.config import IngressConfig
 from services.ingress.journey import Journey
 from services.ingress.keys import Identity, KeyRing
+from services.ingress.models import ServedModels
 from services.ingress.openai_api import ParsedRequest
-from services.ingress.openai_errors import invalid_request, model_not_found
+from services.ingress.openai_errors import invalid_request
 from services.ingress.tokenise import Tokenise, output_tokens_allowed
 from shared.messages.requests import SamplingParams
-from shared.models import ModelSpec
 from shared.slo import SLO_CLASSES, SloClass
-from shared.text import Tokenizer
 
 PREFIX_BLOCK_TOKENS = 256
 PREFIX_BLOCKS_MAX = 16
 
 
 class Admission:
-    def __init__(
-        self, config: IngressConfig, *, keys: KeyRing, model: ModelSpec, tokenizer: Tokenizer
-    ) -> None:
-        self._config, self._keys, self._model = config, keys, model
-        self.tokenizer = tokenizer
+    def __init__(self, config: IngressConfig, *, keys: KeyRing, models: ServedModels) -> None:
+        self._config, self._keys = config, keys
+        self.models = models
         self._tokenise = Tokenise()
 
     def authenticate(self, authorization: str | None, wanted_class: str | None) -> Identity:
@@ -52,23 +49,18 @@ class Admission:
             tokens=identity.tokens,
         )
 
-    def known(self, model_id: str) -> None:
-        """Raises ApiError 404 for a model that is not served here."""
-        if model_id != self._model.model_id:
-            raise model_not_found(model_id, (self._model.model_id,))
-
     async def journeys(
         self, parsed: ParsedRequest, identity: Identity, *, request_id: str, now_s: float
     ) -> tuple[list[Journey], int]:
         """One journey per choice, and the prompt tokens counted once per prompt. Raises ApiError:
         404, 400, 413, 429, 503."""
-        self.known(parsed.model)
-        prompts = await self._tokenise.prompts(parsed, self.tokenizer)
+        model = self.models.named(parsed.model)
+        prompts = await self._tokenise.prompts(parsed, model.tokenizer)
         allowed = [
             output_tokens_allowed(
                 parsed,
                 prompt_tokens=len(prompt),
-                context_tokens_max=self._model.context_tokens_max,
+                context_tokens_max=model.spec.context_tokens_max,
             )
             for prompt in prompts
         ]

@@ -61,7 +61,6 @@ class HttpEdge:
         self._clock = context.clock
         self._record = Recorder(context, gateway)
         self._started_unix_s = int(context.clock.unix_s())
-        self._model_id = context.mesh.model.model_id
         self._draining = False
 
     def drain(self) -> None:
@@ -148,10 +147,9 @@ class HttpEdge:
     ) -> web.StreamResponse:
         whole = Whole(num_choices=len(journeys))
         choices: list[WholeChoice] = []
+        tokenizer = self._admission.models.named(parsed.model).tokenizer
         for index, journey in enumerate(journeys):
-            choice = WholeChoice(
-                whole, journey, index=index, parsed=parsed, tokenizer=self._admission.tokenizer
-            )
+            choice = WholeChoice(whole, journey, index=index, parsed=parsed, tokenizer=tokenizer)
             choices.append(choice)
             self._gateway.open(journey, choice, trace_headers)
         request[SEEN].journeys = journeys
@@ -181,9 +179,10 @@ class HttpEdge:
             usage_for=prompt_tokens if parsed.include_usage else None,
             buffer_bytes_max=self._config.client_buffer_bytes_max,
         )
+        tokenizer = self._admission.models.named(parsed.model).tokenizer
         for index, journey in enumerate(journeys):
             choice = StreamedChoice(
-                stream, journey, index=index, parsed=parsed, tokenizer=self._admission.tokenizer
+                stream, journey, index=index, parsed=parsed, tokenizer=tokenizer
             )
             self._gateway.open(journey, choice, trace_headers)
         try:
@@ -250,14 +249,13 @@ class HttpEdge:
 
     async def _models(self, request: web.Request) -> web.Response:
         self._admission.authenticate(request.headers.get("Authorization"), None)
-        return self._json(
-            request, model_list((self._model_id,), created_unix_s=self._started_unix_s)
-        )
+        ids = self._admission.models.ids
+        return self._json(request, model_list(ids, created_unix_s=self._started_unix_s))
 
     async def _model(self, request: web.Request) -> web.Response:
         self._admission.authenticate(request.headers.get("Authorization"), None)
-        self._admission.known(request.match_info["model"])
-        return self._json(request, model_entry(self._model_id, created_unix_s=self._started_unix_s))
+        model = self._admission.models.named(request.match_info["model"]).spec
+        return self._json(request, model_entry(model.model_id, created_unix_s=self._started_unix_s))
 
     async def _health(self, request: web.Request) -> web.Response:
         return self._json(request, b'{"status":"alive"}')

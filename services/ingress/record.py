@@ -2,12 +2,13 @@
 
 import logging
 
+from services.ingress.completed import completed
 from services.ingress.gateway import Gateway
 from services.ingress.journey import Journey
 from services.ingress.openai_errors import ApiError
-from shared.messages.requests import Outcome, RequestCompleted
+from shared.messages.requests import RequestCompleted
 from shared.service import ServiceContext
-from shared.slo import DEFAULT_TARGETS, meets, tpot_s
+from shared.slo import DEFAULT_TARGETS, meets
 
 log = logging.getLogger("oserve.request")
 
@@ -51,7 +52,7 @@ class Recorder:
     def ended(self, journey: Journey) -> None:
         """Once per journey, after its last token, its failure or its client's departure."""
         now_s = self._clock.now_s()
-        record = self._completed(journey, now_s)
+        record = completed(journey, now_s)
         slo_class = journey.slo_class
         self._requests.labels(slo_class, record.outcome).inc()
         self._tokens.labels("input").inc(record.input_tokens)
@@ -69,43 +70,6 @@ class Recorder:
                 self._good.labels(slo_class).inc()
         self._gateway.completed(record)
         log.info("request.ended", extra=_line(record))
-
-    def _completed(self, journey: Journey, now_s: float) -> RequestCompleted:
-        ttft_s = None
-        if journey.first_token_s is not None:
-            ttft_s = journey.first_token_s - journey.arrived_s
-        e2e_s = now_s - journey.arrived_s
-        tokens = len(journey.tokens)
-        return RequestCompleted(
-            request_id=journey.request_id,
-            outcome=_outcome(journey),
-            model_id=journey.model_id,
-            tenant=journey.tenant,
-            slo_class=journey.slo_class,
-            replica_id=journey.replica_id,
-            request_type=journey.request_type,
-            input_tokens=len(journey.prompt_tokens),
-            output_tokens=tokens,
-            ttft_s=ttft_s,
-            tpot_s=None
-            if ttft_s is None
-            else tpot_s(ttft_s=ttft_s, e2e_s=e2e_s, output_tokens=tokens),
-            e2e_s=e2e_s,
-            overhead_s=journey.overhead_s(now_s),
-            attempts=journey.moves + 1,
-            epoch=journey.epoch,
-            finish=journey.finish,
-        )
-
-
-def _outcome(journey: Journey) -> Outcome:
-    match journey.finish:
-        case "stop" | "length":
-            return "completed"
-        case "abort":
-            return "aborted"
-        case _:
-            return "failed"
 
 
 def _line(record: RequestCompleted) -> dict[str, object]:

@@ -11,9 +11,9 @@ from services.ingress.connections import Connections
 from services.ingress.gateway import Gateway
 from services.ingress.http import HttpEdge
 from services.ingress.keys import KeyRing
+from services.ingress.models import ServedModels
 from shared.errors import ConfigInvalid
 from shared.service import ServiceContext
-from shared.text import byte_tokenizer, load_tokenizer
 
 log = logging.getLogger("oserve.ingress")
 
@@ -22,12 +22,10 @@ HANDLERS_S = 1.0  # for cancelled requests to end
 
 
 async def serve(config: IngressConfig, context: ServiceContext) -> None:
-    model = context.mesh.model
     keys = KeyRing.load(config.keys_file)
     if keys.open:
         log.warning("ingress.open", extra={"reason": "no keys_file: anyone may send requests"})
-    tokenizer = load_tokenizer(model.path) if model.path else byte_tokenizer()
-    admission = Admission(config, keys=keys, model=model, tokenizer=tokenizer)
+    admission = Admission(config, keys=keys, models=ServedModels(context.mesh.models))
     gateway = Gateway(config, context)
     edge = HttpEdge(config, context, gateway, admission)
     runner = web.AppRunner(

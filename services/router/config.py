@@ -6,7 +6,7 @@ import msgspec
 
 from shared.errors import ConfigInvalid
 
-PolicyName = Literal["plan", "least_load", "round_robin", "prefix_affinity"]
+PolicyName = Literal["plan", "least_load", "round_robin", "prefix_affinity", "free_kv", "kv_cost"]
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -16,7 +16,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     decision_lag_s: float = 0.05  # a decision younger than this is in no report yet
     load_gain: float = 4.0  # how fast a loaded replica loses its share of the plan
     length_spread_ln: float = 0.7  # spread of ln(tokens) within one request type
-    start_hold_s: float = 0.3  # how long first questions wait for the plan and the reports
+    start_hold_s: float = 0.6  # for the plan and the reports; idle replicas report each 0.5 s
     epoch_reset_s: float = 10.0  # a lower epoch is believed when ours is silent this long
     no_replica_retry_s: float = 0.5
     overloaded_retry_s: float = 1.0

@@ -1,7 +1,7 @@
 """Router core: which replica serves this request?
 
 It holds, then answers. It knows the plan in force (stored, then republished each second), the
-load of each replica (reported ten times a second) and the request types (from the profiler). All
+load of each replica (reported as it changes) and the request types (from the profiler). All
 of it is soft: a router that starts holds its first questions for a moment until it has heard the
 mesh, then answers from what it knows. Routers of one queue group never talk to each other.
 """
@@ -237,7 +237,8 @@ class Router:
             options, note = self._options(routes, shares, (), now_s), ", excluded but alone"
         if not options.candidates:
             return self._without_options(request, routes, now_s)
-        position = self._policy(options, Ask(request_type, request.prefix_hashes), routes.memory)
+        ask = Ask(request_type, request.prefix_hashes, request.input_tokens)
+        position = self._policy(options, ask, routes.memory)
         chosen = options.candidates[position]
         load = chosen.load
         reason = (

@@ -1,7 +1,7 @@
 """What a router believes of a replica's load: its last report, and our own decisions since.
 
-Reports come ten times a second, decisions a thousand times: without counting its own decisions
-a router would send a whole burst to the replica that looked idle in the last report.
+Reports come at most ten times a second, decisions a thousand times: without counting its own
+decisions a router would send a whole burst to the replica that looked idle in the last report.
 """
 
 from shared.messages.replicas import ReplicaReport

@@ -14,6 +14,8 @@ from services.router.loads import ReplicaLoad
 
 DRAWS_MODULUS = 1 << 32
 PREFIX_HASHES_MAX = 256  # longest prefix remembered, in hashes
+HOLDERS_MAX = 8  # replicas remembered as holding one prefix
+KV_BLOCK_TOKENS = 16  # of a KV block, where only a prompt's tokens are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Options:
 class Ask:
     request_type: int
     prefix_hashes: tuple[int, ...] = ()
+    input_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class Memory:
     last_index: int = -1
     draws: int = 0
     homes: dict[int, str] = field(default_factory=dict[int, str])
+    holders: dict[int, tuple[str, ...]] = field(default_factory=dict[int, tuple[str, ...]])
 
     def __post_init__(self) -> None:
         self.draws = crc32(self.instance_id.encode())
@@ -173,9 +177,88 @@ def _settle(memory: Memory, hashes: tuple[int, ...], replica_id: str) -> None:
         del homes[next(iter(homes))]
 
 
+def free_kv(options: Options, ask: Ask, memory: Memory) -> int:
+    """The replica with the most free KV blocks for each of its requests, the new one included.
+
+    Llumnix's dispatch (Sun et al., OSDI 2024): an instance's "freeness" is its free blocks, less
+    what its waiting requests will take, over its requests. Reports do not say what the waiting ones
+    will take: they, and our own decisions that no report shows yet, are taken to need what a
+    running request holds on average.
+    """
+    del ask, memory
+    best, most_free = 0, float("-inf")
+    for position, candidate in enumerate(options.candidates):
+        load = candidate.load
+        report = load.report
+        if report is None or report.kv_blocks_total <= 0:
+            free = -options.loads[position]  # behind every replica that has room
+        else:
+            requests = load.in_flight
+            running = report.running or 1
+            queued_blocks = (requests - report.running) * report.kv_blocks_used / running
+            left = report.kv_blocks_total - report.kv_blocks_used - queued_blocks
+            free = left / (requests + 1)
+        if free > most_free:
+            best, most_free = position, free
+    return best
+
+
+def kv_cost(options: Options, ask: Ask, memory: Memory) -> int:
+    """The replica with the fewest blocks to compute and to hold: NVIDIA Dynamo's router cost.
+
+    Blocks of prompts to prefill there (the new one's less its cached prefix, and those that wait)
+    plus blocks of running requests, with an overlap weight of 1 and the minimum taken, as its
+    documentation has it by default (router-design.md). It follows KV events; we remember to
+    which replicas a prefix went, and take a waiting request to hold what a running one does.
+    """
+    hashes = ask.prefix_hashes[:PREFIX_HASHES_MAX]
+    cached = _cached_hashes(memory, hashes)
+    prompt_blocks = ask.input_tokens / KV_BLOCK_TOKENS
+    hash_blocks = prompt_blocks / len(hashes) if hashes else 0.0
+    best, least = 0, float("inf")
+    for position, candidate in enumerate(options.candidates):
+        load = candidate.load
+        report = load.report
+        cost = prompt_blocks - cached.get(candidate.replica_id, 0) * hash_blocks
+        if report is not None:
+            waiting = load.in_flight - report.running
+            each = report.kv_blocks_used / report.running if report.running else prompt_blocks
+            cost += report.kv_blocks_used + 2.0 * waiting * each  # to prefill, then to hold
+        if cost < least:
+            best, least = position, cost
+    if hashes:
+        _hold(memory, hashes, options.candidates[best].replica_id)
+    return best
+
+
+def _cached_hashes(memory: Memory, hashes: tuple[int, ...]) -> dict[str, int]:
+    """How many leading hashes each replica holds, for those that hold any."""
+    cached: dict[str, int] = {}
+    for count, prefix in enumerate(hashes, 1):
+        holders = memory.holders.get(prefix)
+        if not holders:
+            break
+        for replica_id in holders:
+            if cached.get(replica_id, 0) == count - 1:
+                cached[replica_id] = count
+    return cached
+
+
+def _hold(memory: Memory, hashes: tuple[int, ...], replica_id: str) -> None:
+    """Remember that ``replica_id`` holds these prefixes; forgets as ``_settle`` does."""
+    holders = memory.holders
+    for prefix in reversed(hashes):
+        others = [other for other in holders.pop(prefix, ()) if other != replica_id]
+        holders[prefix] = (*others[-(HOLDERS_MAX - 1) :], replica_id)
+    while len(holders) > memory.prefixes_max:
+        del holders[next(iter(holders))]
+
+
 POLICIES: dict[PolicyName, Policy] = {
     "plan": plan,
     "least_load": least_load,
     "round_robin": round_robin,
     "prefix_affinity": prefix_affinity,
+    "free_kv": free_kv,
+    "kv_cost": kv_cost,
 }

@@ -28,6 +28,7 @@ class Routes:
     def check(self) -> None:
         memory = self.memory
         assert len(memory.homes) <= memory.prefixes_max, len(memory.homes)
+        assert len(memory.holders) <= memory.prefixes_max, len(memory.holders)
         for credits_ in memory.credits.values():
             assert len(credits_) == len(self.candidates), "credits of another plan"
 
@@ -53,7 +54,8 @@ class Routes:
 def routes_of(
     plan: DeploymentPlan, model_id: str, loads: dict[tuple[str, str], ReplicaLoad], memory: Memory
 ) -> Routes:
-    """The routes of one model. A plan without weights for it means equal shares."""
+    """The routes of one model. A plan without weights for it means equal shares. A row may name
+    replicas of several models, whose types have the same numbers: its part counts here as a row."""
     specs = [spec for spec in plan.replicas if spec.model_id == model_id and spec.gpus]
     candidates = [
         Candidate(
@@ -68,7 +70,11 @@ def routes_of(
         request_type: [_share(row, spec) for spec in specs]
         for request_type, row in plan.weights.items()
     }
-    rows = {request_type: row for request_type, row in rows.items() if sum(row) > 0.0}
+    rows = {
+        request_type: [share / total for share in row]
+        for request_type, row in rows.items()
+        if (total := sum(row)) > 0.0
+    }
     rows.setdefault(ANY_TYPE, [1.0 / max(1, len(specs))] * len(specs))
     memory.replan(len(candidates))
     return Routes(candidates, rows, memory)

@@ -12,7 +12,7 @@ from shared.service import ServiceContext, run
 async def serve(config: RouterConfig, context: ServiceContext) -> None:
     """Answer until told to end."""
     config.checked()
-    core = Router(config, models=(context.mesh.model.model_id,), instance_id=context.instance_id)
+    core = Router(config, models=context.mesh.model_ids, instance_id=context.instance_id)
 
     def refuse(query: Query) -> Message:
         """The answer when more questions wait than the inbox holds."""

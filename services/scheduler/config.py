@@ -5,26 +5,46 @@ from typing import Literal
 import msgspec
 
 from shared.errors import ConfigInvalid
+from shared.hardware import Parallelism
+from shared.slo import DEFAULT_TARGETS, SloTarget
+
+PolicyName = Literal["static", "uniform", "dynamo", "oserve-paper", "oserve"]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    policy: Literal["static"] = "static"
-    plan_period_s: float = 1.0  # between decisions, and between copies of a wish
+    policy: PolicyName = "static"
+    plan_period_s: float = 1.0  # between looks at the workers, and between copies of a wish
+    policy_period_s: float = 0.0  # between decisions of a policy; 0: its own
+    solve_timeout_s: float = 30.0  # a slow policy that takes longer has its answer dropped
+    target: SloTarget = DEFAULT_TARGETS["standard"]  # what replicas are planned to meet
+    targets: dict[str, SloTarget] = msgspec.field(default_factory=dict[str, SloTarget])  # by model
+    dynamo_shape: str = ""  # of every replica under policy dynamo; empty: the smallest that fits
     worker_timeout_s: float = 2.0  # silence after which a worker counts as gone
     settle_s: float = 1.0  # a worker that appears is planned onto after this long
     start_wait_s: float = 5.0  # how long a new scheduler waits for the topology's workers
     inbox_max: int = 4096
 
     def checked(self) -> "SchedulerConfig":
-        """Self, if every time is above zero; raises ConfigInvalid."""
-        for field in ("plan_period_s", "worker_timeout_s", "start_wait_s"):
+        """Self, if every time is above zero and every shape can be read; raises ConfigInvalid."""
+        for field in ("plan_period_s", "worker_timeout_s", "start_wait_s", "solve_timeout_s"):
             value: float = getattr(self, field)
             if value <= 0:
                 raise ConfigInvalid(
                     field=f"scheduler.{field}", value=value, remedy="use a time above 0 s"
                 )
-        if self.settle_s < 0:
-            raise ConfigInvalid(
-                field="scheduler.settle_s", value=self.settle_s, remedy="use 0 s or more"
-            )
+        for field in ("settle_s", "policy_period_s"):
+            value = getattr(self, field)
+            if value < 0:
+                raise ConfigInvalid(
+                    field=f"scheduler.{field}", value=value, remedy="use 0 s or more"
+                )
+        for name, target in {"target": self.target, **self.targets}.items():
+            if not (target.ttft_s > 0 and target.tpot_s > 0):
+                raise ConfigInvalid(
+                    field=f"scheduler.targets.{name}" if name != "target" else "scheduler.target",
+                    value=target,
+                    remedy="use times above 0 s",
+                )
+        if self.dynamo_shape:
+            Parallelism.parse(self.dynamo_shape)
         return self

@@ -3,58 +3,68 @@
 Replicas whose GPUs are all alive stay where they are, since moving one costs its in-flight
 requests. Any other goes to the GPUs the topology names for it if those are free, else to free
 GPUs of the kind it had: on the one node that it fills best, else across nodes. What does not fit
-is left out of the plan, and the reason says so. Same input, same plan.
+is left out of the plan, and the reason says so. A wish that names no model is for the topology's
+first. Same input, same plan.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from services.scheduler.plan_id import make_plan
+from services.scheduler.policies.interface import GpuOffer, Planned, Problem
+from services.scheduler.policies.weights import equal
 from shared.hardware import Parallelism
 from shared.mesh import ReplicaWish
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuOffer:
-    """One GPU that may be planned onto."""
-
-    gpu_id: str
-    node_id: str
-    kind: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """The plan, or None when nothing can be placed; and why it is what it is."""
-
-    plan: DeploymentPlan | None
-    reason: str
-    dropped: tuple[str, ...] = ()
-
-
 class _Board:
     """GPUs still free and replicas already placed, while a plan is made."""
 
-    def __init__(self, offers: Iterable[GpuOffer], model_id: str) -> None:
+    def __init__(self, offers: Iterable[GpuOffer]) -> None:
         self.free = {offer.gpu_id: offer for offer in sorted(offers, key=lambda o: o.gpu_id)}
         self.placed: dict[str, ReplicaSpec] = {}
-        self._model_id = model_id
+
+    def free_for(self, model_id: str) -> list[GpuOffer]:
+        return [offer for offer in self.free.values() if offer.serves(model_id)]
 
     def place(self, wish: ReplicaWish, gpus: tuple[str, ...]) -> bool:
-        """Give the GPUs to the replica, if there are some and all are free."""
-        if not gpus or not all(gpu in self.free for gpu in gpus):
+        """Give the GPUs to the replica, if there are some and all are free and serve its model."""
+        if not gpus or not all(
+            gpu in self.free and self.free[gpu].serves(wish.model_id) for gpu in gpus
+        ):
             return False
         for gpu in gpus:
             del self.free[gpu]
         self.placed[wish.replica_id] = ReplicaSpec(
             replica_id=wish.replica_id,
-            model_id=self._model_id,
+            model_id=wish.model_id,
             parallelism=str(Parallelism.parse(wish.parallelism)),
             gpus=gpus,
         )
         return True
+
+
+class Static:
+    """``plan_static`` as a policy: cheap, so that it decides each period anew."""
+
+    period_s = 0.0
+    slow = False
+
+    def plan(self, problem: Problem) -> Planned:
+        planned = plan_static(
+            problem.wishes,
+            problem.models[0].model_id,
+            offers=problem.offers,
+            kinds=problem.kinds,
+            in_force=problem.in_force,
+        )
+        if planned.plan is not None:
+            return planned
+        reason = f"nothing can be placed, so nothing moves: {planned.reason}"
+        return Planned(plan=None, reason=reason, dropped=planned.dropped)
 
 
 def plan_static(
@@ -67,13 +77,16 @@ def plan_static(
 ) -> Planned:
     """``kinds`` names the kind of every GPU ever known, so that a replica whose GPU vanished is
     placed on its like."""
-    board = _Board(offers, model_id)
+    board = _Board(offers)
     standing = {spec.replica_id: spec for spec in in_force.replicas}
-    ordered = sorted(wishes, key=lambda wish: wish.replica_id)
+    ordered = [
+        wish if wish.model_id else msgspec.structs.replace(wish, model_id=model_id)
+        for wish in sorted(wishes, key=lambda wish: wish.replica_id)
+    ]
     homeless: list[ReplicaWish] = []
     for wish in ordered:
         spec = standing.get(wish.replica_id)
-        if not (spec and _stands(spec, wish, model_id) and board.place(wish, spec.gpus)):
+        if not (spec and _stands(spec, wish) and board.place(wish, spec.gpus)):
             homeless.append(wish)
     homeless = [wish for wish in homeless if not board.place(wish, wish.gpus)]
     notes: list[str] = []
@@ -82,17 +95,17 @@ def plan_static(
         spec = standing.get(wish.replica_id)
         kind = _kind_of(wish.gpus or (spec.gpus if spec else ()), kinds)
         size = Parallelism.parse(wish.parallelism).gpus
-        if not board.place(wish, choose_gpus(size, kind, board.free.values())):
+        if not board.place(wish, choose_gpus(size, kind, board.free_for(wish.model_id))):
             dropped.append(wish.replica_id)
-            free = sum(1 for offer in board.free.values() if kind in ("", offer.kind))
+            free = sum(1 for offer in board.free_for(wish.model_id) if kind in ("", offer.kind))
             needs = f"{size} {kind or 'like'} GPU{'s' if size > 1 else ''}"
             notes.append(f"{wish.replica_id} left out: needs {needs}, {free} free")
     notes += _moves(standing, board.placed)
     reason = "; ".join([f"static: {len(board.placed)} of {len(ordered)} replicas placed", *notes])
     if not board.placed:
         return Planned(plan=None, reason=reason, dropped=tuple(dropped))
-    row = dict.fromkeys(sorted(board.placed), 1.0 / len(board.placed))
-    plan = make_plan(board.placed.values(), {"*": row}, reason=reason)
+    replicas = tuple(board.placed.values())
+    plan = make_plan(replicas, equal(replicas), reason=reason)
     return Planned(plan=plan, reason=reason, dropped=tuple(dropped))
 
 
@@ -112,10 +125,10 @@ def choose_gpus(size: int, kind: str, free: Iterable[GpuOffer]) -> tuple[str, ..
     return tuple(by_kind[min(spread)[1]][:size]) if spread else ()
 
 
-def _stands(spec: ReplicaSpec, wish: ReplicaWish, model_id: str) -> bool:
+def _stands(spec: ReplicaSpec, wish: ReplicaWish) -> bool:
     """Whether the replica in force is still the one that is wished for."""
     same_shape = Parallelism.parse(spec.parallelism) == Parallelism.parse(wish.parallelism)
-    return same_shape and spec.model_id == model_id
+    return same_shape and spec.model_id == wish.model_id
 
 
 def _moves(before: Mapping[str, ReplicaSpec], after: Mapping[str, ReplicaSpec]) -> list[str]:

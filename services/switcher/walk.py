@@ -36,6 +36,7 @@ class Wanted:
         return (
             held.replica_id == self.spec.replica_id
             and held.rank == self.rank
+            and held.model_id in ("", self.spec.model_id)
             and Parallelism.parse(held.parallelism) == Parallelism.parse(self.spec.parallelism)
         )
 

@@ -9,7 +9,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """``worker_id`` is the id of the GPU that this worker owns, as the topology names it."""
 
     worker_id: str
-    report_s: float = 0.1  # between reports of a replica's load
+    report_s: float = 0.1  # between measurements of a replica's load; reported if it changed
+    report_keepalive_s: float = 0.5  # at most this between reports, changed or not
     worker_report_s: float = 0.5  # between reports of the worker itself
     heartbeat_s: float = 0.5  # at most this between signs of life to an ingress that waits
     drain_timeout_s: float = 30.0  # on SIGTERM: what runs longer is handed back
@@ -21,7 +22,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def checked(self) -> "WorkerConfig":
         """Self, if the periods fit together; raises ConfigInvalid."""
-        for field in ("report_s", "worker_report_s", "heartbeat_s", "step_stall_s"):
+        for field in (
+            "report_s", "report_keepalive_s", "worker_report_s", "heartbeat_s", "step_stall_s",
+        ):  # fmt: skip
             value: float = getattr(self, field)
             if value <= 0:
                 raise ConfigInvalid(field=field, value=value, remedy="use a time above 0 s")
@@ -30,5 +33,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 field="report_s",
                 value=self.report_s,
                 remedy=f"heartbeats ride on reports: use at most heartbeat_s = {self.heartbeat_s}",
+            )
+        if self.report_s > self.report_keepalive_s:
+            raise ConfigInvalid(
+                field="report_keepalive_s",
+                value=self.report_keepalive_s,
+                remedy=f"loads are measured every report_s = {self.report_s}: use that or more",
             )
         return self

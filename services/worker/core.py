@@ -34,9 +34,11 @@ from services.worker.events import (
 from services.worker.hosting import Hosting
 from services.worker.identity import WorkerIdentity
 from services.worker.replica import Ending, Hosted, LiveRequest, Settled
+from services.worker.reporting import noticeable
 from shared.core import Draining, Effect, Publish, SetTimer, Start, Started
 from shared.messages.replicas import DrainReplica, ResumeReplica, StartReplica, StopReplica
 from shared.messages.requests import AbortRequest, SubmitRequest, TokenChunk
+from shared.subjects import REPLICA_REPORT
 
 Command = StartReplica | DrainReplica | StopReplica | ResumeReplica
 EngineEvent = EngineReady | EngineBroken | EngineStopped
@@ -83,7 +85,7 @@ class WorkerCore:
                 effects = self._on_hosting(event, now_s)
         done = list(effects)
         if self._hosting.changed:
-            done.extend(self._report_changes())
+            done.extend(self._report_changes(now_s))
         return done
 
     def check(self) -> None:
@@ -168,7 +170,7 @@ class WorkerCore:
                 hosted.measured = engine
         for hosted in self._hosting.replicas.values():
             if hosted.leads:
-                yield self._identity.replica_report(hosted)
+                yield from self._replica_report(hosted, now_s)
             yield from self._heartbeats(hosted, now_s)
 
     def _on_replica_report_tick(self, now_s: float) -> Iterable[Effect]:
@@ -250,11 +252,22 @@ class WorkerCore:
         for ingress_id in hosted.ingresses:
             yield self._identity.chunks(ingress_id, replica_id=hosted.spec.replica_id)
 
-    def _report_changes(self) -> Iterator[Effect]:
+    def _replica_report(self, hosted: Hosted, now_s: float) -> Iterator[Effect]:
+        """Its load, if that is news, or nobody has heard of it for long. News is told twice: a
+        router counts its newest decisions on top of a report, which may hold them already."""
+        report = self._identity.replica_report(hosted)
+        news = hosted.told is None or noticeable(report, hosted.told)
+        # Waiting for the next measurement would be too long.
+        due = now_s + self._config.report_s > hosted.told_s + self._config.report_keepalive_s
+        if news or hosted.tell_again or due:
+            hosted.told, hosted.told_s, hosted.tell_again = report, now_s, news
+            yield REPLICA_REPORT.send(report, replica_id=report.replica_id)
+
+    def _report_changes(self, now_s: float) -> Iterator[Effect]:
         for replica_id in sorted(self._hosting.changed):
             hosted = self._hosting.replicas.get(replica_id)
             if hosted is not None and hosted.leads:
-                yield self._identity.replica_report(hosted)
+                yield from self._replica_report(hosted, now_s)
         self._hosting.changed.clear()
         yield self._worker_report()
 

@@ -195,7 +195,7 @@ class Hosting:
         if self.leaving:
             return "the worker is leaving"
         if hosted is not None:
-            return "" if hosted.spec == spec else "hosted with another shape: stop it first"
+            return "" if hosted.spec == spec else "hosted otherwise: stop it first"
         if len(self.replicas) >= self._replicas_max:
             return f"the worker hosts replicas_max = {self._replicas_max} replicas already"
         return _misfit(spec, self._identity)

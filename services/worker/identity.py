@@ -10,7 +10,7 @@ from shared.core import Publish
 from shared.hardware import GpuSpec
 from shared.messages.replicas import ReplicaReport, WorkerReport
 from shared.messages.requests import TokenChunk, TokenChunks
-from shared.subjects import REPLICA_REPORT, TOKEN_CHUNKS, WORKER_REPORT
+from shared.subjects import TOKEN_CHUNKS, WORKER_REPORT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class WorkerIdentity:
         )
         return WORKER_REPORT.send(report, worker_id=self.worker_id)
 
-    def replica_report(self, hosted: Hosted) -> Publish:
+    def replica_report(self, hosted: Hosted) -> ReplicaReport:
         """Its load as last measured; zero until then."""
         report = ReplicaReport(
             replica_id=hosted.spec.replica_id,
@@ -81,4 +81,4 @@ class WorkerIdentity:
                 requests_total=measured.requests_total,
                 step_s=measured.step_s,
             )
-        return REPLICA_REPORT.send(report, replica_id=hosted.spec.replica_id)
+        return report

@@ -6,7 +6,7 @@ from typing import Literal
 
 from services.worker.events import MeasuredEngine
 from shared.messages.plans import ReplicaSpec
-from shared.messages.replicas import HostedReplica, ReplicaPhase
+from shared.messages.replicas import HostedReplica, ReplicaPhase, ReplicaReport
 from shared.messages.requests import FailureCode, FinishReason, TokenChunk
 
 EngineState = Literal["none", "starting", "ready", "stopping"]
@@ -44,6 +44,9 @@ class Hosted:
     handed_back: int = 0
     heartbeat_s: float = float("-inf")  # when the last heartbeats were sent
     measured: MeasuredEngine | None = None
+    told: ReplicaReport | None = None  # the last report sent, and when
+    told_s: float = float("-inf")
+    tell_again: bool = False  # that report was news
     live: dict[str, LiveRequest] = field(default_factory=dict[str, LiveRequest])
     ingresses: dict[str, int] = field(default_factory=dict[str, int])  # live requests of each
 
@@ -85,6 +88,7 @@ class Hosted:
             parallelism=self.spec.parallelism,
             rank=self.rank,
             detail=self.detail,
+            model_id=self.spec.model_id,
         )
 
 

@@ -82,5 +82,5 @@ def _identity(config: WorkerConfig, mesh: MeshConfig, ids: IdSource) -> WorkerId
         incarnation=ids.next("run"),
         node_id=mesh.node_of(config.worker_id),
         gpu=gpu,
-        models=(mesh.model.model_id,),
+        models=mesh.model_ids,
     )

@@ -20,6 +20,7 @@ class HostedReplica(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     parallelism: str = "tp1pp1"
     rank: int = 0
     detail: str = ""
+    model_id: str = ""  # empty: from a worker too old to say
 
 
 class WorkerReport(Message, frozen=True, kw_only=True):
@@ -35,7 +36,7 @@ class WorkerReport(Message, frozen=True, kw_only=True):
 
 
 class ReplicaReport(Message, frozen=True, kw_only=True):
-    """Live load of one replica, from its leader, ten times a second or faster."""
+    """Live load of one replica, from its leader: when it changed, and now and then anyway."""
 
     replica_id: str
     worker_id: str

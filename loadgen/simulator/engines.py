@@ -1,0 +1,403 @@
+"""The engines of one worker in virtual time: the jobs of services/worker/events.py.
+
+Each replica runs the production batching core (services/worker/engine/batching.py) under the cost
+model's step times. Steps in which nothing but counts changes are taken in one leap, and a request's
+tokens leave in two chunks, the first token and the rest: nothing happens per token. Whoever could
+notice gets the truth in time: before a replica is drained, stopped or dies, and before an abort,
+``flush`` sends every token that was made until then. With ``streaming`` each step is taken by
+itself and its tokens leave at once, as in production, for worlds in which messages get lost.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loadgen.simulator.process import Job, Port
+from loadgen.simulator.pulse import Pulse
+from services.worker.engine.batching import Batch
+from services.worker.engine.batching import Sequence as Running
+from services.worker.events import (
+    ABORT,
+    ADMIT,
+    MEASURE,
+    START_ENGINE,
+    STOP_ENGINE,
+    Admission,
+    EndedAttempt,
+    EngineAbort,
+    EngineBroken,
+    EngineLoads,
+    EngineReady,
+    EngineStart,
+    EngineStop,
+    EngineStopped,
+    MeasuredEngine,
+    RequestRefused,
+    RequestsEnded,
+)
+from shared.cost.limits import EngineLimits
+from shared.cost.step import PS_PER_S
+from shared.errors import Rejected
+from shared.messages.plans import ReplicaSpec
+from shared.messages.requests import FailureCode, SubmitRequest, TokenChunk, TokenChunks
+from shared.subjects import TOKEN_CHUNKS
+
+STEP_WEIGHT = 0.1  # of the newest step in the mean step time, as in production
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an engine finds out about a request only by running it."""
+
+    output_tokens: int
+    hashes: Sequence[int] = ()
+    hash_tokens: int = 0
+
+
+class Workshop(Protocol):
+    """Where engines come from, and what they make."""
+
+    limits: EngineLimits
+    streaming: bool
+
+    def batch(self, spec: ReplicaSpec) -> Batch: ...
+    def start_s(self, spec: ReplicaSpec) -> float: ...
+    def facts(self, request: SubmitRequest) -> Facts: ...
+    def tokens(self, request_id: str, position: int, count: int) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFaults:
+    """Chances that an engine cannot start, neither starts nor fails, breaks in a step."""
+
+    start_fails: float = 0.0
+    start_hangs: float = 0.0
+    step_breaks: float = 0.0
+
+
+NO_FAULTS = EngineFaults()
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt in an engine; ``shown`` of its output tokens have left. ``home`` speaks for it,
+    wherever it runs."""
+
+    request: SubmitRequest
+    sequence: Running
+    shown: int
+    output_tokens: int
+    home: "Engine"
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """``steps`` of the batch are under way since ``since_ps``; 0: it stands still."""
+
+    spec: ReplicaSpec
+    generation: int
+    owner: "Engines"
+    batch: Batch
+    ready: bool = False
+    broken: bool = False
+    since_ps: int = 0
+    steps: int = 0
+    number: int = 0  # of the plan under way: a wake-up call for another is void
+    requests_total: int = 0
+    step_s: float = 0.0
+    runs: dict[str, Run] = field(default_factory=dict[str, Run])
+    aborts: list[str] = field(default_factory=list[str])
+
+    @property
+    def replica_id(self) -> str:
+        return self.spec.replica_id
+
+
+class Engines:
+    """Everything slow that one worker process does."""
+
+    def __init__(
+        self,
+        port: Port,
+        *,
+        incarnation: str,
+        workshop: Workshop,
+        rng: random.Random,
+        pulse: Pulse | None = None,
+        faults: EngineFaults = NO_FAULTS,
+    ) -> None:
+        """``pulse``: leaves out measurements that would find nothing new."""
+        self.faults = faults
+        self.engines: dict[str, Engine] = {}
+        self.steps = self.preemptions = 0  # of engines that have ended
+        self._port, self._incarnation = port, incarnation
+        self._workshop, self._rng, self._pulse = workshop, rng, pulse
+        port.last_words = self.flush
+
+    def jobs(self) -> Mapping[str, Job]:
+        return {
+            START_ENGINE: self._start,
+            STOP_ENGINE: self._stop,
+            ADMIT: self._admit,
+            ABORT: self._abort,
+            MEASURE: self._measure,
+        }
+
+    def check(self) -> None:
+        for engine in self.engines.values():
+            engine.batch.check()
+
+    def flush(self) -> None:
+        """Send every token made until now."""
+        for engine in self.engines.values():
+            self._catch_up(engine)
+            out = Outgoing()
+            for run in engine.runs.values():
+                self._show(run, out)
+            self._send(out)
+
+    def _start(self, start: EngineStart) -> None:
+        spec = start.spec
+        engine = Engine(spec, start.generation, self, self._workshop.batch(spec))
+        self.engines[engine.replica_id] = engine
+
+        def ready() -> None:
+            if self.engines.get(engine.replica_id) is not engine:
+                return
+            if self._rng.random() < self.faults.start_fails:
+                self._break(engine, "out of memory while loading weights (injected)")
+                return
+            engine.ready = True
+            self._port.feed(EngineReady(replica_id=engine.replica_id, generation=engine.generation))
+
+        if self._rng.random() < self.faults.start_hangs:
+            return
+        self._port.later(self._workshop.start_s(spec), ready)
+
+    def _stop(self, stop: EngineStop) -> None:
+        engine = self.engines.get(stop.replica_id)
+        if engine is not None and engine.generation == stop.generation:
+            self._forget(engine)
+        self._port.feed(EngineStopped(replica_id=stop.replica_id, generation=stop.generation))
+
+    def _forget(self, engine: Engine) -> None:
+        del self.engines[engine.replica_id]
+        self.steps += engine.batch.steps_total
+        self.preemptions += engine.batch.preemptions
+
+    def _admit(self, admission: Admission) -> None:
+        request = admission.request
+        engine = self.engines[request.replica_id]
+        if engine.broken:
+            return  # the core is about to hear of it, and ends what it has admitted
+        assert engine.ready, f"{request.request_id} was admitted to an engine that is not ready"
+        facts = self._workshop.facts(request)
+        earlier = len(request.output_tokens)
+        try:
+            sequence = engine.batch.add(
+                admission.key,
+                prompt_tokens=len(request.prompt_tokens),
+                output_tokens=facts.output_tokens,
+                earlier_tokens=earlier,
+                hashes=facts.hashes,
+                hash_tokens=facts.hash_tokens,
+            )
+        except Rejected as error:
+            self._refuse(request, error)
+            return
+        engine.requests_total += 1
+        engine.runs[admission.key] = Run(request, sequence, earlier, facts.output_tokens, engine)
+        self.resume(engine)
+
+    def _refuse(self, request: SubmitRequest, error: Rejected) -> None:
+        code: FailureCode = "too_long" if error.code == "too_long" else "overloaded"
+        refused = RequestRefused(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            failure=code,
+            detail=error.detail,
+        )
+        self._port.feed(refused)
+
+    def _abort(self, abort: EngineAbort) -> None:
+        """Between two steps: the one under way is finished first."""
+        engine = self.engines.get(abort.replica_id)
+        run = None if engine is None else engine.runs.pop(abort.key, None)
+        if engine is None or run is None:
+            return
+        if engine.steps:
+            engine.aborts.append(abort.key)
+        else:
+            engine.batch.abort(abort.key)
+        self.resume(engine)
+
+    def _measure(self, _: None) -> None:
+        limits = self._workshop.limits
+        measured: list[MeasuredEngine] = []
+        for engine in self.engines.values():
+            if not engine.ready:
+                continue
+            self._catch_up(engine)
+            measured.append(
+                MeasuredEngine(
+                    replica_id=engine.replica_id,
+                    generation=engine.generation,
+                    load=engine.batch.load(),
+                    running_max=limits.running_max,
+                    waiting_max=limits.waiting_max,
+                    output_tokens_total=engine.batch.output_tokens_total,
+                    requests_total=engine.requests_total,
+                    step_s=engine.step_s,
+                )
+            )
+        self._port.feed(EngineLoads(engines=tuple(measured)))
+
+    def resume(self, engine: Engine) -> None:
+        """Something has changed: start the next steps, or end a leap with the step under way."""
+        if self._pulse is not None:
+            self._pulse.quicken()
+        if not engine.steps:
+            self._plan(engine, round(self._port.now_s * PS_PER_S))
+        elif engine.steps > 1:
+            elapsed_ps = round(self._port.now_s * PS_PER_S) - engine.since_ps
+            steps, end_ps = engine.batch.steps_until(elapsed_ps)
+            if steps < engine.steps:
+                engine.steps = steps
+                self._wake_at(engine, engine.since_ps + end_ps)
+
+    def _plan(self, engine: Engine, since_ps: int) -> None:
+        plan = engine.batch.plan()
+        if plan is None:
+            engine.steps = 0
+            return
+        engine.since_ps, engine.steps = since_ps, plan.steps
+        end_ps = plan.duration_ps
+        if self._workshop.streaming and plan.steps > 1:
+            engine.steps, end_ps = engine.batch.steps_until(1)
+        mean_s = end_ps / engine.steps / PS_PER_S
+        engine.step_s += STEP_WEIGHT * (mean_s - engine.step_s) if engine.step_s else mean_s
+        self._wake_at(engine, since_ps + end_ps)
+
+    def _wake_at(self, engine: Engine, at_ps: int) -> None:
+        engine.number = number = engine.number + 1
+
+        def wake() -> None:
+            if engine.number == number and self.engines.get(engine.replica_id) is engine:
+                self._wake(engine, at_ps)
+
+        self._port.later(at_ps / PS_PER_S - self._port.now_s, wake)
+
+    def _wake(self, engine: Engine, at_ps: int) -> None:
+        """The steps under way are done."""
+        if self.faults.step_breaks and self._rng.random() < self.faults.step_breaks:
+            self._break(engine, "illegal memory access (injected)")
+            return
+        progress = engine.batch.advance(engine.steps)
+        engine.steps = 0
+        for key in engine.aborts:
+            engine.batch.abort(key)
+        engine.aborts.clear()
+        out = Outgoing()
+        changed = bool(progress.ended)
+        if self._workshop.streaming:
+            for run in engine.runs.values():
+                self._show(run, out)
+        else:
+            for sequence in progress.first:
+                run = engine.runs.get(sequence.key)
+                if run is not None and run.shown < run.output_tokens:
+                    self._show(run, out)
+        for sequence in progress.ended:
+            run = engine.runs.pop(sequence.key, None)
+            if run is not None:
+                self._show(run, out, ended=True)
+        self._send(out)
+        if changed and self._pulse is not None:
+            self._pulse.quicken()
+        self._plan(engine, at_ps)
+
+    def _catch_up(self, engine: Engine) -> None:
+        """Let the batch know of the steps that are done by now; the rest of its leap goes on."""
+        if engine.steps > 1:
+            elapsed_ps = round(self._port.now_s * PS_PER_S) - engine.since_ps
+            done, done_ps = engine.batch.steps_done(elapsed_ps)
+            if done:
+                engine.batch.advance(done)
+                engine.since_ps += done_ps
+                engine.steps -= done
+                plan = engine.batch.plan()
+                assert plan is not None
+                assert plan.steps >= engine.steps
+
+    def _show(self, run: Run, out: "Outgoing", *, ended: bool = False) -> None:
+        """Chunk the tokens of ``run`` that have not left yet."""
+        request = run.request
+        made = run.output_tokens if ended else run.sequence.made
+        count = made - run.shown
+        if count <= 0 and not ended:
+            return
+        limit = request.sampling.output_tokens_max
+        chunk = TokenChunk(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            position=run.shown,
+            tokens=self._workshop.tokens(request.request_id, run.shown, count),
+            finish=("length" if made >= limit else "stop") if ended else None,
+        )
+        run.shown = made
+        out.add(run.home, request.ingress_id, chunk)
+        if ended:
+            attempt = EndedAttempt(request_id=request.request_id, attempt=request.attempt)
+            out.ended.setdefault(run.home, []).append(attempt)
+
+    def _send(self, out: "Outgoing") -> None:
+        for (home, ingress_id), chunks in out.chunks.items():
+            owner = home.owner
+            message = TokenChunks(
+                replica_id=home.replica_id, incarnation=owner.incarnation, chunks=chunks
+            )
+            owner.port.publish(TOKEN_CHUNKS.send(message, ingress_id=ingress_id))
+        for home, ended in out.ended.items():
+            home.owner.port.feed(RequestsEnded(ended=tuple(ended)))
+
+    def _break(self, engine: Engine, detail: str) -> None:
+        engine.ready, engine.broken, engine.steps = False, True, 0
+        engine.number += 1
+        engine.runs.clear()
+        for key in list(engine.batch.keys):
+            engine.batch.abort(key)
+        self._port.feed(
+            EngineBroken(replica_id=engine.replica_id, generation=engine.generation, detail=detail)
+        )
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    @property
+    def port(self) -> Port:
+        return self._port
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """What leaves after some steps: one message for each replica and ingress."""
+
+    chunks: dict[tuple[Engine, str], list[TokenChunk]] = field(
+        default_factory=dict[tuple[Engine, str], list[TokenChunk]]
+    )
+    ended: dict[Engine, list[EndedAttempt]] = field(
+        default_factory=dict[Engine, list[EndedAttempt]]
+    )
+
+    def add(self, home: Engine, ingress_id: str, chunk: TokenChunk) -> None:
+        key = (home, ingress_id)
+        known = self.chunks.get(key)
+        if known is None:
+            self.chunks[key] = [chunk]
+        else:
+            known.append(chunk)
+
+
+Tokens = Callable[[str, int, int], list[int]]

@@ -1,0 +1,20 @@
+"""Slow work in virtual time: it is done at once, and its outcome comes when it would have."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from loadgen.simulator.process import Job, Port
+from shared.messages.base import Message
+
+
+def slow_job(work: Callable[[Any], Message], port: Port, *, took_s: float | None) -> Job:
+    """``took_s`` virtual seconds later, or as many as it takes this machine now."""
+
+    def perform(argument: Any) -> None:  # noqa: ANN401  # the job's own type
+        began_s = time.perf_counter()
+        outcome = work(argument)
+        measured_s = time.perf_counter() - began_s
+        port.feed(outcome, delay_s=measured_s if took_s is None else took_s)
+
+    return perform

@@ -1,0 +1,93 @@
+"""Listens to the mesh and keeps what a report needs: changes of plan, and who held which GPUs."""
+
+from collections import Counter
+
+from loadgen.simulator.outcome import Switch
+from shared import subjects
+from shared.core import Effect, Started
+from shared.messages.plans import (
+    DeploymentPlan,
+    PlanInForce,
+    PlanProposed,
+    SwitchEnded,
+    SwitchStarted,
+)
+
+INPUTS = (
+    subjects.PLAN_IN_FORCE,
+    subjects.PLAN_PROPOSED,
+    subjects.SWITCH_STARTED,
+    subjects.SWITCH_ENDED,
+)
+PROPOSALS_MAX = 64
+
+
+class Observer:
+    """A core for the world."""
+
+    def __init__(self) -> None:
+        self.switches: list[Switch] = []
+        self.gpu_seconds = 0.0
+        self.epoch = -1
+        self.in_force: DeploymentPlan | None = None
+        self._since_s = 0.0
+        self._started_s: dict[str, float] = {}
+        self._proposed: dict[str, DeploymentPlan] = {}
+
+    def step(
+        self,
+        event: PlanInForce | PlanProposed | SwitchStarted | SwitchEnded | Started,
+        now_s: float,
+    ) -> list[Effect]:
+        match event:
+            case PlanInForce():
+                if event.epoch != self.epoch:
+                    self.account(now_s)
+                    self.epoch, self.in_force = event.epoch, event.plan
+            case PlanProposed():
+                self._proposed[event.plan.plan_id] = event.plan
+                while len(self._proposed) > PROPOSALS_MAX:
+                    del self._proposed[next(iter(self._proposed))]
+            case SwitchStarted():
+                self._started_s.setdefault(event.plan_id, now_s)
+            case SwitchEnded():
+                self._on_ended(event, now_s)
+            case Started():
+                pass
+        return []
+
+    def check(self) -> None:
+        assert len(self._proposed) <= PROPOSALS_MAX
+
+    def account(self, now_s: float) -> None:
+        """Charge the plan in force until now."""
+        if self.in_force is not None:
+            gpus = sum(len(spec.gpus) for spec in self.in_force.replicas)
+            self.gpu_seconds += gpus * (now_s - self._since_s)
+        self._since_s = now_s
+
+    def _on_ended(self, ended: SwitchEnded, now_s: float) -> None:
+        self._started_s.clear()
+        plan = self._proposed.get(ended.plan_id)
+        self.switches.append(
+            Switch(
+                at_s=now_s - ended.took_s,
+                took_s=ended.took_s,
+                succeeded=ended.succeeded,
+                plan=words(plan) if plan is not None else ended.plan_id,
+                reason=ended.detail or (plan.reason if plan is not None else ""),
+            )
+        )
+
+
+def words(plan: DeploymentPlan) -> str:
+    """The shapes of a plan: ``2 tp4pp1, 4 tp2pp1``, by model where there are several."""
+    several = len({spec.model_id for spec in plan.replicas}) > 1
+    counts = Counter(
+        (spec.model_id if several else "", spec.parallelism.removesuffix("pp1"))
+        for spec in plan.replicas
+    )
+    return ", ".join(
+        f"{count} {model_id + ' ' if model_id else ''}{shape}"
+        for (model_id, shape), count in sorted(counts.items())
+    )

@@ -1,0 +1,235 @@
+"""An ingress that replays traces in virtual time: the real intake and core, and what each request
+felt like.
+
+The gateway's IO is not here (HTTP, encoding, the outbox). Prompts have lengths and no content; what
+matters of their content, which blocks they share with others, is in the records' hashes.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from loadgen.simulator.engines import Facts
+from loadgen.workload.records import TraceRecord
+from services.ingress.completed import completed
+from services.ingress.config import IngressConfig
+from services.ingress.events import RequestFailed
+from services.ingress.intake import Intake
+from services.ingress.journey import Journey, Taken
+from shared import subjects
+from shared.core import Ask, Effect, Log, Publish, SetTimer, Started
+from shared.messages.base import Message
+from shared.messages.requests import (
+    FinishReason,
+    RequestCompleted,
+    RequestsCompleted,
+    RouteReply,
+    SamplingParams,
+    TokenChunks,
+)
+
+SWEEP_S = 5.0
+NONE = float("nan")
+
+
+class NextArrival(Message, frozen=True, kw_only=True):
+    """Timer: the next request of the trace arrives."""
+
+
+class SweepTick(Message, frozen=True, kw_only=True):
+    """Timer: look what is overdue."""
+
+
+class CompletedTick(Message, frozen=True, kw_only=True):
+    """Timer: publish what has ended since."""
+
+
+SourceEvent = Started | NextArrival | SweepTick | CompletedTick | RouteReply | TokenChunks
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of the merged traffic."""
+
+    at_s: float
+    model_id: str
+    record: TraceRecord
+
+
+def _times() -> "array[float]":
+    return array("d")
+
+
+@dataclass(slots=True)
+class Columns:
+    """What became of each request, in order of arrival; NaN: it did not come to that."""
+
+    ttft_s: "array[float]" = field(default_factory=_times)
+    e2e_s: "array[float]" = field(default_factory=_times)
+    output_tokens: "array[int]" = field(default_factory=lambda: array("l"))
+    ended: int = 0
+    failed: dict[str, int] = field(default_factory=dict[str, int])
+
+    def grow(self, count: int) -> None:
+        self.ttft_s.extend([NONE] * count)
+        self.e2e_s.extend([NONE] * count)
+        self.output_tokens.extend([0] * count)
+
+
+class _Client:
+    """The choice of one request: notes when its tokens come."""
+
+    __slots__ = ("journey", "row", "source")
+
+    def __init__(self, source: "Source", journey: Journey, row: int) -> None:
+        self.source, self.journey, self.row = source, journey, row
+
+    def on_tokens(self, taken: Taken) -> bool:
+        if taken.position == 0:
+            source = self.source
+            source.columns.ttft_s[self.row] = source.now_s - self.journey.arrived_s
+        return False
+
+    def on_end(self, finish: FinishReason) -> None:
+        source, journey = self.source, self.journey
+        columns = source.columns
+        columns.e2e_s[self.row] = source.now_s - journey.arrived_s
+        columns.output_tokens[self.row] = len(journey.tokens)
+        source.on_completed(journey)
+
+    def on_fail(self, failure: RequestFailed) -> None:
+        failed = self.source.columns.failed
+        failed[failure.code] = failed.get(failure.code, 0) + 1
+        self.source.on_completed(self.journey)
+
+
+class Source:
+    """A core for the world; ``arrivals`` by ascending time, on the world's clock."""
+
+    def __init__(
+        self,
+        config: IngressConfig,
+        arrivals: Sequence[Arrival],
+        *,
+        ingress_id: str,
+        output_tokens_limit: int | None = None,
+    ) -> None:
+        """``output_tokens_limit``: what each client allows, at least what it will get; without
+        it a client allows just that, as ``oserve replay`` does."""
+        self._config, self._ingress_id = config, ingress_id
+        self._arrivals, self._next = arrivals, 0
+        self._limit = output_tokens_limit
+        self._intake = Intake(config, ingress_id=ingress_id, shell=self)
+        self._samplings: dict[int, SamplingParams] = {}
+        self._rows: dict[str, int] = {}
+        self._effects: list[Effect] = []  # of the step in progress
+        self._completed: list[RequestCompleted] = []
+        self.now_s = 0.0
+        self.columns = Columns()
+        self.columns.grow(len(arrivals))
+
+    @property
+    def done(self) -> bool:
+        return self._next == len(self._arrivals) and not self._rows
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._rows)
+
+    def step(self, event: SourceEvent, now_s: float) -> list[Effect]:
+        self._effects = effects = []
+        self.now_s = now_s
+        match event:
+            case TokenChunks():
+                self._intake.on_chunks(event, now_s)
+            case RouteReply():
+                self._intake.step(event, now_s)
+            case NextArrival():
+                self._on_arrival(now_s)
+            case CompletedTick():
+                effects.append(self._publish_completed())
+            case SweepTick():
+                self._intake.sweep(now_s)
+                self._intake.forget(now_s)
+                effects.append(SetTimer(now_s + SWEEP_S, event))
+            case Started():
+                effects.extend(self._on_started(now_s))
+            case _:
+                assert_never(event)
+        return effects
+
+    def check(self) -> None:
+        core = self._intake.core
+        core.check()
+        assert core.open_requests == len(self._intake.choices) == len(self._rows)
+
+    def facts(self, request_id: str) -> Facts:
+        record = self._arrivals[self._rows[request_id]].record
+        if not record.hash_ids:
+            return Facts(record.output_tokens)
+        return Facts(record.output_tokens, record.hash_ids, record.hash_block_tokens)
+
+    def on_completed(self, journey: Journey) -> None:
+        """A request has ended, however it did."""
+        del self._rows[journey.request_id]
+        self.columns.ended += 1
+        if not self._completed:
+            self._effects.append(SetTimer(self.now_s + self._config.completed_s, CompletedTick()))
+        self._completed.append(completed(journey, self.now_s))
+
+    def perform(self, effect: Publish | Ask | Log) -> None:
+        self._effects.append(effect)
+
+    def on_ended(self, request_id: str) -> None:
+        """The gateway lets go of trace headers here."""
+
+    def on_unexpected(self) -> None:
+        raise AssertionError("a worker speaks of an attempt that was never made")
+
+    def _on_started(self, now_s: float) -> Iterable[Effect]:
+        assert self._next == 0, "the source outlives every fault"
+        if self._arrivals:
+            yield SetTimer(max(now_s, self._arrivals[0].at_s), NextArrival())
+        yield SetTimer(now_s + SWEEP_S, SweepTick())
+
+    def _on_arrival(self, now_s: float) -> None:
+        row = self._next
+        arrival = self._arrivals[row]
+        self._next = row + 1
+        if self._next < len(self._arrivals):
+            self._effects.append(SetTimer(self._arrivals[self._next].at_s, NextArrival()))
+        record = arrival.record
+        request_id = f"q{row}"
+        self._rows[request_id] = row
+        journey = Journey(
+            request_id=request_id,
+            model_id=arrival.model_id,
+            prompt_tokens=[0] * record.input_tokens,
+            sampling=self._sampling(record.output_tokens),
+            slo_class=record.slo_class or "standard",
+            tenant=record.tenant,
+            arrived_s=now_s,
+            deadline_s=now_s + self._config.request_s,
+            prefix_hashes=record.hash_ids,
+        )
+        self._intake.open(journey, _Client(self, journey, row), now_s)
+
+    def _sampling(self, output_tokens: int) -> SamplingParams:
+        limit = max(output_tokens, self._limit or 0)
+        known = self._samplings.get(limit)
+        if known is None:
+            known = self._samplings[limit] = SamplingParams(output_tokens_max=limit)
+        return known
+
+    def _publish_completed(self) -> Publish:
+        message = RequestsCompleted(ingress_id=self._ingress_id, completed=tuple(self._completed))
+        self._completed.clear()
+        return subjects.REQUESTS_COMPLETED.send(message, ingress_id=self._ingress_id)
+
+
+def inputs(ingress_id: str) -> tuple[subjects.Subject[RouteReply], subjects.Subject[TokenChunks]]:
+    return (
+        subjects.ROUTE_REPLY.of(ingress_id=ingress_id),
+        subjects.TOKEN_CHUNKS.of(ingress_id=ingress_id),
+    )

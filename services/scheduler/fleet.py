@@ -1,0 +1,79 @@
+"""The workers as the scheduler knows them by their reports, and the GPUs it may plan onto."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.policies.interface import GpuOffer
+from shared.mesh import MeshConfig
+from shared.messages.replicas import WorkerReport
+
+
+@dataclass(slots=True)
+class _Worker:
+    report: WorkerReport
+    seen_s: float
+    appeared_s: float
+
+
+class Fleet:
+    """A worker is gone after ``worker_timeout_s`` of silence, and planned onto once it has been
+    there for ``settle_s``: one that flickers would move replicas at each appearance."""
+
+    def __init__(self, config: SchedulerConfig, mesh: MeshConfig) -> None:
+        self._config = config
+        self._models = {model.model_id for model in mesh.models}
+        self._expected = {gpu.gpu_id for gpu in mesh.gpus()}
+        self._workers: dict[str, _Worker] = {}
+        self.kinds = {gpu.gpu_id: gpu.kind for gpu in mesh.gpus()}
+
+    def hear(self, report: WorkerReport, now_s: float) -> bool:
+        """Take a report in; whether its worker has begun to leave."""
+        worker = self._workers.get(report.worker_id)
+        if worker is None or self._gone(worker, now_s):
+            self._workers[report.worker_id] = _Worker(report, now_s, now_s)
+            return False
+        was_leaving, worker.report, worker.seen_s = worker.report.leaving, report, now_s
+        if was_leaving and not report.leaving:
+            worker.appeared_s = now_s
+        return report.leaving and not was_leaving
+
+    @property
+    def complete(self) -> bool:
+        """Whether every worker of the topology has reported."""
+        return self._expected <= self._workers.keys()
+
+    def settle(self) -> None:
+        """Count whoever is there as settled: the wait at the start was long enough."""
+        for worker in self._workers.values():
+            worker.appeared_s = float("-inf")
+
+    def offers(
+        self, now_s: float, *, in_use: Collection[str]
+    ) -> tuple[tuple[GpuOffer, ...], list[str]]:
+        """GPUs that may be planned onto, and the topology's workers that are absent. Those
+        ``in_use`` need not settle."""
+        offers: list[GpuOffer] = []
+        for worker_id, worker in sorted(self._workers.items()):
+            report = worker.report
+            if self._gone(worker, now_s):
+                if worker_id not in self._expected:
+                    del self._workers[worker_id]  # of no topology we know: forget it
+                continue
+            settled = now_s - worker.appeared_s >= self._config.settle_s
+            models = self._models.intersection(report.models)
+            if not report.leaving and models and (settled or worker_id in in_use):
+                self.kinds[worker_id] = report.gpu.kind
+                offers.append(
+                    GpuOffer(
+                        gpu_id=worker_id,
+                        node_id=report.node_id,
+                        kind=report.gpu.kind,
+                        models=() if models == self._models else tuple(sorted(models)),
+                    )
+                )
+        offered = {offer.gpu_id for offer in offers}
+        return tuple(offers), sorted(self._expected - offered)
+
+    def _gone(self, worker: _Worker, now_s: float) -> bool:
+        return now_s - worker.seen_s > self._config.worker_timeout_s

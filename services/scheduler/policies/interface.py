@@ -1,0 +1,103 @@
+"""What a policy is told, and what it answers: the contract of every planning policy.
+
+A policy is given all it may know as one frozen ``Problem`` and answers with ``Planned``: a plan,
+or None to keep the plan in force, and why, with numbers. It reads no clock and starts nothing:
+what it remembers of former problems is its own, and it is asked one problem at a time. A slow one
+runs outside the core's step, so it must end by itself within ``Problem.time_limit_s``: nobody can
+stop a thread.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from shared.messages.demand import DemandReport, TypeForecast
+from shared.messages.plans import DeploymentPlan
+from shared.messages.replicas import ReplicaReport
+from shared.slo import SloTarget
+
+if TYPE_CHECKING:
+    from shared.cost.limits import EngineLimits
+
+    from shared.mesh import ReplicaWish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuOffer:
+    """One GPU that may be planned onto. ``models``: what its worker can serve; empty: anything."""
+
+    gpu_id: str
+    node_id: str
+    kind: str
+    models: tuple[str, ...] = ()
+
+    def serves(self, model_id: str) -> bool:
+        return not self.models or model_id in self.models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """The plan, or None when nothing can be placed or nothing should move; and why it is what it
+    is. ``dropped`` names replicas asked for that found no room."""
+
+    plan: DeploymentPlan | None
+    reason: str
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDemand:
+    """What one model is expected to get over the horizon; no types when nothing is expected. Every
+    type has a finite rate and input length above 0 and a finite output length of 0 or more: the
+    core has sorted out the others."""
+
+    model_id: str
+    types: tuple[TypeForecast, ...]
+    horizon_s: float = 0.0
+
+    @property
+    def arrivals_rps(self) -> float:
+        return sum(kind.arrivals_rps for kind in self.types)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One decision. All mappings by model cover every model of the topology.
+
+    ``models`` are in the topology's order. ``offers`` are sorted by GPU. ``kinds``: the kind of
+    every GPU ever known, the vanished included. ``profiles``: the name of a model in the cost
+    profiles. ``observed``: the newest window of each model that had one, and ``loads`` the newest
+    report of each replica in force that sends any: what a reactive policy goes by.
+    """
+
+    now_s: float
+    epoch: int
+    models: tuple[ModelDemand, ...]
+    offers: tuple[GpuOffer, ...]
+    in_force: DeploymentPlan
+    wishes: tuple["ReplicaWish", ...] = ()
+    kinds: Mapping[str, str]
+    profiles: Mapping[str, str]
+    targets: Mapping[str, SloTarget]
+    limits: "EngineLimits"
+    time_limit_s: float = 30.0
+    observed: tuple[DemandReport, ...] = ()
+    loads: tuple[ReplicaReport, ...] = ()
+
+
+class Policy(Protocol):
+    @property
+    def period_s(self) -> float:
+        """Between decisions; 0: each of the scheduler's periods. A GPU that comes or goes brings
+        the next one forward."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether ``plan`` may take more than a few milliseconds, and so runs as a job."""
+        ...
+
+    def plan(self, problem: Problem) -> Planned:
+        """The plan for ``problem``. Same problems in the same order, same plans. What it raises is
+        logged as the reason, and the plan in force is kept."""
+        ...

@@ -1,0 +1,67 @@
+"""Whether a plan may be asked for at all: checked before each proposal, whoever made the plan."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from math import isfinite
+
+from services.scheduler.policies.interface import GpuOffer
+from shared.errors import ConfigInvalid
+from shared.hardware import Parallelism
+from shared.messages.plans import DeploymentPlan, ReplicaSpec
+
+SUM_ERROR_MAX = 1e-9  # of a row of weights: rounding
+
+
+def verify(
+    plan: DeploymentPlan,
+    offers: Iterable[GpuOffer],
+    models: Collection[str],
+    *,
+    across_nodes: Collection[str] = (),
+) -> list[str]:
+    """What is wrong with ``plan``; empty when nothing is. The tensor-parallel groups of the
+    replicas ``across_nodes`` may span nodes: their operator asked for it."""
+    offered = {offer.gpu_id: offer for offer in offers}
+    wrong = [] if plan.replicas else ["it has no replica"]
+    ids = Counter(spec.replica_id for spec in plan.replicas)
+    wrong += [f"{id_} is named {count} times" for id_, count in sorted(ids.items()) if count > 1]
+    owned = Counter(gpu for spec in plan.replicas for gpu in spec.gpus)
+    wrong += [f"{gpu} has {count} owners" for gpu, count in sorted(owned.items()) if count > 1]
+    for spec in plan.replicas:
+        wrong += _wrong_replica(spec, offered, models, across=spec.replica_id in across_nodes)
+    for name, row in plan.weights.items():
+        unknown = sorted(row.keys() - ids.keys())
+        if unknown:
+            wrong.append(f"weights of type {name} name unknown replicas {', '.join(unknown)}")
+        if not all(isfinite(share) and share >= 0.0 for share in row.values()):
+            wrong.append(f"weights of type {name} are not all finite and 0 or more")
+        elif abs(sum(row.values()) - 1.0) > SUM_ERROR_MAX:
+            wrong.append(f"weights of type {name} sum to {sum(row.values()):g}, not to 1")
+    return wrong
+
+
+def _wrong_replica(
+    spec: ReplicaSpec, offered: dict[str, GpuOffer], models: Collection[str], *, across: bool
+) -> list[str]:
+    if spec.model_id not in models:
+        return [f"{spec.replica_id} is of unknown model {spec.model_id}"]
+    try:
+        shape = Parallelism.parse(spec.parallelism)
+    except ConfigInvalid as error:
+        return [f"{spec.replica_id}: {error}"]
+    if len(spec.gpus) != shape.gpus:
+        return [f"{spec.replica_id} has {len(spec.gpus)} GPUs, {shape} needs {shape.gpus}"]
+    absent = [gpu for gpu in spec.gpus if gpu not in offered]
+    if absent:
+        return [f"{spec.replica_id} wants {', '.join(absent)}, not on offer"]
+    gpus = [offered[gpu] for gpu in spec.gpus]
+    wrong = [
+        f"{offer.gpu_id} of {spec.replica_id} cannot serve {spec.model_id}"
+        for offer in gpus
+        if not offer.serves(spec.model_id)
+    ]
+    for start in range(0, len(gpus), shape.tp):
+        nodes = sorted({offer.node_id for offer in gpus[start : start + shape.tp]})
+        if len(nodes) > 1 and not across:
+            wrong.append(f"a tensor-parallel group of {spec.replica_id} spans {', '.join(nodes)}")
+    return wrong
