@@ -19,7 +19,7 @@ from shared.bus import BusConfig, Delivery, NatsBus
 from shared.config import load_settings
 from shared.errors import BusUnavailable, ConfigInvalid
 from shared.messages.base import Message, decode
-from shared.messages.plans import PlanInForce
+from shared.messages.plans import DeploymentPlan, PlanInForce
 from shared.messages.replicas import ReplicaReport, WorkerReport
 from shared.subjects import PLAN_IN_FORCE, REPLICA_REPORT, WORKER_REPORT, Subject
 
@@ -185,17 +185,14 @@ def _gpus_table(status: MeshStatus) -> Table:
 
 
 def _replicas_table(status: MeshStatus) -> Table:
-    specs = {s.replica_id: s for s in status.plan.plan.replicas} if status.plan else {}
-    models = {model_id for report in status.workers for model_id in report.models}
-    named = ("replica", "model") if len(models) > 1 else ("replica",)  # 80 columns are not many
-    columns = (*named, "shape", "phase", "running", "waiting", "KV", "step", "requests")
+    shapes = {s.replica_id: s.parallelism for s in status.plan.plan.replicas} if status.plan else {}
+    columns = ("replica", "shape", "phase", "running", "waiting", "KV", "step", "requests")
     table = Table(*columns, title="Replicas", title_justify="left")
     for report in status.replicas:
         used = report.kv_blocks_used / report.kv_blocks_total if report.kv_blocks_total else 0.0
-        spec = specs.get(report.replica_id)
         table.add_row(
-            *(report.replica_id, spec.model_id if spec else "-")[: len(named)],
-            spec.parallelism if spec else "not in the plan",
+            report.replica_id,
+            shapes.get(report.replica_id, "not in the plan"),
             report.phase,
             f"{report.running}/{report.running_max}",
             f"{report.waiting}/{report.waiting_max}",
@@ -211,7 +208,22 @@ def _plan_lines(in_force: PlanInForce) -> list[str]:
     lines = [f"Plan {plan.plan_id or '(empty)'}, epoch {in_force.epoch}: {plan.reason}"]
     if in_force.switching_to:
         lines.append(f"  switching to {in_force.switching_to}")
-    for kind, row in sorted(plan.weights.items()):
-        shares = ", ".join(f"{replica} {share:.0%}" for replica, share in sorted(row.items()))
-        lines.append(f"  requests of type {kind}: {shares}")
+    return lines + _share_lines(plan)
+
+
+def _share_lines(plan: DeploymentPlan) -> list[str]:
+    """Which replicas serve which requests of which model: shares of each model's own requests."""
+    models = sorted({spec.model_id for spec in plan.replicas})
+    lines: list[str] = []
+    for model_id in models:
+        mine = {spec.replica_id for spec in plan.replicas if spec.model_id == model_id}
+        for_model = f" for {model_id}" if len(models) > 1 else ""
+        for kind, row in sorted(plan.weights.items()):
+            part = {id_: share for id_, share in sorted(row.items()) if id_ in mine}
+            total = sum(part.values())
+            if total > 0.0:
+                shares = ", ".join(
+                    f"{replica} {share / total:.0%}" for replica, share in part.items()
+                )
+                lines.append(f"  requests{for_model} of type {kind}: {shares}")
     return lines

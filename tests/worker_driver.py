@@ -83,7 +83,8 @@ class DrivenWorker:
     stops of engines that the test has not let come to an end yet."""
 
     def __init__(self, config: WorkerConfig | None = None) -> None:
-        self.core = WorkerCore(config or WorkerConfig(worker_id=WORKER), IDENTITY)
+        self.config = config or WorkerConfig(worker_id=WORKER)
+        self.core = WorkerCore(self.config, IDENTITY)
         self.now_s = 0.0
         self.sent: list[Message | DataMessage] = []
         self.jobs: list[EngineStart | EngineStop] = []

@@ -18,8 +18,9 @@ import msgspec
 
 from loadgen.compare.metrics import RunMetrics, measure
 from loadgen.compare.workload import Workload, arrivals
+from loadgen.simulator.outcome import Forecast, SimulationResult, SimulationSpec
 from loadgen.simulator.policies import Policy
-from loadgen.simulator.run import Forecast, SimulationResult, SimulationSpec, run
+from loadgen.simulator.run import run
 from shared.errors import OServeError
 from shared.mesh import MeshConfig
 from shared.slo import SloTarget
@@ -48,7 +49,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     warmup_s: float
     drain_s: float
     targets: dict[str, SloTarget]
-    slow_work: float | None = None
+    slow_work_s: float | None = None
 
     @property
     def digest(self) -> str:
@@ -83,9 +84,8 @@ def perform(job: Job, simulate: Simulate = run) -> RunRecord:
             policy=job.policy,
             forecast=job.forecast,
             seed=job.seed,
-            warmup_s=job.warmup_s,
             drain_s=job.drain_s,
-            slow_work=job.slow_work,
+            slow_work_s=job.slow_work_s,
         )
     )
     metrics = measure(
@@ -110,11 +110,11 @@ class Runs:
         *,
         processes: int = 1,
         perform: Callable[[Job], RunRecord] = perform,
-        told: Callable[[str, int, int], None] = lambda what, done, total: None,
+        told: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """``told`` hears of progress: of what, how many runs done, of how many."""
         self._folder, self._processes = folder, processes
-        self._perform, self._told = perform, told
+        self._perform, self._hear = perform, told
         self.done = self.reused = 0
 
     @property
@@ -155,6 +155,10 @@ class Runs:
                     yield _named(futures[future], future.result)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _told(self, what: str, done: int, total: int) -> None:
+        if self._hear is not None:
+            self._hear(what, done, total)
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.json"

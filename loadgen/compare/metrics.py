@@ -8,8 +8,9 @@
   smallest value that at least that share of the requests does not exceed).
 - ``slo_attainment``: the share of counted requests that completed and met TTFT and TPOT of their
   type. ``goodput_rps``: how many did, over the window's seconds after the warm-up.
-- ``throughput_rps``, ``tokens_per_s``: completed requests, and tokens of them, over the time from the
-  warm-up's end to the later of the window's end and the last completion.
+- ``throughput_rps``, ``input_tokens_per_s``, ``output_tokens_per_s``: completed requests, and
+  tokens of them, over the time from the warm-up's end to the window's end, or to the last
+  completion if that is later.
 - ``settled_s``: when requests with 99 % of the offered tokens (input and output) had ended, after
   the window's end; below 0 if before it, None if never. What saturation is told by.
 - ``gpu_hours``: of the whole run, warm-up and drain included.
@@ -22,7 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loadgen.simulator.run import Requests, SimulationResult
+from loadgen.simulator.outcome import Requests, SimulationResult
 from shared.slo import SloTarget
 
 Floats = npt.NDArray[np.float64]
@@ -124,7 +125,7 @@ def measure(
         input_tokens_per_s=float(counted.input_tokens[done].sum()) / span_s,
         output_tokens_per_s=float(counted.output_tokens[done].sum()) / span_s,
         ttft_ms=latency(_endless(counted.ttft_s, done)),
-        tpot_ms=latency(_endless(tpot_s, done)[counted.output_tokens > 1]),
+        tpot_ms=latency(_endless(tpot_s, done)[(counted.output_tokens > 1) | ~done]),
         e2e_ms=latency(_endless(counted.e2e_s, done)),
         gpu_hours=result.gpu_seconds / 3600.0,
         switches=len(good),
@@ -167,11 +168,12 @@ def tpot_of(requests: Requests) -> Floats:
     """Seconds per output token after the first; NaN for a request with fewer than two."""
     gaps = requests.output_tokens - 1
     spread_s = np.maximum(requests.e2e_s - requests.ttft_s, 0.0)
-    return np.divide(spread_s, gaps, out=np.full(spread_s.shape, np.nan), where=gaps > 0)
+    nowhere: Floats = np.full(spread_s.shape, np.nan)
+    return np.divide(spread_s, gaps, out=nowhere, where=gaps > 0)
 
 
 def _settled_s(requests: Requests, ended_s: Floats, window_s: float) -> float | None:
-    tokens = (requests.input_tokens + requests.output_tokens).astype(np.float64)
+    tokens: Floats = (requests.input_tokens + requests.output_tokens).astype(np.float64)
     ends_s = _endless(ended_s, requests.completed)
     order = np.argsort(ends_s, kind="stable")
     done = np.cumsum(tokens[order])
@@ -244,7 +246,7 @@ def _type_metrics(
     for number, key in enumerate(keys):
         rows = numbers == number
         done = requests.completed[rows]
-        several = requests.output_tokens[rows] > 1
+        several = (requests.output_tokens[rows] > 1) | ~done
         metrics[key] = TypeMetrics(
             offered=int(rows.sum()),
             completed=int(done.sum()),

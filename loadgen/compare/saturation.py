@@ -1,7 +1,7 @@
 """Saturation: the largest load that the best static deployment bears.
 
-A deployment *keeps up* with a rate scale if requests with 99 % of the offered tokens have ended by a
-grace after the last arrival: 5 % of the window, and the P99 of E2E that this deployment has at a
+A deployment *keeps up* with a rate scale if requests with 99 % of the offered tokens have ended by
+a grace after the last arrival: 5 % of the window, and the P99 of E2E that this deployment has at a
 light load (``LIGHT_REQUESTS`` requests in the window), which is what the last requests take in any
 case. So a queue may build up in a busy stretch, but must be worked off by the end. Saturation is
 the largest rate scale with which some static deployment keeps up, found by doubling and bisection

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from loadgen.simulator.run import Traffic
+from loadgen.simulator.outcome import Traffic
 from loadgen.workload.arrivals import Selection, select
 from loadgen.workload.readers import read_trace
 from loadgen.workload.records import TraceRecord

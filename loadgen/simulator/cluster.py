@@ -4,7 +4,9 @@ import dataclasses
 import heapq
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -27,7 +29,8 @@ from services.forecaster import core as forecaster
 from services.profiler import core as profiler
 from services.router import core as router
 from services.scheduler import core as scheduler
-from services.scheduler.solving import SOLVE, solve
+from services.scheduler.policies.registry import make_policy
+from services.scheduler.solving import solve
 from services.switcher import core as switcher
 from services.worker.core import WorkerCore
 from services.worker.engine.batching import Batch
@@ -72,6 +75,7 @@ class Cluster:
             ingress_id=INGRESS,
             output_tokens_limit=spec.output_tokens_limit,
         )
+        self.limits = engine_limits(self.mesh)
         self.fleet: list[Engines] = []
         self._model_ids = tuple(model.model_id for model in self.mesh.models)
         self._booted = False
@@ -116,10 +120,6 @@ class Cluster:
 
     # What engines are made of
 
-    @property
-    def limits(self):
-        return self._limits
-
     def batch(self, spec: ReplicaSpec) -> Batch:
         return modelled_replica(self.mesh, spec).new_batch()
 
@@ -137,3 +137,97 @@ class Cluster:
         """Their number matters, what they say does not."""
         del request_id, position
         return [0] * count
+
+    # The processes
+
+    def _add_services(self) -> None:
+        add, paces = self.world.add, self.paces
+        add(self._simple("observer", lambda: self.observer, OBSERVED))
+        add(self._simple("ingress", lambda: self.source, ingress.inputs(INGRESS)))
+        add(
+            NodeSpec(
+                name="router",
+                make=lambda _n, _p: (
+                    router.Router(paces.router, models=self._model_ids, instance_id="router"),
+                    {},
+                ),
+                inputs=router.INPUTS,
+                queries=router.QUERIES,
+            )
+        )
+        add(
+            self._simple(
+                "profiler",
+                lambda: profiler.Profiler(
+                    paces.profiler, models=self._model_ids, unix_offset_s=0.0
+                ),
+                profiler.INPUTS,
+            )
+        )
+        add(self._forecaster())
+        add(NodeSpec(name="scheduler", make=self._scheduler, inputs=self._scheduler_inputs()))
+        add(self._simple("switcher", lambda: switcher.Switcher(paces.switcher), switcher.INPUTS))
+
+    def _simple(
+        self, name: str, make: Callable[[], Core], inputs: Sequence[subjects.Subject[Any]]
+    ) -> NodeSpec:
+        return NodeSpec(name=name, make=lambda _n, _p: (make(), {}), inputs=inputs)
+
+    def _forecaster(self) -> NodeSpec:
+        config = self.paces.forecaster
+        if self.spec.forecast != "oracle":
+            return self._simple(
+                "forecaster",
+                lambda: forecaster.Forecaster(config, unix_offset_s=0.0),
+                forecaster.INPUTS,
+            )
+        oracle = Oracle(self.arrivals, horizon_windows=config.horizon_windows, unix_offset_s=0.0)
+        return self._simple("forecaster", lambda: oracle, FORESEEN)
+
+    def _scheduler_inputs(self) -> Sequence[subjects.Subject[Any]]:
+        return scheduler.inputs(self.paces.scheduler.policy)
+
+    def _scheduler(self, _number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
+        config = self.paces.scheduler
+        policy = make_policy(config)
+        job = slow_job(partial(solve, policy), port, took_s=self.spec.slow_work_s)
+        return scheduler.Scheduler(config, self.mesh, policy), {"solve": job}
+
+    def _worker(self, node_id: str, gpu: GpuSpec) -> NodeSpec:
+        worker_id = gpu.gpu_id
+        config = msgspec.structs.replace(self.paces.worker, worker_id=worker_id)
+
+        def make(number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
+            incarnation = f"{worker_id}-{number}"
+            identity = WorkerIdentity(
+                worker_id=worker_id,
+                incarnation=incarnation,
+                node_id=node_id,
+                gpu=gpu,
+                models=self._model_ids,
+            )
+            pulse = None
+            if self.paces.pulse_s is not None:
+                pulse = Pulse(port, report_s=config.report_s, keepalive_s=self.paces.pulse_s)
+            engines = Engines(
+                port,
+                incarnation=incarnation,
+                workshop=self,
+                rng=random.Random(f"engine/{self.spec.seed}/{incarnation}"),
+                pulse=pulse,
+            )
+            self.fleet.append(engines)
+            return Streaming(WorkerCore(config, identity), engines), engines.jobs()
+
+        inputs = tuple(subject.of(worker_id=worker_id) for subject in WORKER_COMMANDS)
+        return NodeSpec(name=worker_id, make=make, inputs=inputs)
+
+
+def _merged(traffic: Sequence[Traffic]) -> Iterator[Arrival]:
+    """The arrivals of all models, by time, on the world's clock."""
+
+    def of(one: Traffic) -> Iterator[Arrival]:
+        for record in one.records:
+            yield Arrival(BOOT_S + record.timestamp_s, one.model_id, record)
+
+    return heapq.merge(*(of(one) for one in traffic), key=lambda arrival: arrival.at_s)

@@ -16,7 +16,9 @@ from typing import Protocol
 from loadgen.simulator.process import Job, Port
 from loadgen.simulator.pulse import Pulse
 from services.worker.engine.batching import Batch
-from services.worker.engine.batching import Sequence as Running
+from services.worker.engine.batching_types import DECODE
+from services.worker.engine.batching_types import Sequence as Running
+from services.worker.engine.interface import EngineLoad
 from services.worker.events import (
     ABORT,
     ADMIT,
@@ -107,11 +109,35 @@ class Engine:
     requests_total: int = 0
     step_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict[str, Run])
-    aborts: list[str] = field(default_factory=list[str])
 
     @property
     def replica_id(self) -> str:
         return self.spec.replica_id
+
+    def done(self, now_ps: int) -> int:
+        """Steps of the leap under way that have ended by now, and of which the batch will only
+        hear at the leap's end."""
+        if self.steps <= 1:
+            return 0
+        plan = self.batch.plan()
+        assert plan is not None, "a leap without a plan"
+        elapsed_ps = now_ps - self.since_ps
+        steps, end_ps = plan.steps_until(elapsed_ps)
+        return min(self.steps, steps if end_ps <= elapsed_ps else steps - 1)
+
+    def load(self, now_ps: int) -> EngineLoad:
+        """As the engine would report it now."""
+        load, batch, done = self.batch.load(), self.batch, self.done(now_ps)
+        if not done:
+            return load
+        grown = batch.kv.growth(batch.steps_total, done, batch.decoding)
+        return EngineLoad(
+            running=load.running,
+            waiting=load.waiting,
+            tokens_pending=load.tokens_pending - done * batch.decoding,
+            kv_blocks_used=load.kv_blocks_used + grown,
+            kv_blocks_total=load.kv_blocks_total,
+        )
 
 
 class Engines:
@@ -151,10 +177,10 @@ class Engines:
     def flush(self) -> None:
         """Send every token made until now."""
         for engine in self.engines.values():
-            self._catch_up(engine)
+            done = engine.done(round(self._port.now_s * PS_PER_S))
             out = Outgoing()
             for run in engine.runs.values():
-                self._show(run, out)
+                self._show(engine, run, out, done=done)
             self._send(out)
 
     def _start(self, start: EngineStart) -> None:
@@ -221,16 +247,13 @@ class Engines:
         self._port.feed(refused)
 
     def _abort(self, abort: EngineAbort) -> None:
-        """Between two steps: the one under way is finished first."""
+        """The step under way still takes the time that it takes."""
         engine = self.engines.get(abort.replica_id)
         run = None if engine is None else engine.runs.pop(abort.key, None)
         if engine is None or run is None:
             return
-        if engine.steps:
-            engine.aborts.append(abort.key)
-        else:
-            engine.batch.abort(abort.key)
         self.resume(engine)
+        engine.batch.abort(abort.key)
 
     def _measure(self, _: None) -> None:
         limits = self._workshop.limits
@@ -238,12 +261,11 @@ class Engines:
         for engine in self.engines.values():
             if not engine.ready:
                 continue
-            self._catch_up(engine)
             measured.append(
                 MeasuredEngine(
                     replica_id=engine.replica_id,
                     generation=engine.generation,
-                    load=engine.batch.load(),
+                    load=engine.load(round(self._port.now_s * PS_PER_S)),
                     running_max=limits.running_max,
                     waiting_max=limits.waiting_max,
                     output_tokens_total=engine.batch.output_tokens_total,
@@ -274,7 +296,7 @@ class Engines:
         engine.since_ps, engine.steps = since_ps, plan.steps
         end_ps = plan.duration_ps
         if self._workshop.streaming and plan.steps > 1:
-            engine.steps, end_ps = engine.batch.steps_until(1)
+            engine.steps, end_ps = engine.batch.steps_until(1)  # the first of them
         mean_s = end_ps / engine.steps / PS_PER_S
         engine.step_s += STEP_WEIGHT * (mean_s - engine.step_s) if engine.step_s else mean_s
         self._wake_at(engine, since_ps + end_ps)
@@ -295,45 +317,34 @@ class Engines:
             return
         progress = engine.batch.advance(engine.steps)
         engine.steps = 0
-        for key in engine.aborts:
-            engine.batch.abort(key)
-        engine.aborts.clear()
         out = Outgoing()
         changed = bool(progress.ended)
         if self._workshop.streaming:
             for run in engine.runs.values():
-                self._show(run, out)
+                self._show(engine, run, out)
         else:
             for sequence in progress.first:
                 run = engine.runs.get(sequence.key)
                 if run is not None and run.shown < run.output_tokens:
-                    self._show(run, out)
+                    self._show(engine, run, out)
         for sequence in progress.ended:
             run = engine.runs.pop(sequence.key, None)
             if run is not None:
-                self._show(run, out, ended=True)
+                self._show(engine, run, out, ended=True)
         self._send(out)
         if changed and self._pulse is not None:
             self._pulse.quicken()
         self._plan(engine, at_ps)
 
-    def _catch_up(self, engine: Engine) -> None:
-        """Let the batch know of the steps that are done by now; the rest of its leap goes on."""
-        if engine.steps > 1:
-            elapsed_ps = round(self._port.now_s * PS_PER_S) - engine.since_ps
-            done, done_ps = engine.batch.steps_done(elapsed_ps)
-            if done:
-                engine.batch.advance(done)
-                engine.since_ps += done_ps
-                engine.steps -= done
-                plan = engine.batch.plan()
-                assert plan is not None
-                assert plan.steps >= engine.steps
-
-    def _show(self, run: Run, out: "Outgoing", *, ended: bool = False) -> None:
-        """Chunk the tokens of ``run`` that have not left yet."""
-        request = run.request
-        made = run.output_tokens if ended else run.sequence.made
+    def _show(
+        self, engine: Engine, run: Run, out: "Outgoing", *, done: int = 0, ended: bool = False
+    ) -> None:
+        """Chunk the tokens of ``run`` that have not left yet; ``done`` steps of the leap under way
+        have ended."""
+        request, sequence = run.request, run.sequence
+        made = run.output_tokens
+        if not ended:
+            made = engine.batch.made(sequence) + (done if sequence.phase == DECODE else 0)
         count = made - run.shown
         if count <= 0 and not ended:
             return
@@ -365,7 +376,7 @@ class Engines:
         engine.ready, engine.broken, engine.steps = False, True, 0
         engine.number += 1
         engine.runs.clear()
-        for key in list(engine.batch.keys):
+        for key in list(engine.batch.sequences):
             engine.batch.abort(key)
         self._port.feed(
             EngineBroken(replica_id=engine.replica_id, generation=engine.generation, detail=detail)

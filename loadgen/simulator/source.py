@@ -125,7 +125,7 @@ class Source:
         self._rows: dict[str, int] = {}
         self._effects: list[Effect] = []  # of the step in progress
         self._completed: list[RequestCompleted] = []
-        self.now_s = 0.0
+        self.now_s = self.last_end_s = 0.0
         self.columns = Columns()
         self.columns.grow(len(arrivals))
 
@@ -174,6 +174,7 @@ class Source:
         """A request has ended, however it did."""
         del self._rows[journey.request_id]
         self.columns.ended += 1
+        self.last_end_s = self.now_s
         if not self._completed:
             self._effects.append(SetTimer(self.now_s + self._config.completed_s, CompletedTick()))
         self._completed.append(completed(journey, self.now_s))

@@ -22,13 +22,13 @@ class Demands:
         self._forecasts: dict[str, ForecastReport] = {}
         self._windows: dict[str, DemandReport] = {}
         self._loads: dict[str, ReplicaReport] = {}
-        self.news = 0
-        """Forecasts heard: tells whether one has come since."""
+        self.heard = 0
+        """Forecasts so far: tells whether one has come since."""
 
     def forecast(self, report: ForecastReport) -> None:
         if report.model_id in self._models:
             self._forecasts[report.model_id] = report
-            self.news += 1
+            self.heard += 1
 
     def window(self, report: DemandReport) -> None:
         if report.model_id in self._models:
@@ -70,10 +70,6 @@ class Demands:
         if not self._forecasts:
             return None
         return round(sum(demand.arrivals_rps for demand in self.models()), 3)
-
-    def in_words(self) -> str:
-        rps = self.expected_rps
-        return "no forecast yet" if rps is None else f"{rps:g} requests/s expected"
 
     def _demand(self, model_id: str) -> ModelDemand:
         report = self._forecasts.get(model_id)

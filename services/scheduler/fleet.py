@@ -1,6 +1,6 @@
 """The workers as the scheduler knows them by their reports, and the GPUs it may plan onto."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from services.scheduler.config import SchedulerConfig
@@ -48,11 +48,12 @@ class Fleet:
         for worker in self._workers.values():
             worker.appeared_s = float("-inf")
 
-    def offers(
-        self, now_s: float, *, in_use: Collection[str]
-    ) -> tuple[tuple[GpuOffer, ...], list[str]]:
-        """GPUs that may be planned onto, and the topology's workers that are absent. Those
-        ``in_use`` need not settle."""
+    def absent(self, offered: Iterable[str]) -> list[str]:
+        """The topology's workers that are not on offer."""
+        return sorted(self._expected.difference(offered))
+
+    def offers(self, now_s: float, *, in_use: Collection[str]) -> tuple[GpuOffer, ...]:
+        """GPUs that may be planned onto, by id. Those ``in_use`` need not settle."""
         offers: list[GpuOffer] = []
         for worker_id, worker in sorted(self._workers.items()):
             report = worker.report
@@ -72,8 +73,7 @@ class Fleet:
                         models=() if models == self._models else tuple(sorted(models)),
                     )
                 )
-        offered = {offer.gpu_id for offer in offers}
-        return tuple(offers), sorted(self._expected - offered)
+        return tuple(offers)
 
     def _gone(self, worker: _Worker, now_s: float) -> bool:
         return now_s - worker.seen_s > self._config.worker_timeout_s

@@ -3,6 +3,7 @@ is decided here."""
 
 import asyncio
 import threading
+from contextlib import suppress
 
 import msgspec
 
@@ -36,7 +37,7 @@ def solver(policy: Policy, clock: Clock) -> Job:
 
         def work() -> None:
             solved = solve(policy, problem)
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has closed meanwhile
                 loop.call_soon_threadsafe(outcome.put_nowait, solved)
 
         threading.Thread(target=work, name="solve", daemon=True).start()

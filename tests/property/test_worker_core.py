@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.core import Command
-from shared.messages.replicas import DrainReplica, ResumeReplica, StopReplica
+from services.worker.reporting import KV_SHARE_NOTICED
+from shared.messages.replicas import DrainReplica, ReplicaReport, ResumeReplica, StopReplica
 from shared.messages.requests import AbortRequest
 from tests.worker_driver import WORKER, DrivenWorker, spec, start, submit
 
@@ -112,3 +113,27 @@ def test_each_admitted_attempt_ends_exactly_once(
         assert worker.ended[ended] == (0 if ended in scenario.silent else 1), key
     for engine in worker.engines.values():
         assert not engine.has_work
+
+
+@given(st.lists(st.sampled_from(("submit", "step", "abort", "wait")), max_size=40))
+def test_routers_know_each_load_that_was_measured(events: list[str]) -> None:
+    """Reports left out as no news would leave routers with a load that is not there."""
+    worker = DrivenWorker()
+    worker.serve()
+    worker.advance(1.0)
+    (engine,) = worker.engines.values()
+    for number, event in enumerate(events):
+        match event:
+            case "submit":
+                worker.feed(submit(f"q{number}", tokens=6))
+            case "step":
+                worker.step_engines()
+            case "abort" if worker.core.live:
+                live = worker.core.live[0]
+                worker.feed(AbortRequest(request_id=live.request_id, attempt=0, replica_id="r1"))
+            case _:
+                worker.advance(0.11)
+                load, told = engine.load(), worker.of(ReplicaReport)[-1]
+                assert (told.running, told.waiting) == (load.running, load.waiting)
+                hidden_blocks = abs(told.kv_blocks_used - load.kv_blocks_used)
+                assert hidden_blocks <= KV_SHARE_NOTICED * load.kv_blocks_total

@@ -221,6 +221,45 @@ def test_a_checkpoint_that_is_not_whole(
     assert text in found.text
 
 
+def test_each_model_is_looked_at(tmp_path: Path) -> None:
+    """The second model's missing checkpoint would stop the mesh that the doctor called healthy."""
+    _model(tmp_path)
+    second = '[[mesh.more_models]]\nmodel_id = "t2"\npath = "{folder}/nowhere"\n'
+    (found,) = _bad(_file(tmp_path, TORCH + second))
+    assert found.text == f"{tmp_path / 'nowhere'} holds no config.json"
+    assert "model t2" in found.remedy
+
+
+def test_a_model_that_nothing_serves_is_said(tmp_path: Path) -> None:
+    """Clients would see it in the list, and wait in vain for its answers."""
+    more = '[[mesh.more_models]]\nmodel_id = "second"\n'
+    findings = [f for f in diagnose(_file(tmp_path, more)) if f.subject == "replicas"]
+    assert [(f.level, f.text) for f in findings] == [
+        ("WARN", "no [[mesh.replicas]] serves model second")
+    ]
+    wish = '[[mesh.replicas]]\nreplica_id = "s0"\nmodel_id = "second"\n'
+    assert not [f for f in diagnose(_file(tmp_path, more + wish)) if f.subject == "replicas"]
+
+
+def test_memory_counts_each_replicas_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large second model would be weighed as the small first one, and the kernel would kill."""
+    _model(tmp_path)
+    second = tmp_path / "second"
+    (tmp_path / "model").rename(second)
+    with (second / "model.safetensors").open("r+b") as file:
+        file.truncate(40 << 30)  # sparse
+    _model(tmp_path)
+    monkeypatch.setattr(health_model, "free_memory_bytes", lambda: 30 << 30)
+    more = '[[mesh.more_models]]\nmodel_id = "t2"\npath = "{folder}/second"\n'
+    wish = '[[mesh.replicas]]\nreplica_id = "s0"\n'
+    assert _bad(_file(tmp_path, TORCH + more + wish)) == []
+    (found,) = _bad(_file(tmp_path, TORCH + more + wish + 'model_id = "t2"\n'))
+    assert found.subject == "memory"
+    assert "for 2 replicas" in found.text
+
+
 def test_too_little_memory_is_said_before_the_kernel_kills(tmp_path: Path) -> None:
     """The OOM killer leaves no message that an operator would find."""
     _model(tmp_path)

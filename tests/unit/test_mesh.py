@@ -43,6 +43,21 @@ def test_replicas_that_fit() -> None:
     assert len(_mesh(replicas=wishes).checked().replicas) == 2
 
 
+def test_a_wish_names_its_model_or_gets_the_first() -> None:
+    """A replica would load another model's weights than the operator meant."""
+    mesh = _mesh(
+        model={"model_id": "org/a-8b"},
+        more_models=[{"model_id": "b", "context_tokens_max": 99}],
+        replicas=[_wish(), _wish(replica_id="b0", model_id="b")],
+    ).checked()
+    assert mesh.model_ids == ("org/a-8b", "b")
+    served = [mesh.model_of(wish.model_id) for wish in mesh.replicas]
+    assert [model.model_id for model in served] == ["org/a-8b", "b"]
+    assert served[1].context_tokens_max == 99
+    with pytest.raises(ConfigInvalid, match="org/a-8b, b"):
+        mesh.model_of("c")
+
+
 def _wish(**settings: Any) -> dict[str, Any]:
     return {"replica_id": "a", **settings}
 
@@ -55,6 +70,34 @@ def _wish(**settings: Any) -> dict[str, Any]:
         ({"nodes": [{"node_id": "n0", "gpus": 0}]}, "mesh.nodes.n0.gpus", "1 or more"),
         ({"nodes": [{"node_id": "n0", "gpus": -1}]}, "mesh.nodes.n0.gpus", "1 or more"),
         ({"engine": {"kind": "torch"}}, "mesh.model.path", "make-model"),
+        (
+            {
+                "engine": {"kind": "torch"},
+                "model": {"model_id": "m", "path": "m"},
+                "more_models": [{"model_id": "m2"}],
+            },
+            "mesh.more_models.m2.path",
+            "make-model",
+        ),
+        ({"model": {"model_id": ""}}, "mesh.model.model_id", "a letter or digit first"),
+        ({"model": {"model_id": "m\n"}}, "mesh.model.model_id", "letters, digits"),
+        ({"more_models": [{"model_id": "-m"}]}, "mesh.more_models.model_id", "digit first"),
+        ({"more_models": [{"model_id": "modelled"}]}, "mesh.more_models.model_id", "its own id"),
+        (
+            {"model": {"model_id": "m", "context_tokens_max": 1}},
+            "mesh.model.context_tokens_max",
+            "2 or more",
+        ),
+        (
+            {"more_models": [{"model_id": "m", "context_tokens_max": 0}]},
+            "mesh.more_models.m.context_tokens_max",
+            "2 or more",
+        ),
+        (
+            {"more_models": [{"model_id": "m"}], "replicas": [_wish(model_id="n")]},
+            "mesh.replicas.a.model_id",
+            "modelled, m",
+        ),
         ({"replicas": [_wish(), _wish()]}, "mesh.replicas.replica_id", "its own id"),
         ({"replicas": [_wish(replica_id="a b")]}, "mesh.replicas.replica_id", "letters"),
         ({"replicas": [_wish(parallelism="4")]}, "parallelism", 'write it as "tp4"'),

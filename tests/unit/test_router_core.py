@@ -241,6 +241,26 @@ def test_unknown_model_and_model_without_replicas_differ() -> None:
     assert missing.reason == "the plan of epoch 1 has no replica of m"
 
 
+def test_models_share_a_plan_and_keep_to_themselves() -> None:
+    """One model's requests would reach another's replicas, or a model with few replicas would
+    mix its request types by the other model's shares."""
+    specs = [
+        ReplicaSpec(replica_id=id_, model_id=model_id, parallelism="tp1pp1", gpus=(f"gpu-{id_}",))
+        for id_, model_id in (("a", "m"), ("b", "m"), ("c", "n"))
+    ]
+    weights = {"0": {"a": 0.9, "c": 0.1}, "1": {"b": 0.1, "c": 0.9}}
+    plan = DeploymentPlan(plan_id="p1", replicas=tuple(specs), weights=weights)
+    roomy = [report(id_, running_max=1000) for id_ in ("a", "b", "c")]
+    router = router_of(plan, *roomy, load_gain=0.0)
+    router.step(demand((10, 10), (10, 10)), 0.0)
+    chosen = [reply_of(router, ask(f"m{i}")).replica_id for i in range(40)]
+    assert abs(chosen.count("a") - chosen.count("b")) <= 2, "each of the two types is as likely"
+    assert "c" not in chosen
+    other = reply_of(router, ask("n0", model_id="n"))
+    assert other.replica_id == "c"
+    assert "weight 1.00" in other.reason
+
+
 def test_a_late_plan_is_ignored() -> None:
     """A plan overtaken on the network would send requests to replicas that are gone."""
     router = router_of(plan_of("a"), report("a"), report("b"))

@@ -306,6 +306,20 @@ def test_repairs_what_differs_from_the_plan_in_force() -> None:
     assert run.commands == ["stop r7@g1 e3", "start r0@g0 e3"]
 
 
+def test_a_replica_of_another_model_is_replaced() -> None:
+    """After a lost bucket or half a switch, one model's requests would be answered by another."""
+    run = Run().in_force(A, 3)
+    run.report("g0", msgspec.structs.replace(hosted("r0", 3), model_id="other"))
+    assert run.commands == ["stop r0@g0 e3"]
+    run.stopped("r0@g0", 3)
+    run.report("g0")
+    run.later()
+    assert run.commands == ["start r0@g0 e3"]
+    run.report("g0", msgspec.structs.replace(hosted("r0", 3), model_id="m"))
+    run.later()
+    assert run.commands == []
+
+
 def test_a_broken_replica_is_stopped_then_started_ever_more_rarely() -> None:
     """Otherwise an engine that crashes would stay down, or one that always crashes would spin."""
     run = Run().in_force(A, 1)

@@ -1,5 +1,7 @@
 """The worker's core, rule by rule."""
 
+from itertools import pairwise
+
 import pytest
 
 from services.worker.config import WorkerConfig
@@ -393,11 +395,37 @@ class TestRequests:
 
 
 class TestReports:
-    def test_reports_come_by_timer(self, serving: DrivenWorker) -> None:
-        """Otherwise routers would route by stale loads, or take the worker for gone."""
-        serving.advance(2.0)
-        assert 18 <= len(serving.of(ReplicaReport)) <= 21
+    def test_idle_replicas_report_now_and_then(self, serving: DrivenWorker) -> None:
+        """Otherwise routers would take the replica for gone, or idle ones would fill the broker."""
+        serving.advance(1.0)
+        serving.sent.clear()
+        at_s: list[float] = []
+        for _ in range(200):
+            at_s += [serving.now_s] * len(
+                [m for m in serving.advance(0.01) if isinstance(m, ReplicaReport)]
+            )
+        assert 4 <= len(at_s) <= 5
+        assert max(b - a for a, b in pairwise(at_s)) <= serving.config.report_keepalive_s + 0.011
         assert 3 <= len(serving.of(WorkerReport)) <= 5
+
+    def test_a_change_is_told_at_the_next_measurement_and_once_more(
+        self, serving: DrivenWorker
+    ) -> None:
+        """Otherwise routers would flood a busy replica, or go on counting requests on top of a
+        report that holds them."""
+        serving.advance(1.0)
+        serving.feed(submit("q1", tokens=50))
+        told = [m for m in serving.advance(0.35) if isinstance(m, ReplicaReport)]
+        assert [m.running + m.waiting for m in told] == [1, 1]
+        serving.feed(abort("q1"))
+        told = [m for m in serving.advance(0.25) if isinstance(m, ReplicaReport)]
+        assert [m.running + m.waiting for m in told] == [0, 0]
+
+    def test_a_change_of_phase_is_told_at_once(self, serving: DrivenWorker) -> None:
+        """Otherwise requests would go on arriving at a replica that refuses them."""
+        serving.advance(1.0)
+        told = [m for m in serving.feed(drain()) if isinstance(m, ReplicaReport)]
+        assert [m.phase for m in told] == ["draining"]
 
     def test_report_tells_the_measured_load(self, serving: DrivenWorker) -> None:
         """Otherwise least-load routing would send everything to one replica."""
@@ -439,9 +467,11 @@ class TestReports:
     [
         WorkerConfig(worker_id=WORKER, report_s=0.0),
         WorkerConfig(worker_id=WORKER, report_s=0.9, heartbeat_s=0.5),
+        WorkerConfig(worker_id=WORKER, report_keepalive_s=0.05),
+        WorkerConfig(worker_id=WORKER, report_keepalive_s=-1.0),
     ],
 )
 def test_periods_that_do_not_fit_are_refused(config: WorkerConfig) -> None:
     """Otherwise a worker would spin, or send heartbeats too late to count."""
-    with pytest.raises(ConfigInvalid, match="report_s"):
+    with pytest.raises(ConfigInvalid, match="report_"):
         config.checked()

@@ -51,8 +51,8 @@ class KvBlocks:
         """Blocks that the step after ``step`` needs."""
         return self._due[step % self.block_tokens]
 
-    def grow(self, step: int, steps: int, batch: int) -> None:
-        """Take what ``steps`` steps of ``batch`` decoding sequences need, ``step`` being done."""
+    def growth(self, step: int, steps: int, batch: int) -> int:
+        """Blocks that ``steps`` steps of ``batch`` decoding sequences need, ``step`` being done."""
         size = self.block_tokens
         rounds, rest = divmod(steps, size)
         blocks = rounds * batch  # in ``size`` steps each sequence needs exactly one
@@ -61,6 +61,11 @@ class KvBlocks:
             blocks += sum(self._due[at : at + rest])
             if at + rest > size:
                 blocks += sum(self._due[: at + rest - size])
+        return blocks
+
+    def grow(self, step: int, steps: int, batch: int) -> None:
+        """Take them."""
+        blocks = self.growth(step, steps, batch)
         if blocks:
             self.take(blocks)
 

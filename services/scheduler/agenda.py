@@ -1,0 +1,59 @@
+"""When the scheduler's next decision is due, and whether a solve is under way."""
+
+from dataclasses import dataclass
+
+EARLY = 0.9
+"""A forecast that comes this share of a period after the last decision is acted on at once, so
+that decisions fall into step with forecasts instead of always using one that is nearly as old as
+a period."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a decision is made on, as far as a change of it brings the next one forward.
+
+    ``gpus``: on offer. ``forecasts``: heard so far. ``starting``: nothing is expected yet, so that
+    the mesh starts from its topology rather than from a forecast.
+    """
+
+    gpus: frozenset[str]
+    forecasts: int
+    starting: bool
+
+
+class Agenda:
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._decided_s: float | None = None
+        self._outlook = Outlook(gpus=frozenset(), forecasts=0, starting=True)
+        self.solving_since_s: float | None = None
+        self.overdue = False  # the solve under way has had its time: its answer counts no more
+
+    @property
+    def solving(self) -> bool:
+        return self.solving_since_s is not None
+
+    def due(self, now_s: float, outlook: Outlook) -> bool:
+        """Before the first forecast each time, then each period, and at once when GPUs come or
+        go."""
+        last = self._outlook
+        if self._decided_s is None or self._period_s <= 0.0 or outlook.starting or last.starting:
+            return True
+        if outlook.gpus != last.gpus:
+            return True
+        periods = (now_s - self._decided_s) / self._period_s
+        return periods >= 1.0 or (periods >= EARLY and outlook.forecasts > last.forecasts)
+
+    def decided(self, now_s: float, outlook: Outlook) -> None:
+        self._decided_s, self._outlook = now_s, outlook
+
+    def again(self) -> None:
+        """The last decision came to nothing: the next one is due now."""
+        self._decided_s = None
+
+    def solve_started(self, now_s: float) -> None:
+        assert not self.solving, "one solve at a time"
+        self.solving_since_s, self.overdue = now_s, False
+
+    def solve_ended(self) -> None:
+        self.solving_since_s = None
