@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys for the ingress.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+profile_app = typer.Typer(help="How fast models run on GPUs, in shapes.", no_args_is_help=True)
+app.add_typer(profile_app, name="profile")
 
 TopologyOption = Annotated[
     Path,

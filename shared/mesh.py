@@ -104,6 +104,11 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             field="model_id", value=model_id, remedy=f"known models: {', '.join(self.model_ids)}"
         )
 
+    def section_of(self, model_id: str) -> str:
+        """Where the topology says it, for error texts."""
+        first = model_id in ("", self.model.model_id)
+        return "mesh.model" if first else f"mesh.more_models.{model_id}"
+
     def gpus(self) -> tuple[GpuSpec, ...]:
         return tuple(gpu for node in self.nodes for gpu in node.gpu_specs())
 
@@ -139,9 +144,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def _check_models(self) -> None:
         seen: set[str] = set()
         for index, model in enumerate(self.models):
-            section = "mesh.more_models" if index else "mesh.model"
-            _check_model_id(f"{section}.model_id", model.model_id, seen)
-            name = f"{section}.{model.model_id}" if index else section
+            table = "mesh.more_models" if index else "mesh.model"
+            _check_model_id(f"{table}.model_id", model.model_id, seen)
+            name = self.section_of(model.model_id)
             if model.context_tokens_max < CONTEXT_TOKENS_MIN:
                 raise ConfigInvalid(
                     field=f"{name}.context_tokens_max",

@@ -56,8 +56,8 @@ DECISIVE = ("goodput_rps", "slo_attainment", "ttft_ms_p99", "tpot_ms_p99", "e2e_
 
 class Versus(msgspec.Struct, frozen=True, kw_only=True):
     """One metric of a policy against another's, run by run. ``verdict``: "better" or "worse" if the
-    interval of the difference leaves out 0, "even" if it does not or they are equal, "unknown"
-    for a single run, or where a value is missing."""
+    interval of the difference leaves out 0 (or one of them never ended in any run, the other
+    always), "even" if not, "unknown" for a single run or where some values are missing."""
 
     metric: str
     difference: Estimate | None
@@ -154,7 +154,7 @@ def versus(metric: Metric, runs: Sequence[RunMetrics], others: Sequence[RunMetri
         metric=metric.name,
         difference=difference,
         ratio=paired_ratio(values, references),
-        verdict=_verdict(difference, more_is_better=metric.more_is_better),
+        verdict=_verdict(metric, difference, values, references),
     )
 
 
@@ -174,9 +174,25 @@ def _cell(group: Runs, reference: Runs) -> Cell:
     )
 
 
-def _verdict(difference: Estimate | None, *, more_is_better: bool | None) -> str:
+def _verdict(
+    metric: Metric,
+    difference: Estimate | None,
+    values: Sequence[float | None],
+    references: Sequence[float | None],
+) -> str:
+    if difference is None and len(values) > 1 and metric.more_is_better is False:
+        return _endless_verdict(values, references)
     if difference is None or difference.low is None or difference.high is None:
         return "unknown"
-    if more_is_better is None or difference.low <= 0.0 <= difference.high:
+    if metric.more_is_better is None or difference.low <= 0.0 <= difference.high:
         return "even"
-    return "better" if (difference.mean > 0) == more_is_better else "worse"
+    return "better" if (difference.mean > 0) == metric.more_is_better else "worse"
+
+
+def _endless_verdict(values: Sequence[float | None], references: Sequence[float | None]) -> str:
+    """A percentile that never ended is worse than any that did, where it is so in each pair."""
+    if all(value is None for value in values) and None not in references:
+        return "worse"
+    if all(value is None for value in references) and None not in values:
+        return "better"
+    return "unknown"

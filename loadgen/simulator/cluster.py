@@ -34,7 +34,8 @@ from services.scheduler.solving import solve
 from services.switcher import core as switcher
 from services.worker.core import WorkerCore
 from services.worker.engine.batching import Batch
-from services.worker.engine.modelled_timing import modelled_replica
+from services.worker.engine.modelled_timing import ModelledReplica
+from services.worker.engine import modelled_timing
 from services.worker.identity import WorkerIdentity
 from shared import subjects
 from shared.core import Core
@@ -74,6 +75,7 @@ class Cluster:
             self.arrivals,
             ingress_id=INGRESS,
             output_tokens_limit=spec.output_tokens_limit,
+            on_done=self._halt,
         )
         self.limits = engine_limits(self.mesh)
         self.fleet: list[Engines] = []
@@ -104,9 +106,11 @@ class Cluster:
             self.world.run(min(self.world.now_s + CHECK_S, end_s))
             for core in self.world.cores():
                 core.check()
-        ended_s = max(last_s, self.source.last_end_s)
         self.observer.account(self.world.now_s)
-        return ended_s
+        return max(last_s, self.source.last_end_s)
+
+    def _halt(self) -> None:
+        self.world.halted = True
 
     @property
     def engine_steps(self) -> int:

@@ -58,13 +58,20 @@ def paces(spec: SimulationSpec) -> Paces:
             pulse_s=None,
         )
     replace = msgspec.structs.replace
+    static = policy.scheduler.policy == "static"
+    period_s = 10.0 if static else policy.scheduler.plan_period_s
     return Paces(
         ingress=replace(ingress, stall_s=PATIENT_S, probe_s=ingress.request_s),
         router=replace(policy.router, report_stale_s=PATIENT_S, report_dead_s=2 * PATIENT_S),
         profiler=policy.profiler,
         forecaster=forecaster,
-        scheduler=replace(policy.scheduler, worker_timeout_s=PATIENT_S),
-        switcher=replace(policy.switcher, publish_period_s=HUSH_S, worker_timeout_s=PATIENT_S),
+        scheduler=replace(policy.scheduler, worker_timeout_s=PATIENT_S, plan_period_s=period_s),
+        switcher=replace(
+            policy.switcher,
+            command_retry_s=HUSH_S,
+            publish_period_s=HUSH_S,
+            worker_timeout_s=PATIENT_S,
+        ),
         worker=WorkerConfig(
             worker_id="", worker_report_s=HUSH_S, heartbeat_s=HUSH_S, report_keepalive_s=HUSH_S
         ),

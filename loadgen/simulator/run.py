@@ -37,7 +37,7 @@ def run(spec: SimulationSpec) -> SimulationResult:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     cluster = Cluster(spec)
     cluster.boot()
-    cluster.serve()
+    ended_s = cluster.serve()
     requests = _requests(cluster)
     observer = cluster.observer
     switches = tuple(
@@ -52,7 +52,7 @@ def run(spec: SimulationSpec) -> SimulationResult:
     )
     return SimulationResult(
         requests=requests,
-        duration_s=cluster.ended_s - BOOT_S,
+        duration_s=ended_s - BOOT_S,
         switches=switches,
         gpu_seconds=observer.gpu_seconds,
         events=cluster.world.steps,
@@ -62,7 +62,6 @@ def run(spec: SimulationSpec) -> SimulationResult:
         cpu_s=time.process_time() - cpu_s,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         digest=_digest(requests, switches),
-        notes=cluster.notes(),
     )
 
 

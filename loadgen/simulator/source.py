@@ -6,7 +6,7 @@ matters of their content, which blocks they share with others, is in the records
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -114,9 +114,12 @@ class Source:
         *,
         ingress_id: str,
         output_tokens_limit: int | None = None,
+        on_done: Callable[[], None] = lambda: None,
     ) -> None:
         """``output_tokens_limit``: what each client allows, at least what it will get; without
-        it a client allows just that, as ``oserve replay`` does."""
+        it a client allows just that, as ``oserve replay`` does. ``on_done``: the last request has
+        ended."""
+        self._on_done = on_done
         self._config, self._ingress_id = config, ingress_id
         self._arrivals, self._next = arrivals, 0
         self._limit = output_tokens_limit
@@ -178,6 +181,8 @@ class Source:
         if not self._completed:
             self._effects.append(SetTimer(self.now_s + self._config.completed_s, CompletedTick()))
         self._completed.append(completed(journey, self.now_s))
+        if self.done:
+            self._on_done()
 
     def perform(self, effect: Publish | Ask | Log) -> None:
         self._effects.append(effect)

@@ -11,6 +11,7 @@ answers how long things take (``checked=False``) does neither: it is several tim
 
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, assert_never
 
@@ -76,7 +77,9 @@ class World:
         self.lost: set[str] = set()  # nodes that never come back
         self.taps: list[Callable[[str, Publish], None]] = []  # see each message as it is sent
         self.watches: list[Action] = []  # run after each step
+        self.halted = False  # set by whoever has seen enough
         self._heap: list[_Due] = []
+        self._soon: deque[tuple[Node, int, Any]] = deque()  # what happens before anything else
         self._seq = 0
         self._trouble_until_s = 0.0  # until then some node is cut off or slow
         self._nodes: dict[str, Node] = {}
@@ -99,10 +102,16 @@ class World:
 
     def run(self, until_s: float) -> None:
         """Let everything happen that is due up to ``until_s``, which becomes the time."""
-        heap, pop = self._heap, heapq.heappop
-        while heap and heap[0][0] <= until_s:
-            at_s, _, node, number, event = pop(heap)
-            self.now_s = max(self.now_s, at_s)
+        heap, pop, soon = self._heap, heapq.heappop, self._soon
+        while True:
+            if soon:
+                at_s = self.now_s
+                node, number, event = soon.popleft()
+            elif heap and heap[0][0] <= until_s and not self.halted:
+                at_s, _, node, number, event = pop(heap)
+                self.now_s = at_s
+            else:
+                break
             if node is None:
                 event()
             elif number:
@@ -116,7 +125,8 @@ class World:
             else:
                 for process in list(node.processes.values()):
                     self._step(at_s, node, process, event)
-        self.now_s = until_s
+        if not self.halted:
+            self.now_s = until_s
 
     def lose(self, name: str) -> None:
         """End what runs there, for good."""
@@ -159,7 +169,10 @@ class World:
         number: int,
         event: Any,  # noqa: ANN401  # any core's event
     ) -> None:
-        self.push(self.now_s + delay_s, node, number, event)
+        if delay_s > 0.0:
+            self.push(self.now_s + delay_s, node, number, event)
+        else:
+            self._soon.append((node, number, event))
 
     def publish(self, sender: str, effect: Publish) -> None:
         for tap in self.taps:
@@ -233,7 +246,7 @@ class World:
                 case SetTimer(at_s=at_s, event=event):
                     alarm = process.port.alarm
                     if alarm is None or not alarm(at_s, event):
-                        self.push(max(at_s, self.now_s), node, process.number, event)
+                        self.push(at_s, node, process.number, event)
                 case Store() | Load():
                     reach(self, node, process.number, effect)
                 case Start(job=job, argument=argument):
@@ -296,4 +309,4 @@ class World:
 
     def push(self, at_s: float, node: Node | None, number: int, event: Any) -> None:  # noqa: ANN401
         self._seq = seq = self._seq + 1
-        heapq.heappush(self._heap, (at_s, seq, node, number, event))
+        heapq.heappush(self._heap, (max(at_s, self.now_s), seq, node, number, event))

@@ -13,21 +13,20 @@ was computed against is still in force and all GPUs it names are still there.
 """
 
 from collections.abc import Iterable
-from typing import assert_never
+from typing import Any, assert_never
 
 from services.scheduler.agenda import Agenda, Outlook
 from services.scheduler.config import PolicyName, SchedulerConfig
 from services.scheduler.demands import Demands
-from services.scheduler.fleet import Fleet
-from services.scheduler.policies.interface import Planned, Policy, Problem
-from services.scheduler.policies.starting import plan_start, repair
+from services.scheduler.fleet import Fleet, engine_limits
+from services.scheduler.policies.interface import Planned, Problem, StagedPolicy
+from services.scheduler.policies.repair import repair
 from services.scheduler.policies.verify import verify
-from services.scheduler.solving import Solved, solve
+from services.scheduler.solving import Solved, attempt
 from services.scheduler.static_policy import Static
 from services.scheduler.wish import Wish
 from shared import subjects
 from shared.core import Draining, Effect, Load, Loaded, Log, SetTimer, Start, Started
-from shared.cost.limits import EngineLimits
 from shared.mesh import MeshConfig
 from shared.messages.base import Message
 from shared.messages.demand import DemandReport, ForecastReport
@@ -48,7 +47,7 @@ SILENCES_MAX = 5
 state bucket was emptied and epochs began anew."""
 
 
-def inputs(policy: PolicyName) -> tuple[Subject[Message], ...]:
+def inputs(policy: PolicyName) -> tuple[Subject[Any], ...]:
     """What the core has to hear under ``policy``: ten reports a second of each replica are for the
     reactive one alone."""
     reactive = (subjects.DEMAND_REPORT, subjects.REPLICA_REPORT)
@@ -82,17 +81,17 @@ SchedulerEvent = (
 
 class Scheduler:
     def __init__(
-        self, config: SchedulerConfig, mesh: MeshConfig, policy: Policy | None = None
+        self, config: SchedulerConfig, mesh: MeshConfig, policy: StagedPolicy | None = None
     ) -> None:
-        """``policy``: as ``make_policy(config)`` makes it; may be left out for ``static``."""
+        """``policy``: as the registry makes it of ``config``; not needed for ``static``."""
         assert policy is not None or config.policy == "static", config.policy
         self._config, self._mesh = config, mesh
-        self._policy: Policy = policy or Static()
-        self._models = {model.model_id: model for model in mesh.models}
-        self._limits = EngineLimits.of(mesh.engine)
+        self._policy: StagedPolicy = policy or Static()
+        self._models = tuple(model.model_id for model in mesh.models)
+        self._limits = engine_limits(mesh.engine)
         self._fleet = Fleet(config, mesh)
         self._demands = Demands(self._models)
-        self._agenda = Agenda(config.policy_period_s or self._policy.period_s)
+        self._agenda = Agenda(self._policy.period_s)
         self._in_force: DeploymentPlan | None = None
         self._epoch = 0
         self._heard_s = 0.0  # when the switcher last confirmed ``_epoch``
@@ -100,7 +99,9 @@ class Scheduler:
         self._deciding = False
         self._wish = Wish()
 
-    def step(self, event: SchedulerEvent, now_s: float) -> list[Effect]:
+    def step(  # noqa: C901  # one case per event
+        self, event: SchedulerEvent, now_s: float
+    ) -> list[Effect]:
         effects: Iterable[Effect] = ()
         match event:
             case Started():
@@ -203,7 +204,7 @@ class Scheduler:
             return
         agenda.decided(now_s, outlook)
         if outlook.starting:
-            yield from self._settle(plan_start(problem), problem)
+            yield from self._take(attempt(self._policy.start, problem), problem)
         elif self._policy.slow:
             agenda.solve_started(now_s)
             fields = {"epoch": self._epoch, "gpus": len(problem.offers)}
@@ -211,7 +212,7 @@ class Scheduler:
             yield Start("solve", problem)
             yield SetTimer(now_s + self._config.solve_timeout_s, SolveDeadline(started_s=now_s))
         else:
-            yield from self._take(solve(self._policy, problem), problem)
+            yield from self._take(attempt(self._policy.plan, problem), problem)
 
     def _problem(self, now_s: float) -> Problem:
         in_force = self._in_force
@@ -259,11 +260,10 @@ class Scheduler:
             yield from self._fall_back(f"no answer within {limit_s:g} s", self._problem(now_s))
 
     def _take(self, solved: Solved, problem: Problem) -> Iterable[Effect]:
-        """Settle on the policy's answer, if it is one that may be asked for."""
         if solved.planned is None:
             yield from self._fall_back(solved.failure, problem)
-            return
-        yield from self._settle(solved.planned, problem)
+        else:
+            yield from self._settle(solved.planned, problem)
 
     def _fall_back(self, failure: str, problem: Problem) -> Iterable[Effect]:
         """The policy failed: keep its last plan, on the GPUs that are left."""
@@ -281,7 +281,7 @@ class Scheduler:
         if wrong:
             yield Log("plan.dropped", {"plan_id": plan.plan_id, "wrong": wrong}, "warning")
             yield from self._keep(f"the plan computed cannot be: {'; '.join(wrong)}")
-        elif plan.plan_id == self._in_force_id:
+        elif plan.plan_id == problem.in_force.plan_id:
             gone = self._fleet.absent(offer.gpu_id for offer in problem.offers)
             absent = f"; workers absent: {', '.join(gone)}" if gone else ""
             yield from self._keep(f"the plan in force is as wished: {planned.reason}{absent}")
@@ -292,10 +292,6 @@ class Scheduler:
                 workers=len(problem.offers),
                 expected_rps=self._demands.expected_rps,
             )
-
-    @property
-    def _in_force_id(self) -> str:
-        return self._in_force.plan_id if self._in_force else ""
 
     def _keep(self, why: str) -> Iterable[Effect]:
         return self._wish.keep(why, epoch=self._epoch, expected_rps=self._demands.expected_rps)

@@ -3,9 +3,12 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.policies.interface import GpuOffer
-from shared.mesh import MeshConfig
+from shared.cost.limits import EngineLimits
+from shared.mesh import EngineSpec, MeshConfig
 from shared.messages.replicas import WorkerReport
 
 
@@ -77,3 +80,17 @@ class Fleet:
 
     def _gone(self, worker: _Worker, now_s: float) -> bool:
         return now_s - worker.seen_s > self._config.worker_timeout_s
+
+
+def engine_limits(engine: EngineSpec) -> EngineLimits:
+    """Bounds of the topology's engine, as far as it sets them; else vLLM's."""
+    if engine.kind == "modelled":
+        set_: dict[str, object] = msgspec.structs.asdict(engine.modelled)
+    else:
+        set_ = engine.torch
+    limits = EngineLimits()
+    known = {name: set_.get(name) for name in limits.__struct_fields__}
+    return msgspec.structs.replace(
+        limits,
+        **{name: value for name, value in known.items() if isinstance(value, int) and value > 0},
+    )

@@ -1,6 +1,8 @@
 """One decision of a policy, whatever becomes of it. Used by the core, by the job that runs a slow
 policy in a thread, and by the simulator in that job's place."""
 
+from collections.abc import Callable
+
 from services.scheduler.policies.interface import Planned, Policy, Problem
 from shared.messages.base import Message
 
@@ -15,10 +17,15 @@ class Solved(Message, frozen=True, kw_only=True):
 
 
 def solve(policy: Policy, problem: Problem) -> Solved:
+    """What the job ``solve`` does with the policy."""
+    return attempt(policy.plan, problem)
+
+
+def attempt(plan: Callable[[Problem], Planned], problem: Problem) -> Solved:
     """The policy's answer, or what it raised. A policy that fails must cost a plan, not the
     service: the plan in force goes on serving meanwhile."""
     try:
-        planned = policy.plan(problem)
+        planned = plan(problem)
     except Exception as error:  # noqa: BLE001  # whatever it is: named in the log and the reason
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:

@@ -66,6 +66,8 @@ class Static:
         reason = f"nothing can be placed, so nothing moves: {planned.reason}"
         return Planned(plan=None, reason=reason, dropped=planned.dropped)
 
+    start = plan
+
 
 def plan_static(
     wishes: Iterable[ReplicaWish],

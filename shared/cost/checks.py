@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from shared.cost.profile import FORMAT, GpuFacts, Link, Profile, TensorTimes
+from shared.cost.profile import FORMAT, GpuFacts, Link, ModelFacts, Profile, TensorTimes
 
 CURVES = ("dense_us", "collective_us", "head_us")
 DECODE_AND_PREFILL = (
@@ -36,15 +36,7 @@ def profile_problems(profile: Profile) -> Iterator[Problem]:
         yield Problem("format", profile.format, f"this version reads format {FORMAT}")
     yield from _name("gpu", profile.gpu)
     yield from _name("model", profile.model)
-    facts = profile.model_facts
-    for name in DIMENSIONS:
-        value = getattr(facts, name)
-        if value < 1:
-            yield Problem(f"model_facts.{name}", value, "must be at least 1")
-    if facts.kv_heads > 0 and facts.heads % facts.kv_heads:
-        yield Problem("model_facts.kv_heads", facts.kv_heads, f"must divide heads ({facts.heads})")
-    if facts.positions < 0:
-        yield Problem("model_facts.positions", facts.positions, "must be at least 0")
+    yield from _facts_problems(profile.model_facts)
     if not profile.times:
         yield Problem("times", [], "at least one [[times]] table is needed")
     for place, (one, after) in enumerate(pairwise(profile.times), 1):
@@ -56,6 +48,17 @@ def profile_problems(profile: Profile) -> Iterator[Problem]:
         yield from _not_negative(f"overheads.{name}", getattr(profile.overheads, name))
     for name in ("step_median", "step_p90", "ttft_p90", "itl_p90"):
         yield from _not_negative(f"error.{name}", getattr(profile.error, name))
+
+
+def _facts_problems(facts: ModelFacts) -> Iterator[Problem]:
+    for name in DIMENSIONS:
+        value = getattr(facts, name)
+        if value < 1:
+            yield Problem(f"model_facts.{name}", value, "must be at least 1")
+    if facts.kv_heads > 0 and facts.heads % facts.kv_heads:
+        yield Problem("model_facts.kv_heads", facts.kv_heads, f"must divide heads ({facts.heads})")
+    if facts.positions < 0:
+        yield Problem("model_facts.positions", facts.positions, "must be at least 0")
 
 
 def gpu_problems(facts: GpuFacts) -> Iterator[Problem]:

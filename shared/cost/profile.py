@@ -1,7 +1,7 @@
 """What has been measured of one model on one kind of GPU, as the profile files hold it.
 
-``shared/cost/profiles/<gpu>/<model>.toml`` is a ``Profile``, ``<gpu>/gpu.toml`` the ``GpuFacts`` that
-all models on that GPU share. Times are those of *one layer* on the GPUs of one tensor-parallel
+``shared/cost/profiles/<gpu>/<model>.toml`` is a ``Profile``, ``<gpu>/gpu.toml`` the ``GpuFacts``
+that all models on that GPU share. Times are those of *one layer* on the GPUs of one tensor-parallel
 group, so that any split into pipeline stages can be worked out from them.
 """
 

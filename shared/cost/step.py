@@ -6,21 +6,31 @@ together (the new ones included), and ``Prefill`` beside them. On one stage of `
     layers * (dense(m) + collective(m) + decode attention + prefill attention) + head + overheads
 
 with m tokens in all. With p pipeline stages the requests of a step form k = min(p, requests)
-micro-batches that follow each other through the stages. While every stage is busy (k = p) a step
-takes as long as the slowest stage needs for all micro-batches; with fewer, as long as one
-micro-batch needs through all stages: that is the pipeline's bubble. Each hop adds a copy.
+micro-batches that follow each other through the stages: decoding requests spread evenly over them,
+prompt chunks over as many as there are chunks, since one chunk passes a stage in one piece. The
+micro-batches go round, so a step (a token for everyone) takes the longest of
+
+    the heaviest micro-batch's way through all layers, then the head
+    all k micro-batches, one after the other, in the stage with most layers
+    all k micro-batches, one after the other, in the last stage, which has the head, too
+
+and the copies between stages. So a lone request gains nothing from stages, a full pipeline of even
+stages is p times as fast as one that is not filled (the difference is its bubble), and an uneven
+split waits for its longest stage. What depends on context is bounded from above by the steepest of
+the three, which is exact for even stages; it keeps time linear in context.
 
 Integers make time exact: for a fixed batch a step is ``fixed + slope * context``, so the time of n
-steps in a row is a sum that one formula gives to the last digit (``DecodeTimes.total_ps``). What
-is fixed is convex and non-decreasing in the number of tokens only as far as it was measured so.
+steps in a row is a sum that one formula gives to the last digit (``DecodeTimes.total_ps``). Time
+never falls as tokens, or requests with their context, are added, if the measured curves do not.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from shared.cost.profile import GpuFacts, Link, Profile, TensorTimes
+from shared.cost.profile import GpuFacts, Link, ModelFacts, Profile, TensorTimes
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 
@@ -73,49 +83,70 @@ class Curve:
         self._knots, self._values = tuple(knots), tuple(values_ps)
 
     def at(self, tokens: int) -> int:
-        """Between knots linear; before the first as the first; after the last on its last slope."""
+        """Between knots linear; before the first as the first; after the last on its last slope,
+        and level where that one falls."""
         knots, values = self._knots, self._values
         if tokens <= knots[0] or len(knots) == 1:
             return values[0]
         i = min(bisect_right(knots, tokens), len(knots) - 1)
         x0, x1, y0, y1 = knots[i - 1], knots[i], values[i - 1], values[i]
-        return max(0, y0 + (y1 - y0) * (tokens - x0) // (x1 - x0))
+        if tokens > x1 and y1 < y0:
+            return y1
+        return y0 + (y1 - y0) * (tokens - x0) // (x1 - x0)
 
 
 class StepModel:
     """Step times of one replica. Build it with ``step_model``."""
 
-    def __init__(self, *, times: TensorTimes, collective_us: Sequence[float], profile: Profile,
-                 stages: Sequence[int], hop: Link, speedup: float = 1.0) -> None:  # fmt: skip
-        """``stages``: layers of each pipeline stage."""
-        overheads, facts = profile.overheads, profile.model_facts
+    def __init__(
+        self,
+        *,
+        times: TensorTimes,
+        collective_us: Sequence[float],
+        profile: Profile,
+        stages: Sequence[int],
+        hops: Sequence[Link],
+        speedup: float = 1.0,
+    ) -> None:
+        """``stages``: layers of each pipeline stage; ``hops``: the links between them, in order.
+        The sampled tokens go back over a link like the slowest of these."""
+        overheads = profile.overheads
 
         def scaled(us: float) -> int:
             return round(us * PS_PER_US / speedup)
 
         dense = [a + b for a, b in zip(times.dense_us, collective_us, strict=True)]
         self._pp = len(stages)
-        self._layers, self._longest = sum(stages), max(stages)
+        self._layers, self._longest, self._last = sum(stages), max(stages), stages[-1]
         self._dense = Curve(times.tokens, [scaled(us) for us in dense])
         self._head = Curve(times.tokens, [scaled(us) for us in times.head_us])
         self._decode, self._request = scaled(times.decode_us), scaled(times.decode_request_us)
-        self._context = scaled(times.decode_context_ns / 1000)
-        self._chunk, self._pair = scaled(times.prefill_chunk_us), times.prefill_pair_ns / speedup
+        # Floats: they are multiplied by many tokens before they become whole picoseconds.
+        self._context = times.decode_context_ns * PS_PER_NS / speedup
+        self._pair = times.prefill_pair_ns * PS_PER_NS / speedup
+        self._chunk = scaled(times.prefill_chunk_us)
         self._step_overhead = scaled(overheads.step_us)
         self._request_overhead = scaled(overheads.request_us)
         self._chunk_overhead = scaled(overheads.chunk_us)
-        self._hop = scaled(overheads.hop_us + hop.latency_s * 1e6) if self._pp > 1 else 0
-        hop_us = facts.hidden * 2 / hop.bytes_per_s * 1e6  # activations travel as 16-bit floats
-        self._hop_token = scaled(hop_us) if self._pp > 1 else 0
+        self._hops = self._hop_token = 0
+        if hops:
+            latencies_s = [hop.latency_s for hop in hops]
+            around_s = sum(latencies_s) + max(latencies_s)
+            self._hops = scaled(self._pp * overheads.hop_us + around_s * 1e6)
+            byte_count = profile.model_facts.hidden * 2  # activations travel as 16-bit floats
+            token_s = sum(byte_count / hop.bytes_per_s for hop in hops) / len(hops)
+            self._hop_token = scaled(token_s * 1e6)
         self._decodes: dict[int, DecodeTimes] = {}
 
     def decode(self, batch: int) -> DecodeTimes:
-        """Times of steps in which ``batch`` requests decode and nothing else happens."""
+        """Times of steps in which ``batch`` requests, one at least, decode and nothing else
+        happens."""
         known = self._decodes.get(batch)
         if known is None:
+            assert batch > 0, "a step of nothing has no time"
             parts = min(self._pp, batch)
             fixed = self._fixed_ps(batch, parts, NO_PREFILL)
-            slope = self._waited(parts) * self._context // parts
+            slope = round(self._waited(parts) * self._context / parts)
             known = self._decodes[batch] = DecodeTimes(batch, fixed, slope)
         return known
 
@@ -124,32 +155,51 @@ class StepModel:
         if not prefill.tokens:
             decode = self.decode(batch)
             return decode.fixed_ps + decode.slope_ps * context
+        assert prefill.chunks > 0, "prompt tokens come in chunks"
         parts = min(self._pp, batch + prefill.chunks)
-        attention = self._context * context + round(self._pair * PS_PER_NS * prefill.pairs)
-        return self._fixed_ps(batch, parts, prefill) + self._waited(parts) * attention // parts
+        slope = round(self._waited(parts) * self._context / parts)
+        pieces = min(self._pp, prefill.chunks)
+        pairs_ps = round(self._waited(pieces) * self._pair / pieces * prefill.pairs)
+        return self._fixed_ps(batch, parts, prefill) + slope * context + pairs_ps
 
     def _fixed_ps(self, batch: int, parts: int, prefill: Prefill) -> int:
-        """All that does not depend on tokens of context."""
-        requests = batch + prefill.chunks
-        tokens = -(-(batch + prefill.tokens) // parts)  # of one micro-batch
-        sampled = -(-(batch + prefill.ending) // parts)
-        layer = self._dense.at(tokens) + self._chunk * prefill.chunks // parts
-        if batch:
-            layer += self._decode + self._request * batch // parts
-        passes = parts if parts == self._pp else 1  # micro-batches that the slowest stage serves
+        """All but what each token of context and each pair of prefill adds."""
+        pieces = min(self._pp, prefill.chunks)  # micro-batches with a share of the prompts
+        small = self._layer_ps(-(-batch // parts), NO_PREFILL)
+        heavy = small
+        in_chunks = ending = 0
+        if pieces:
+            in_chunks, ending = -(-prefill.tokens // pieces), -(-prefill.ending // pieces)
+            chunks = -(-prefill.chunks // pieces)
+            heavy = self._layer_ps(-(-batch // parts), Prefill(tokens=in_chunks, chunks=chunks))
+        sampled = -(-batch // parts) + ending
         head = self._head.at(sampled) if sampled else 0
-        total = self._waited(parts) * layer + passes * head
-        hops = self._pp * (self._hop + self._hop_token * tokens)
+        row = pieces * heavy + (parts - pieces) * small  # one layer, all micro-batches in a row
+        slowest = max(
+            self._layers * heavy + head,
+            self._longest * row,
+            self._last * row + parts * head,
+        )
+        # A lone micro-batch is copied p - 1 times; a full pipeline makes a stage wait for k copies.
+        copies = max(self._pp - 1, parts)
+        hops = self._hops + self._hop_token * copies * (-(-batch // parts) + in_chunks)
         overhead = (
             self._step_overhead
-            + self._request_overhead * requests
+            + self._request_overhead * (batch + prefill.chunks)
             + self._chunk_overhead * prefill.chunks
         )
-        return total + hops + overhead
+        return slowest + hops + overhead
+
+    def _layer_ps(self, batch: int, prefill: Prefill) -> int:
+        """One layer, one micro-batch: what its tokens, requests and chunks take."""
+        if not batch and not prefill.tokens:
+            return 0
+        total = self._dense.at(batch + prefill.tokens) + self._chunk * prefill.chunks
+        return total + self._decode + self._request * batch if batch else total
 
     def _waited(self, parts: int) -> int:
-        """Layers whose time, each for one micro-batch, a step waits for."""
-        return parts * self._longest if parts == self._pp else self._layers
+        """Layers whose time, each for one of ``parts`` micro-batches, a step waits for."""
+        return max(self._layers, parts * self._longest)
 
 
 def step_model(
@@ -164,35 +214,34 @@ def step_model(
     """The step times of ``shape`` on ``nodes`` nodes; ``stages`` are the layers of each pipeline
     stage (default: as even as can be, the longer ones first).
 
-    A pipeline that spans nodes hops over the network, tensor parallelism that does pays its
-    all-reduces there. Raises ConfigInvalid for a shape that the profile does not hold.
+    Ranks fill one node after the other: a pipeline that spans nodes hops over the network where it
+    leaves one, and tensor parallelism that spans them pays its all-reduces there. Raises
+    ConfigInvalid for a shape that the profile does not hold.
     """
     times = next((t for t in profile.times if t.tp == shape.tp), None)
     if times is None:
-        known = ", ".join(f"tp{t.tp}" for t in profile.times)
+        measured = ", ".join(f"tp{t.tp}" for t in profile.times)
         raise ConfigInvalid(
             field="parallelism",
             value=str(shape),
-            remedy=f"{profile.gpu}/{profile.model} was measured at {known}",
+            remedy=f"{profile.gpu}/{profile.model} was measured at {measured}",
         )
-    split = tuple(stages) or even_stages(profile.model_facts.layers, shape.pp)
-    if len(split) != shape.pp or sum(split) != profile.model_facts.layers or min(split) < 1:
-        raise ConfigInvalid(
-            field="stages",
-            value=split,
-            remedy=f"give {shape.pp} numbers that sum to {profile.model_facts.layers}",
-        )
-    tensor_nodes = -(-nodes // shape.pp)
+    if not 1 <= nodes <= shape.gpus:
+        raise ConfigInvalid(field="nodes", value=nodes, remedy=f"use 1 to {shape.gpus} for {shape}")
+    if not 0 < speedup < math.inf:
+        raise ConfigInvalid(field="speedup", value=speedup, remedy="use a number above 0")
+    split = stages_of(profile.model_facts, shape, stages)
     collective = times.collective_us
-    if tensor_nodes > 1:
+    if nodes > shape.pp:
         collective = _network_collective_us(times, profile, gpu)
-    hop = gpu.network if nodes > 1 else gpu.peer
+    abroad = min(nodes, shape.pp) - 1
+    hops = (gpu.network,) * abroad + (gpu.peer,) * (shape.pp - 1 - abroad)
     return StepModel(
         times=times,
         collective_us=collective,
         profile=profile,
         stages=split,
-        hop=hop,
+        hops=hops,
         speedup=speedup,
     )
 
@@ -205,16 +254,25 @@ def even_stages(layers: int, pp: int) -> tuple[int, ...]:
     return (short + 1,) * longer + (short,) * (pp - longer)
 
 
+def stages_of(facts: ModelFacts, shape: Parallelism, stages: Sequence[int] = ()) -> tuple[int, ...]:
+    """Layers of each stage: ``stages`` checked, or the even split. Raises ConfigInvalid."""
+    split = tuple(stages) or even_stages(facts.layers, shape.pp)
+    if len(split) != shape.pp or sum(split) != facts.layers or min(split) < 1:
+        remedy = f"give {shape.pp} numbers of at least 1 that sum to {facts.layers}"
+        raise ConfigInvalid(field="stages", value=split, remedy=remedy)
+    return split
+
+
 def _network_collective_us(
     times: TensorTimes, profile: Profile, gpu: GpuFacts
 ) -> tuple[float, ...]:
     """Two ring all-reduces a layer over the network: each moves 2 (n-1)/n of the activations
-    through every link, in 2 (n-1) hops (Patarasuk and Yuan, 2009)."""
-    n = times.tp
-    byte_count = [2 * tokens * profile.model_facts.hidden for tokens in times.tokens]
-    return tuple(
+    through every link, in 2 (n-1) hops (Patarasuk and Yuan, 2009). Never less than in a node."""
+    n, network = times.tp, gpu.network
+    ring_us = (
         2
         * 1e6
-        * (2 * (n - 1) / n * b / gpu.network.bytes_per_s + 2 * (n - 1) * gpu.network.latency_s)
-        for b in byte_count
+        * (2 * (n - 1) / n * byte_count / network.bytes_per_s + 2 * (n - 1) * network.latency_s)
+        for byte_count in (2 * tokens * profile.model_facts.hidden for tokens in times.tokens)
     )
+    return tuple(max(pair) for pair in zip(ring_us, times.collective_us, strict=True))

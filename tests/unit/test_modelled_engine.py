@@ -129,7 +129,7 @@ class TestFactory:
         """Otherwise the plan's parallelism would change nothing."""
         factory = engine_factory(MeshConfig(engine=EngineSpec(modelled=SETTINGS)))
         spec = ReplicaSpec(
-            replica_id="r", model_id="m", parallelism="tp2pp1", gpus=("n0-g0", "n0-g1")
+            replica_id="r", model_id="modelled", parallelism="tp2pp1", gpus=("n0-g0", "n0-g1")
         )
         assert factory.build(spec).load().kv_blocks_total == 2 * SETTINGS.kv_blocks
 

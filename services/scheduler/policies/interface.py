@@ -9,17 +9,14 @@ stop a thread.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from shared.cost.limits import EngineLimits
+from shared.mesh import ReplicaWish
 from shared.messages.demand import DemandReport, TypeForecast
 from shared.messages.plans import DeploymentPlan
 from shared.messages.replicas import ReplicaReport
 from shared.slo import SloTarget
-
-if TYPE_CHECKING:
-    from shared.cost.limits import EngineLimits
-
-    from shared.mesh import ReplicaWish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +72,11 @@ class Problem:
     models: tuple[ModelDemand, ...]
     offers: tuple[GpuOffer, ...]
     in_force: DeploymentPlan
-    wishes: tuple["ReplicaWish", ...] = ()
+    wishes: tuple[ReplicaWish, ...] = ()
     kinds: Mapping[str, str]
     profiles: Mapping[str, str]
     targets: Mapping[str, SloTarget]
-    limits: "EngineLimits"
+    limits: EngineLimits
     time_limit_s: float = 30.0
     observed: tuple[DemandReport, ...] = ()
     loads: tuple[ReplicaReport, ...] = ()
@@ -100,4 +97,12 @@ class Policy(Protocol):
     def plan(self, problem: Problem) -> Planned:
         """The plan for ``problem``. Same problems in the same order, same plans. What it raises is
         logged as the reason, and the plan in force is kept."""
+        ...
+
+
+class StagedPolicy(Policy, Protocol):
+    """A policy, and what is done until anything is expected for which it could plan."""
+
+    def start(self, problem: Problem) -> Planned:
+        """As ``plan``, but always quick: it is asked within the core's step."""
         ...

@@ -63,9 +63,13 @@ def fits(counts: Mapping[Shape, int], offers: Iterable[GpuOffer]) -> bool:
     return not _fill(counts, list(offers), ()).short
 
 
+def shape_of(spec: ReplicaSpec) -> Shape:
+    return spec.model_id, Parallelism.parse(spec.parallelism)
+
+
 def standing_shapes(plan: DeploymentPlan) -> Counter[Shape]:
     """How many replicas of each shape a plan has."""
-    return Counter((spec.model_id, Parallelism.parse(spec.parallelism)) for spec in plan.replicas)
+    return Counter(shape_of(spec) for spec in plan.replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def _standing(
     node_of = {offer.gpu_id: offer.node_id for offer in offers}
     groups: dict[Shape, list[ReplicaSpec]] = defaultdict(list)
     for spec in sorted(in_force.replicas, key=lambda spec: spec.replica_id):
-        shape = (spec.model_id, Parallelism.parse(spec.parallelism))
+        shape = shape_of(spec)
         if counts.get(shape, 0) > 0 and spec.gpus and all(gpu in node_of for gpu in spec.gpus):
             groups[shape].append(spec)
     kept: list[ReplicaSpec] = []
@@ -111,7 +115,7 @@ def _fill(
     """New replicas beside the ``kept`` ones, the largest first."""
     in_use = {gpu for spec in kept for gpu in spec.gpus}
     free = [offer for offer in offers if offer.gpu_id not in in_use]
-    have = Counter((spec.model_id, Parallelism.parse(spec.parallelism)) for spec in kept)
+    have = Counter(shape_of(spec) for spec in kept)
     wanted = [shape for shape, count in counts.items() for _ in range(max(0, count - have[shape]))]
     new: list[tuple[Shape, tuple[str, ...]]] = []
     short: list[Shape] = []

@@ -11,8 +11,9 @@ Steps in which nothing but counts changes are planned and performed as one, what
 and no step looks at every sequence: a request costs O(log n) in all.
 
 There is no clock: whoever drives this calls ``plan``, lets the time pass, then calls ``advance``.
-Requests may come at any time, and join at the next ``plan``. A request that is aborted in mid-plan
-is gone at once, while the plan still takes the time that it was made with.
+Requests may come and go in mid-plan. The plan still takes the time that it was made with; so that
+they make a difference from the end of the step they fell into, perform the plan to there only
+(``steps_until``) and ask for the next.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -20,7 +21,14 @@ from heapq import heappop
 
 from services.worker.engine.batching_state import BatchState
 from services.worker.engine.batching_types import (
-    PREFILL, WAITING, Chunk, Plan, PrefillWork, Progress, Sequence, StepTimes,
+    PREFILL,
+    WAITING,
+    Chunk,
+    Plan,
+    PrefillWork,
+    Progress,
+    Sequence,
+    StepTimes,
 )  # fmt: skip
 from shared.cost.limits import EngineLimits
 from shared.cost.step import pairs
@@ -107,6 +115,7 @@ class Batch(BatchState):
             return plan
         preempted: list[Sequence] = []
         while self.kv.due(self.steps_total) > self.kv.free:
+            self.kv.cache.shrink(0)  # older requests have taken all there was
             preempted.append(self._preempt())
         chunks: list[Chunk] = []
         if self._partial is not None or (self.waiting and not preempted):
@@ -130,7 +139,9 @@ class Batch(BatchState):
         batch = self.decoding
         progress = Progress(steps, batch, plan.preempted)
         if batch:
-            self.kv.grow(self.steps_total, steps, batch)
+            grown = self.kv.growth(self.steps_total, steps, batch)
+            if grown:
+                self.kv.take(grown)
             made = batch * steps
             self.context += made
             self.output_tokens_total += made
@@ -187,6 +198,8 @@ class Batch(BatchState):
         """The prompts that share what decodes leave of the token budget."""
         budget = self.limits.batch_tokens_max - self.decoding
         chunks: list[Chunk] = []
+        if self.kv.cache.idle_blocks:  # decodes come first, and may need what would be found here
+            self.kv.cache.shrink(self.kv.free - self.kv.due(self.steps_total))
         sequence = self._partial or self._admit()
         while sequence is not None:
             count = min(budget, sequence.known - sequence.computed)
@@ -206,7 +219,10 @@ class Batch(BatchState):
         sequence = next(iter(self.waiting.values()))
         kv = self.kv
         blocks = kv.blocks_of(sequence.known)
-        room = kv.free - kv.due(self.steps_total) - len(self.running)
+        room = kv.free - kv.due(self.steps_total)
+        if kv.cache.idle_blocks:
+            kv.cache.shrink(room)
+        room -= len(self.running)
         matched = kv.cache.match(sequence.hashes) if sequence.hashes else []
         if self.running and blocks > room:  # what others use already costs no room
             blocks_new = blocks - sum(cached.blocks for cached in matched if cached.refs)

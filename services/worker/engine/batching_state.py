@@ -9,7 +9,13 @@ from collections.abc import Sequence as SequenceOf
 from heapq import heapify, heappush
 
 from services.worker.engine.batching_types import (
-    DECODE, ENDED, PREFILL, WAITING, Plan, Progress, Sequence,
+    DECODE,
+    ENDED,
+    PREFILL,
+    WAITING,
+    Plan,
+    Progress,
+    Sequence,
 )  # fmt: skip
 from services.worker.engine.interface import EngineLoad
 from services.worker.engine.kv_blocks import KvBlocks
@@ -31,10 +37,11 @@ class BatchState:
         self.running: dict[str, Sequence] = {}
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.decoding = 0  # of those running, how many decode
-        self.context = 0  # tokens in the cache of those that decode
-        self.steps_total = self.output_tokens_total = self.preemptions = 0
+        self.context: int = 0  # tokens in the cache of those that decode
+        self.steps_total: int = 0
+        self.output_tokens_total = self.preemptions = 0
         self.prefill_tokens_total = 0  # computed; those found in the prefix cache are hits
-        self.hit_tokens_total = 0
+        self.hit_tokens_total: int = 0
         self._caching = prefix_caching
         self._capacity = kv_blocks * limits.block_tokens
         self._live_max = limits.running_max + limits.waiting_max

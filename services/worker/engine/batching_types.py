@@ -101,7 +101,7 @@ class Plan:
         """The first step that ends ``elapsed_ps`` after the plan began, or later: its number from
         1, and when it ends. The plan's last, if none ends so late."""
         times = self.times
-        if self.steps == 1 or times is None or elapsed_ps >= self.duration_ps:
+        if self.steps == 1 or times is None or elapsed_ps > self.duration_ps:
             return self.steps, self.duration_ps
         count = min(max(_steps_near(times, self.context, elapsed_ps), 1), self.steps)
         while count > 1 and times.total_ps(self.context, count - 1) >= elapsed_ps:

@@ -39,14 +39,14 @@ def engine_factory(mesh: MeshConfig) -> EngineFactory:
 def _modelled_factory(mesh: MeshConfig) -> EngineFactory:
     settings = mesh.engine.modelled
     check_settings(settings)
-    tokenizer = _tokenizer(mesh.model)
+    tokenizers = {model.model_id: _tokenizer(model) for model in mesh.models}
 
     def build(spec: ReplicaSpec) -> Engine:
         return ModelledEngine(
             settings,
-            context_tokens_max=mesh.model.context_tokens_max,
+            context_tokens_max=mesh.model_of(spec.model_id).context_tokens_max,
             gpus=Parallelism.parse(spec.parallelism).gpus,
-            tokenizer=tokenizer,
+            tokenizer=tokenizers[spec.model_id],
         )
 
     return EngineFactory(
@@ -69,7 +69,8 @@ def _torch_factory(mesh: MeshConfig) -> EngineFactory:
     except ConfigInvalid as error:
         field = f"{name}.{error.field}"
         raise ConfigInvalid(field=field, value=error.value, remedy=error.remedy) from None
-    _check_checkpoint(mesh.model)
+    for model in mesh.models:
+        _check_checkpoint(model, section=mesh.section_of(model.model_id))
 
     def build(spec: ReplicaSpec) -> Engine:
         if Parallelism.parse(spec.parallelism).gpus > 1:
@@ -82,14 +83,14 @@ def _torch_factory(mesh: MeshConfig) -> EngineFactory:
             load_torch_engine,  # torch takes seconds and an extra to import: only when asked for
         )
 
-        return load_torch_engine(mesh.model.path, config)
+        return load_torch_engine(mesh.model_of(spec.model_id).path, config)
 
     return EngineFactory(
         build=build, delay_s=0.0, running_max=config.running_max, waiting_max=config.waiting_max
     )
 
 
-def _check_checkpoint(model: ModelSpec) -> None:
+def _check_checkpoint(model: ModelSpec, *, section: str) -> None:
     """What a look at the folder shows already is said when the worker starts, not when a plan
     first sends it a replica. Weights are read, and checked, by the engine."""
     if importlib.util.find_spec("torch") is None:
@@ -102,7 +103,7 @@ def _check_checkpoint(model: ModelSpec) -> None:
     load_tokenizer(model.path)
     if model.context_tokens_max > checkpoint.context_tokens:
         raise ConfigInvalid(
-            field="mesh.model.context_tokens_max",
+            field=f"{section}.context_tokens_max",
             value=model.context_tokens_max,
             remedy=f"the checkpoint holds {checkpoint.context_tokens}: use at most that",
         )

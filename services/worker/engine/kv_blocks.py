@@ -63,12 +63,6 @@ class KvBlocks:
                 blocks += sum(self._due[: at + rest - size])
         return blocks
 
-    def grow(self, step: int, steps: int, batch: int) -> None:
-        """Take them."""
-        blocks = self.growth(step, steps, batch)
-        if blocks:
-            self.take(blocks)
-
     def steps_that_fit(self, step: int, steps: int, batch: int) -> int:
         """How many of ``steps`` steps of ``batch`` decoding sequences find the blocks they need."""
         size, free = self.block_tokens, self.total - self.used

@@ -1,9 +1,9 @@
 """What the next step of an engine computes, foreseen from the rules that our engines share.
 
 A step decodes one token of each request that has its prompt done; what is left of the token budget
-goes to prompts in order of arrival, those begun first. An engine does not say what it computed, only
-which requests got a token, so each step's outcome is held against the foresight: an engine that
-schedules otherwise is found out instead of being fitted wrongly. Pure.
+goes to prompts in order of arrival, those begun first. An engine does not say what it computed,
+only which requests got a token, so each step's outcome is held against the foresight: an engine
+that schedules otherwise is found out instead of being fitted wrongly. Pure.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,121 @@
+"""From counts and shares by column to a deployment plan: replicas on named GPUs, and their weights."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.scheduler.policies.capacity import Column, Table, standing
+from services.scheduler.policies.flow import Array
+from services.scheduler.policies.placing import Shape, place
+from services.scheduler.policies.weights import ANY_TYPE, joined
+from shared.hardware import Parallelism
+from shared.messages.plans import DeploymentPlan, ReplicaSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """``counts``: what found room. ``moved`` [S, by column]: replicas in force that do not stay."""
+
+    replicas: tuple[ReplicaSpec, ...]
+    columns: Mapping[str, Column]  # by replica
+    dropped: tuple[str, ...]
+    reason: str
+
+    @property
+    def counts(self) -> Counter[Column]:
+        return Counter(self.columns.values())
+
+
+def place_counts(table: Table, counts: Mapping[Column, int], in_force: DeploymentPlan) -> Placed:
+    """Replicas for ``counts``, pool by pool."""
+    replicas: list[ReplicaSpec] = []
+    columns: dict[str, Column] = {}
+    dropped: list[str] = []
+    reasons: list[str] = []
+    for pool in table.pools.values():
+        own: dict[Shape, int] = {
+            (column.model_id, column.shape): count
+            for column, count in counts.items()
+            if column.pool == pool.name and count > 0
+        }
+        if not own:
+            continue
+        done = place(own, pool.offers, in_force, taken=[spec.replica_id for spec in replicas])
+        replicas += done.replicas
+        dropped += [f"{model_id} {shape} on {pool.name}" for model_id, shape in done.dropped]
+        reasons += [done.reason] if done.reason else []
+        for spec in done.replicas:
+            shape = Parallelism.parse(spec.parallelism)
+            columns[spec.replica_id] = Column(spec.model_id, pool.name, shape)
+    return Placed(
+        replicas=tuple(sorted(replicas, key=lambda spec: spec.replica_id)),
+        columns=columns,
+        dropped=tuple(dropped),
+        reason="; ".join(reasons),
+    )
+
+
+def weights(table: Table, placed: Placed, shares: Array) -> dict[str, dict[str, float]]:
+    """Rows of weights: ``shares`` [S, J] of each type by column, equal among identical replicas. A
+    type without shares has no row: "*" serves it, which mixes the model's types by their demand,
+    or treats its replicas alike where none of them has shares."""
+    index = {column: s for s, column in enumerate(table.columns)}
+    counts = placed.counts
+    rows: dict[str, dict[str, dict[str, float]]] = {
+        model_id: defaultdict(dict) for model_id in sorted({c.model_id for c in counts})
+    }
+    for replica_id, column in placed.columns.items():
+        own, each = rows[column.model_id], shares[index[column]] / counts[column]
+        for j, kind in enumerate(table.types):
+            if kind.model_id == column.model_id and each[j] > 0:
+                own[kind.name][replica_id] = float(each[j])
+                mixed = float(each[j]) * kind.arrivals_rps
+                own[ANY_TYPE][replica_id] = own[ANY_TYPE].get(replica_id, 0.0) + mixed
+    for model_id, own in rows.items():
+        if not own.get(ANY_TYPE):
+            own[ANY_TYPE] = {
+                replica_id: 1.0
+                for replica_id, column in placed.columns.items()
+                if column.model_id == model_id
+            }
+    return joined(rows)
+
+
+def moved_share(table: Table, placed: Placed, in_force: DeploymentPlan, sent: Array) -> float:
+    """Of all requests, the share that replicas serve which do not stay; ``sent`` [S, J] requests/s
+    by column of the plan in force."""
+    stays = {spec.replica_id for spec in placed.replicas}
+    known = standing(in_force, table.pools)
+    leaving = known.copy()
+    for spec in in_force.replicas:
+        if spec.replica_id in stays and spec.replica_id in placed.columns:
+            leaving[placed.columns[spec.replica_id]] -= 1
+    index = {column: s for s, column in enumerate(table.columns)}
+    total = float(sent.sum())
+    gone = sum(
+        float(sent[index[column]].sum()) * max(0, count) / known[column]
+        for column, count in leaving.items()
+        if column in index
+    )
+    return gone / total if total > 0 else 0.0
+
+
+def brief(counts: Mapping[Column, int]) -> str:
+    """``2 x tp4, 1 x tp2pp2``; with models and pools where there are several."""
+    models = {column.model_id for column in counts}
+    kinds = {column.pool for column in counts}
+    parts: list[str] = []
+    for column, count in sorted(counts.items()):
+        shape = str(column.shape).removesuffix("pp1")
+        name = f"{column.model_id} {shape}" if len(models) > 1 else shape
+        parts.append(f"{count} x {name}" + (f" on {column.pool}" if len(kinds) > 1 else ""))
+    return ", ".join(parts) or "nothing"
+
+
+def spread(shares: Array) -> Array:
+    """``shares`` with every column that has any scaled to sum to 1: every request goes somewhere,
+    whatever of its type can be served in time."""
+    totals = shares.sum(axis=0)
+    return np.divide(shares, totals, out=np.zeros_like(shares), where=totals > 0)

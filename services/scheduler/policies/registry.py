@@ -1,0 +1,44 @@
+"""The policies by name: what ``scheduler.policy`` may be."""
+
+from collections.abc import Callable, Mapping
+
+from services.scheduler.config import PolicyName, SchedulerConfig
+from services.scheduler.policies.dynamo import Dynamo
+from services.scheduler.policies.interface import Planned, Policy, Problem, StagedPolicy
+from services.scheduler.policies.starting import Starting
+from services.scheduler.policies.uniform import Uniform
+from services.scheduler.static_policy import Static
+
+POLICIES: Mapping[PolicyName, Callable[[SchedulerConfig], Policy]] = {
+    "static": lambda _: Static(),
+    "uniform": lambda _: Uniform(),
+    "dynamo": Dynamo.of,
+}
+
+
+class Staged:
+    """A policy that plans for what is expected, and ``Starting`` until anything is."""
+
+    def __init__(self, policy: Policy, *, period_s: float) -> None:
+        self.period_s = period_s
+        self._policy, self._starting = policy, Starting()
+
+    @property
+    def slow(self) -> bool:
+        return self._policy.slow
+
+    def plan(self, problem: Problem) -> Planned:
+        return self._policy.plan(problem)
+
+    def start(self, problem: Problem) -> Planned:
+        return self._starting.plan(problem)
+
+
+def make_policy(config: SchedulerConfig) -> StagedPolicy:
+    """The policy that ``config`` names, with a memory of its own."""
+    if config.policy == "static":
+        return Static()
+    policy = POLICIES[config.policy](config)
+    if config.policy == "dynamo":  # the period set is that of its slower loop
+        return Staged(policy, period_s=policy.period_s)
+    return Staged(policy, period_s=config.policy_period_s or policy.period_s)
