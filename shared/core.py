@@ -5,28 +5,26 @@ runtime performs them in production, the simulator in virtual time. The set is c
 that needs something else needs a new effect here, and both drivers must learn it.
 """
 
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from shared.messages.base import DataMessage, Message
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True):
     subject: str
     message: Message | DataMessage
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """Answer to a Query. ``to`` is opaque to the core."""
 
     to: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """A question; the answer comes as an ordinary message on the subject ``reply_to``."""
 
     subject: str
@@ -34,8 +32,7 @@ class Ask:
     reply_to: str
 
 
-@dataclass(frozen=True, slots=True)
-class SetTimer:
+class SetTimer(msgspec.Struct, frozen=True):
     """Deliver ``event`` back to this core at ``at_s``. Timers are never cancelled: a core
     ignores one that no longer fits its state."""
 
@@ -43,8 +40,7 @@ class SetTimer:
     event: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
+class Store(msgspec.Struct, frozen=True):
     """Write ``message`` under ``key`` in the state bucket iff its revision is still ``revision``
     (0: the key must not exist). Comes back as Stored or StoreConflict."""
 
@@ -53,16 +49,14 @@ class Store:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """Read ``key``. Comes back as Loaded; until then the driver retries, the core waits."""
 
     key: str
     as_type: type[Message]
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Do slow work outside the core; the service's adapter for ``job`` performs it and hands its
     outcome back as an event."""
 
@@ -70,8 +64,7 @@ class Start:
     argument: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(msgspec.Struct, frozen=True):
     """Say this in the log: the name of the event, and its fields. How a core explains itself."""
 
     event: str
@@ -82,8 +75,7 @@ class Log:
 Effect = Publish | Reply | Ask | SetTimer | Store | Load | Start | Log
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(msgspec.Struct, frozen=True):
     """A question that wants a Reply."""
 
     message: Message

@@ -180,7 +180,7 @@ def _settled_s(requests: Requests, ended_s: Floats, window_s: float) -> float | 
     if done.size == 0:
         return None
     place = int(np.searchsorted(done, SETTLED_SHARE * done[-1] * (1.0 - 1e-12)))
-    at_s: float = np.sort(ends_s).item(place)
+    at_s = float(np.partition(ends_s, place)[place])
     return at_s - window_s if math.isfinite(at_s) else None
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
@@ -108,7 +107,7 @@ def _number(part: str, text: str) -> float:
 
 
 def parse_traces(texts: Sequence[str]) -> dict[str, str]:
-    """``TRACE`` for the topology's only model, or ``MODEL=TRACE`` for each; raises ConfigInvalid."""
+    """``TRACE`` for the topology's only model, ``MODEL=TRACE`` for each; raises ConfigInvalid."""
     traces: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
@@ -151,13 +150,10 @@ def parse_class(text: str) -> SloClass:
 
 
 def parse_forecast(text: str | None) -> ForecastName | None:
-    if text is None:
-        return None
-    if text not in FORECASTS:
-        raise ConfigInvalid(
-            field="forecast", value=text, remedy=f"use one of {', '.join(FORECASTS)}"
-        )
-    return cast("ForecastName", text)
+    if text is None or text in FORECASTS:
+        return text
+    known = ", ".join(FORECASTS)
+    raise ConfigInvalid(field="forecast", value=text, remedy=f"use one of {known}")
 
 
 def parse_jobs(jobs: int) -> int:

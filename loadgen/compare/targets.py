@@ -2,8 +2,8 @@
 that they would have at rest.
 
 At rest means: alone on a replica. One request of each type, with its mean lengths, is simulated on
-every uniform shape, long after the one before; the shape with the least E2E tells the type's TTFT and
-TPOT. No target is below what the fastest replica could do.
+every uniform shape, long after the one before; the shape with the least E2E tells the type's TTFT
+and TPOT, so that no target is below what the fastest replica could do.
 """
 
 from collections.abc import Mapping, Sequence

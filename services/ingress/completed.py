@@ -23,9 +23,7 @@ def completed(journey: Journey, now_s: float) -> RequestCompleted:
         input_tokens=len(journey.prompt_tokens),
         output_tokens=tokens,
         ttft_s=ttft_s,
-        tpot_s=None
-        if ttft_s is None
-        else tpot_s(ttft_s=ttft_s, e2e_s=e2e_s, output_tokens=tokens),
+        tpot_s=None if ttft_s is None else tpot_s(ttft_s=ttft_s, e2e_s=e2e_s, output_tokens=tokens),
         e2e_s=e2e_s,
         overhead_s=journey.overhead_s(now_s),
         attempts=journey.moves + 1,

@@ -1,7 +1,8 @@
 """What the ingress core hears besides route replies, and what it hands to its ``fail`` job."""
 
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from services.ingress.journey import Journey
 from shared.messages.requests import FailureCode, FinishReason, RouteReply
@@ -9,13 +10,11 @@ from shared.messages.requests import FailureCode, FinishReason, RouteReply
 LossReason = Literal["refused", "failed", "stalled", "gap", "incarnation", "unacknowledged"]
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     journey: Journey
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
+class Acknowledged(msgspec.Struct, frozen=True):
     """The replica took this attempt, or sent its first sign of life for it."""
 
     request_id: str
@@ -23,8 +22,7 @@ class Acknowledged:
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptLost:
+class AttemptLost(msgspec.Struct, frozen=True):
     request_id: str
     attempt: int
     reason: LossReason
@@ -32,34 +30,29 @@ class AttemptLost:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaRestarted:
+class ReplicaRestarted(msgspec.Struct, frozen=True):
     """The replica is led by another run of a worker: what the former run had is lost."""
 
     replica_id: str
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reconnected:
+class Reconnected(msgspec.Struct, frozen=True):
     """The broker is back: what was said meanwhile is lost, perhaps the last word of a stream."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The last token was taken."""
 
     request_id: str
     finish: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class ClientGone:
+class ClientGone(msgspec.Struct, frozen=True):
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class StaleChunk:
+class StaleChunk(msgspec.Struct, frozen=True):
     """A chunk of an attempt that we gave up: its worker should stop."""
 
     request_id: str
@@ -67,16 +60,14 @@ class StaleChunk:
     replica_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(msgspec.Struct, frozen=True):
     """Time passes: look for phases that last too long. ``heard`` is when each replica was last
     heard of, by chunk or heartbeat."""
 
     heard: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFailed:
+class RequestFailed(msgspec.Struct, frozen=True):
     """Argument of the ``fail`` job: tell the client."""
 
     request_id: str

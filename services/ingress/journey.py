@@ -7,6 +7,8 @@ says at which position it starts, so what comes twice is cut off and what is mis
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from shared.messages.requests import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
 from shared.slo import SloClass
 
@@ -64,8 +66,7 @@ class Journey:
             self.excluded = (*self.excluded, replica_id)[-EXCLUDED_MAX:]
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """What a chunk brought that the client does not have yet."""
 
     tokens: list[int]

@@ -50,7 +50,7 @@ class Recorder:
         """Once per journey, after its last token, its failure or its client's departure."""
         now_s = self._clock.now_s()
         record = completed(journey, now_s)
-        slo_class, of = journey.slo_class, (journey.model_id, journey.slo_class)
+        of = (journey.model_id, journey.slo_class)
         self._requests.labels(*of, record.outcome).inc()
         self._tokens.labels(journey.model_id, "input").inc(record.input_tokens)
         self._tokens.labels(journey.model_id, "output").inc(record.output_tokens)
@@ -62,7 +62,7 @@ class Recorder:
             self._overhead.observe(record.overhead_s)
         if record.outcome == "completed":
             self._e2e.labels(*of).observe(record.e2e_s)
-            target = DEFAULT_TARGETS[slo_class]
+            target = DEFAULT_TARGETS[journey.slo_class]
             if meets(target, ttft_s=record.ttft_s, tpot_s=record.tpot_s):
                 self._good.labels(*of).inc()
         self._gateway.completed(record)

@@ -5,7 +5,7 @@ simulator in virtual time) performs the job and answers with the event noted bes
 and ``abort`` are cheap and are done at once, in order; the others may take their time.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from services.worker.engine.interface import EngineLoad
 from shared.messages.base import Message
@@ -19,32 +19,28 @@ ABORT = "abort"  # EngineAbort    -> nothing
 MEASURE = "measure_engines"  # None           -> EngineLoads
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStart:
+class EngineStart(msgspec.Struct, frozen=True):
     """Build and load the engine. ``generation`` tells this start from others of the replica."""
 
     spec: ReplicaSpec
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStop:
+class EngineStop(msgspec.Struct, frozen=True):
     """Drop what runs and free the memory, even if the engine is still starting."""
 
     replica_id: str
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True):
     """Give the request to the engine under ``key``."""
 
     key: str
     request: SubmitRequest
 
 
-@dataclass(frozen=True, slots=True)
-class EngineAbort:
+class EngineAbort(msgspec.Struct, frozen=True):
     """Forget the request; no chunk of it may be sent from now on."""
 
     replica_id: str

@@ -4,6 +4,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from services.worker.events import MeasuredEngine
 from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import HostedReplica, ReplicaPhase, ReplicaReport
@@ -12,8 +14,7 @@ from shared.messages.requests import FailureCode, FinishReason, TokenChunk
 EngineState = Literal["none", "starting", "ready", "stopping"]
 
 
-@dataclass(frozen=True, slots=True)
-class LiveRequest:
+class LiveRequest(msgspec.Struct, frozen=True):
     """The attempt of a request that runs here. ``key`` names it to the engine."""
 
     request_id: str

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from shared.cost.limits import EngineLimits
+from shared.cost.limits import DEFAULT_LIMITS, EngineLimits
 from shared.cost.model import CostModel
 from shared.cost.steady import Work, batch_max, prompt_s, prompts_only_per_s, steady
 from shared.errors import ConfigInvalid
@@ -35,18 +35,17 @@ def estimate(
     batch: int,
     input_tokens: float,
     output_tokens: float,
-    limits: EngineLimits | None = None,
+    limits: EngineLimits = DEFAULT_LIMITS,
 ) -> Estimate:
     """Figures for ``batch`` requests of these lengths. With one output token nobody decodes: then
     ``batch`` counts for nothing, and there is no ITL (0)."""
     if batch < 1:
         raise ConfigInvalid(field="batch", value=batch, remedy="use at least 1")
-    bounds = limits or EngineLimits()
     work = Work.of(input_tokens, output_tokens)
-    idle_s = prompt_s(model, work, room=bounds.batch_tokens_max)
-    most = batch_max(model, work, bounds)
+    idle_s = prompt_s(model, work, room=limits.batch_tokens_max)
+    most = batch_max(model, work, limits)
     if work.output_tokens == 1:
-        requests_per_s = prompts_only_per_s(model, work, bounds)
+        requests_per_s = prompts_only_per_s(model, work, limits)
         return Estimate(
             batch=batch,
             step_s=idle_s,
@@ -58,7 +57,7 @@ def estimate(
             batch_max=most,
             fits=most > 0,
         )
-    state = steady(model, batch, work, bounds)
+    state = steady(model, batch, work, limits)
     return Estimate(
         batch=batch,
         step_s=state.step_s,

@@ -17,12 +17,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shared.cost.limits import EngineLimits
+from shared.cost.limits import DEFAULT_LIMITS, EngineLimits
 from shared.cost.model import CostModel
-from shared.cost.rates import DEFAULT_LIMITS, RATES_KEPT_MAX
+from shared.cost.rates import RATES_KEPT_MAX
 from shared.cost.steady import Work, batch_max, prompt_s, prompts_only_per_s, steady
 
 TAIL = 0.99
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Latency:
     e2e_s: float
 
 
-def latency(  # noqa: PLR0913  # a load and what it is made of
+def latency(
     model: CostModel,
     *,
     requests_per_s: float,
@@ -62,8 +63,10 @@ def _latency(
     if work.output_tokens == 1:
         return _prompts_only(model, requests_per_s, work, limits, cv2)
     state = _operating_point(model, requests_per_s, work, limits, seats)
+    if state.requests_per_s < requests_per_s * (1 - ROUNDING):
+        return _overloaded(requests_per_s / state.requests_per_s)
     load, used = requests_per_s * state.prompt_s, state.batch / seats
-    busier = max(load, used, requests_per_s / max(state.requests_per_s, 1e-300) - 1e-9)
+    busier = max(load, used)
     if busier >= 1:
         return _overloaded(busier)
     decode_s = (work.output_tokens - 1) * state.itl_s

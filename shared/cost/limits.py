@@ -12,3 +12,6 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     batch_tokens_max: int = 2048
     running_max: int = 256
     waiting_max: int = 1024
+
+
+DEFAULT_LIMITS = EngineLimits()

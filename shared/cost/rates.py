@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from shared.cost.limits import EngineLimits
+from shared.cost.limits import DEFAULT_LIMITS, EngineLimits
 from shared.cost.model import CostModel
 from shared.cost.steady import Steady, Work, prompt_s, prompts_only_per_s, steady
 
 RATES_KEPT_MAX = 65_536
-DEFAULT_LIMITS = EngineLimits()
 
 LimitedBy = Literal["kv", "tpot", "ttft", "seats", "compute"]
 
@@ -39,7 +38,7 @@ class Rate:
     limited_by: LimitedBy
 
 
-def rate(  # noqa: PLR0913  # what a request type and its targets are
+def rate(
     model: CostModel,
     *,
     input_tokens: float,
@@ -62,26 +61,13 @@ def _rate(model: CostModel, work: Work, ttft_s: float, tpot_s: float, limits: En
     if work.output_tokens == 1:
         return Rate(prompts_only_per_s(model, work, limits), 1, 0.0, idle_s, "compute")
 
-    def broken(state: Steady) -> Iterator[LimitedBy]:
-        # A lone request is always let in by memory and seats: it was checked to fit to its end.
-        if state.batch > 1 and state.kv_tokens > model.kv_tokens:
-            yield "kv"
-        if state.batch > 1 and state.running > limits.running_max:
-            yield "seats"
-        if not state.sustained:
-            yield "compute"
-        if state.itl_s > tpot_s:
-            yield "tpot"
-        if state.ttft_s > ttft_s:
-            yield "ttft"
-
     best: Steady | None = None
     limited_by: LimitedBy = "seats"
     low, high = 0, min(limits.running_max, limits.batch_tokens_max - 1)
     while low < high:
         middle = (low + high + 1) // 2
         state = steady(model, middle, work, limits)
-        failed = next(broken(state), None)
+        failed = _broken(state, model, ttft_s, tpot_s, limits)
         if failed is None:
             low, best = middle, state
         else:
@@ -89,3 +75,19 @@ def _rate(model: CostModel, work: Work, ttft_s: float, tpot_s: float, limits: En
     if best is None:
         return Rate(0.0, 0, 0.0, idle_s, limited_by)
     return Rate(best.requests_per_s, best.batch, best.itl_s, best.ttft_s, limited_by)
+
+
+def _broken(
+    state: Steady, model: CostModel, ttft_s: float, tpot_s: float, limits: EngineLimits
+) -> LimitedBy | None:
+    """The first bound that ``state`` exceeds. Memory and seats always let a lone request in: it was
+    checked to fit to its end."""
+    crowded = state.batch > 1
+    exceeded: tuple[tuple[bool, LimitedBy], ...] = (
+        (crowded and state.kv_tokens > model.kv_tokens, "kv"),
+        (crowded and state.running > limits.running_max, "seats"),
+        (not state.sustained, "compute"),
+        (state.itl_s > tpot_s, "tpot"),
+        (state.ttft_s > ttft_s, "ttft"),
+    )
+    return next((bound for over, bound in exceeded if over), None)

@@ -84,6 +84,11 @@ async def test_each_request_reaches_its_model(shared_nats_server: Broker, tmp_pa
             assert (status, body["model"]) == (200, model)
             assert body["choices"][0]["message"]["content"]
             assert replica_id in REPLICAS[model]
+        async with session.get(f"{mesh.url}/metrics") as answer:
+            metrics = (await answer.text()).splitlines()
+        labels = 'outcome="completed",slo_class="standard"'
+        for model in (SMALL, LARGE):
+            assert f'oserve_requests_total{{model="{model}",{labels}}} 31.0' in metrics
 
 
 async def test_each_model_has_its_own_context_and_entry(

@@ -1,7 +1,6 @@
 """The cost model of measured profiles, as planners ask it."""
 
 from services.scheduler.policies.costs import known, served
-from services.scheduler.policies.joint_latency import Replica
 from shared.cost.limits import EngineLimits
 from shared.cost.model import CostModel
 from shared.hardware import Parallelism
@@ -24,16 +23,10 @@ class CostRates:
         target: SloTarget,
         limits: EngineLimits,
     ) -> float:
-        return served(self._model(kind, name, shape, node_gpus), lengths, target, limits
+        return served(self.model(kind, name, shape, node_gpus), lengths, target, limits
         ).requests_per_s
 
-    def replica(
-        self, kind: str, name: str, shape: Parallelism, node_gpus: int, limits: EngineLimits
-    ) -> Replica:
-        model = self._model(kind, name, shape, node_gpus)
-        return Replica(step=model.step, kv_tokens=model.kv_tokens, limits=limits)
-
-    def _model(self, kind: str, name: str, shape: Parallelism, node_gpus: int) -> CostModel:
+    def model(self, kind: str, name: str, shape: Parallelism, node_gpus: int) -> CostModel:
         model = known(kind, name, shape, node_gpus)
         assert model is not None, f"{name} at {shape} on {kind} was to be left out"
         return model

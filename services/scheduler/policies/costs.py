@@ -1,33 +1,29 @@
 """What the simpler policies ask of the cost model: which shapes fit, what one replica serves, and
 how fast it is at a given load."""
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import exp, log
 
-from shared.cost.rates import rate
-
 from services.scheduler.policies.interface import GpuOffer, ModelDemand
+from shared.cost.latency import Latency, latency
 from shared.cost.limits import EngineLimits
 from shared.cost.memory import weight_bytes
 from shared.cost.model import CostModel, cost_model
+from shared.cost.rates import Rate, rate
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.slo import SloTarget
 
 RANKS = (1, 2, 4, 8)
 STAGES = (1, 2, 4)
-LENGTH_STEP = 0.05
-"""Lengths are rounded to steps of 5 %: well within the error of any rate, and one is worked out
-once for the many forecasts that hardly differ."""
+STEP = 0.05
+"""Lengths and loads are rounded to steps of 5 %: well within the error of any rate, and one is
+worked out once for the many forecasts that hardly differ."""
 LENGTH_MAX = 1 << 20
 NOMINAL = (1024.0, 256.0)
 """Input and output tokens by which a model is judged of which nothing is expected."""
-PACES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
-"""Shares of the TPOT target at which a replica's rate is known; between them, linear."""
 ANY_TARGET = SloTarget(ttft_s=3600.0, tpot_s=60.0)
 """What a model is planned by that no shape on offer can serve within its target."""
 
@@ -49,37 +45,6 @@ def mix_of(demand: ModelDemand) -> Mix:
     inputs = sum(kind.arrivals_rps * kind.input_tokens_mean for kind in demand.types)
     outputs = sum(kind.arrivals_rps * kind.output_tokens_mean for kind in demand.types)
     return Mix(rps, inputs / rps, outputs / rps)
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What one replica does with requests of one length: ``requests_per_s``, and the gap between
-    tokens and the time to the first one then."""
-
-    requests_per_s: float
-    itl_s: float
-    ttft_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """``Served`` at rising gaps between tokens: how much load costs how much speed."""
-
-    steps: tuple[Served, ...]
-
-    def at(self, requests_per_s: float) -> Served:
-        """At this load: below the lowest known as there, above the highest as there."""
-        known = [step.requests_per_s for step in self.steps]
-        i = bisect_left(known, requests_per_s)
-        if i in (0, len(known)):
-            return self.steps[min(i, len(known) - 1)]
-        low, high = self.steps[i - 1], self.steps[i]
-        share = (requests_per_s - known[i - 1]) / (known[i] - known[i - 1])
-        return Served(
-            requests_per_s,
-            low.itl_s + share * (high.itl_s - low.itl_s),
-            low.ttft_s + share * (high.ttft_s - low.ttft_s),
-        )
 
 
 def node_gpus(offers: Iterable[GpuOffer]) -> dict[str, int]:
@@ -126,45 +91,35 @@ def kv_share(model: CostModel) -> float:
 
 def served(
     model: CostModel, lengths: tuple[float, float], target: SloTarget, limits: EngineLimits
-) -> Served:
-    """What one replica serves of requests of (input, output) tokens within ``target``; 0 requests
-    if none."""
-    return _served(model, _rounded(lengths[0]), _rounded(lengths[1]), target, limits)
-
-
-def pace(
-    model: CostModel, lengths: tuple[float, float], target: SloTarget, limits: EngineLimits
-) -> Pace:
-    """At the shares ``PACES`` of the target's TPOT, as far as any request meets them."""
-    steps: list[Served] = []
-    for share in PACES:
-        slower = SloTarget(ttft_s=target.ttft_s, tpot_s=share * target.tpot_s)
-        step = served(model, lengths, slower, limits)
-        if step.requests_per_s > (steps[-1].requests_per_s if steps else 0.0):
-            steps.append(step)
-    return Pace(tuple(steps) or (served(model, lengths, target, limits),))
-
-
-def _rounded(tokens: float) -> int:
-    """A whole number of tokens, on a scale of steps of ``LENGTH_STEP``."""
-    steps = round(log(min(max(tokens, 1.0), LENGTH_MAX)) / LENGTH_STEP)
-    return max(1, round(exp(steps * LENGTH_STEP)))
-
-
-@lru_cache(maxsize=1 << 15)
-def _served(
-    model: CostModel,
-    input_tokens: int,
-    output_tokens: int,
-    target: SloTarget,
-    limits: EngineLimits,
-) -> Served:
-    found = rate(
+) -> Rate:
+    """What one replica serves of requests of (input, output) tokens within ``target``."""
+    return rate(
         model,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        input_tokens=_rounded(lengths[0]),
+        output_tokens=_rounded(lengths[1]),
         ttft_s=target.ttft_s,
         tpot_s=target.tpot_s,
         limits=limits,
     )
-    return Served(found.requests_per_s, found.itl_s, found.ttft_s)
+
+
+def speed(
+    model: CostModel, lengths: tuple[float, float], requests_per_s: float, limits: EngineLimits
+) -> Latency:
+    """How fast one replica serves that load; infinite times beyond what it can bear."""
+    return latency(
+        model,
+        requests_per_s=_step(requests_per_s),
+        input_tokens=_rounded(lengths[0]),
+        output_tokens=_rounded(lengths[1]),
+        limits=limits,
+    )
+
+
+def _rounded(tokens: float) -> int:
+    return max(1, round(_step(min(max(tokens, 1.0), LENGTH_MAX))))
+
+
+def _step(value: float) -> float:
+    """The nearest on a scale of steps of ``STEP``."""
+    return exp(round(log(value) / STEP) * STEP) if value > 0.0 else 0.0

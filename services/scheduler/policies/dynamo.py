@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.policies.costs import Mix, mix_of, pace, served, shapes
+from services.scheduler.policies.costs import Mix, mix_of, served, shapes, speed
 from services.scheduler.policies.filling import Pool, Room, fill
 from services.scheduler.policies.interface import ModelDemand, Planned, Problem
 from services.scheduler.policies.placing import brief, standing_shapes
@@ -193,7 +193,8 @@ def _realised(planner: _Planner, model_id: str, problem: Problem) -> bool:
 
 
 def _corrections(model: CostModel, problem: Problem, demand: ModelDemand) -> tuple[float, float]:
-    """Observed / expected of TTFT and ITL in the newest window; 1 where nothing was observed."""
+    """Observed / expected of TTFT and ITL in the newest window; 1 where nothing was observed, or
+    nothing can be expected of replicas that are overrun."""
     report = next((r for r in problem.observed if r.model_id == demand.model_id), None)
     seen = [kind for kind in report.types if kind.requests > 0] if report else []
     requests = sum(kind.requests for kind in seen)
@@ -205,12 +206,11 @@ def _corrections(model: CostModel, problem: Problem, demand: ModelDemand) -> tup
         sum(kind.requests * kind.input_tokens_mean for kind in seen) / requests,
         sum(kind.requests * kind.output_tokens_mean for kind in seen) / requests,
     )
-    target = problem.targets[demand.model_id]
-    speeds = pace(model, (mean.input_tokens, mean.output_tokens), target, problem.limits)
-    expected = speeds.at(mean.arrivals_rps / len(ids))
+    lengths = (mean.input_tokens, mean.output_tokens)
+    expected = speed(model, lengths, mean.arrivals_rps / len(ids), problem.limits)
     ttft_s = _mean([(kind.requests, kind.ttft_s_mean) for kind in seen])
     itl_s = _mean([(kind.requests, kind.tpot_s_mean) for kind in seen])
-    return _bounded(ttft_s, expected.ttft_s), _bounded(itl_s, expected.itl_s)
+    return _bounded(ttft_s, expected.ttft_s), _bounded(itl_s, expected.tpot_s)
 
 
 def _mean(values: list[tuple[int, float | None]]) -> float | None:
@@ -221,7 +221,7 @@ def _mean(values: list[tuple[int, float | None]]) -> float | None:
 
 def _bounded(observed: float | None, expected: float) -> float:
     """Not a number compares as false, and counts as nothing observed."""
-    if observed is None or not expected > 0.0:
+    if observed is None or not 0.0 < expected < inf:
         return 1.0
     low, high = CORRECTION
     ratio = observed / expected

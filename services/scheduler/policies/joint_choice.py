@@ -32,8 +32,8 @@ from services.scheduler.policies.capacity_plan import spread
 from services.scheduler.policies.flow import Array, best_flow
 from services.scheduler.policies.interface import Problem
 from services.scheduler.policies.joint import Solution, best_joint
-from services.scheduler.policies.joint_latency import Load, Replica, Tail
-from shared.cost.limits import EngineLimits
+from services.scheduler.policies.joint_latency import Load, Tail, tails
+from shared.cost.model import CostModel
 from shared.hardware import Parallelism
 
 LOAD_MAX = 0.85  # beyond, waiting grows faster than any shape can make up for
@@ -42,10 +42,8 @@ SLACK = 1.02  # of the first step: at exactly 1 / t* rounding may leave nothing 
 
 
 class LatencySource(RateSource, Protocol):
-    def replica(
-        self, kind: str, name: str, shape: Parallelism, node_gpus: int, limits: EngineLimits
-    ) -> Replica:
-        """Its step times and KV cache."""
+    def model(self, kind: str, name: str, shape: Parallelism, node_gpus: int) -> CostModel:
+        """The cost model of one replica, which is known to fit."""
         ...
 
 
@@ -106,10 +104,10 @@ class Judge:
             types = [int(j) for j in np.flatnonzero(shares[s])] if count else []
             if types:
                 sent = [table.types[j].arrivals_rps * float(shares[s, j]) for j in types]
-                tails = self._tails(column, types, [rps / count for rps in sent])
+                found = self._tails(column, types, [rps / count for rps in sent])
                 late += sum(
                     rps * self._ratio(j, tail)
-                    for j, rps, tail in zip(types, sent, tails, strict=True)
+                    for j, rps, tail in zip(types, sent, found, strict=True)
                 )
         for j, kind in enumerate(table.types):
             left = 1.0 - min(1.0, float(shares[:, j].sum()))
@@ -128,12 +126,11 @@ class Judge:
 
     def _tails(self, column: Column, types: Sequence[int], rps: Sequence[float]) -> list[Tail]:
         pool = self.table.pools[column.pool]
-        replica = self.source.replica(
+        model = self.source.model(
             pool.kind,
             self.problem.profiles[column.model_id],
             column.shape,
             pool.node_gpus[0],
-            self.problem.limits,
         )
         loads = [
             Load(
@@ -143,7 +140,7 @@ class Judge:
             )
             for j, each in zip(types, rps, strict=True)
         ]
-        return replica.tails(loads, horizon_s=self.horizon_s)
+        return tails(model, loads, self.problem.limits, horizon_s=self.horizon_s)
 
     def _ratio(self, j: int, tail: Tail) -> float:
         target = self.problem.targets[self.table.types[j].model_id]

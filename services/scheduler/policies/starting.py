@@ -37,7 +37,7 @@ class Starting:
     def plan(self, problem: Problem) -> Planned:
         start = Static().plan(problem) if problem.wishes else plan_default(problem)
         shapes_now = standing_shapes(problem.in_force)
-        shapes_then = Counter(map(shape_of, start.plan.replicas)) if start.plan else Counter()
+        shapes_then = Counter(map(shape_of, start.plan.replicas if start.plan else ()))
         if not shapes_now or shapes_now <= shapes_then:
             return start
         return repair(problem, why="nothing is expected yet")

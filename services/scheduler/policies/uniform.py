@@ -6,8 +6,8 @@ where this period's forecast points, however little it gains.
 For each choice of one shape for each model, GPUs are handed out to whichever model is loaded most.
 The load of a model with r[j] requests/s of type j per replica within its targets, n replicas and
 d[j] arrivals is sum_j d[j] / (n r[j]). Choices that load no model above ``LOAD_MAX`` are ranked by
-the mean time of a request (E2E) at that load, with the time to the first token stretched by
-1 / (1 - load) for what waits; the others, which queues would overrun, by their highest load.
+the mean time of a request (E2E) at that load; the others, which queues would overrun, by their
+highest load.
 """
 
 from collections import Counter
@@ -19,17 +19,17 @@ from math import inf, prod
 from services.scheduler.policies.costs import (
     ANY_TARGET,
     Mix,
-    Pace,
     mix_of,
-    pace,
     served,
     shapes,
+    speed,
 )
 from services.scheduler.policies.filling import Pool, Room, fill
 from services.scheduler.policies.interface import ModelDemand, Planned, Problem
 from services.scheduler.policies.placing import brief
 from services.scheduler.policies.starting import changes, place_by_kind
 from services.scheduler.policies.weights import ANY_TYPE, joined, planned
+from shared.cost.limits import EngineLimits
 from shared.cost.model import CostModel
 from shared.hardware import Parallelism
 from shared.slo import SloTarget
@@ -43,13 +43,13 @@ serve most per GPU."""
 
 @dataclass(slots=True, kw_only=True)
 class _Option:
-    """One shape of one model: by kind of GPU, what a replica serves of the mix, and how fast."""
+    """One shape of one model: by kind of GPU, what a replica serves of the mix."""
 
     model_id: str
     shape: Parallelism
     within: bool  # whether its targets can be met
     rates: dict[str, float] = field(default_factory=dict[str, float])
-    paces: dict[str, Pace] = field(default_factory=dict[str, Pace])
+    models: dict[str, CostModel] = field(default_factory=dict[str, CostModel])
 
     @property
     def kinds(self) -> list[str]:
@@ -75,7 +75,7 @@ class _Choice:
         served_ids = {model_id for _, model_id in self.counts}
         missing = sum(1 for option in self.options if option.model_id not in served_ids)
         missing += sum(1 for option in self.options if not option.within)
-        full = self.load > LOAD_MAX
+        full = self.load > LOAD_MAX or self.e2e_s == inf
         return missing, full, self.load if full else self.e2e_s, self.e2e_s
 
 
@@ -89,7 +89,7 @@ class Uniform:
         mixes = {demand.model_id: mix_of(demand) for demand in problem.models}
         room = Room(problem.offers)
         choices = [
-            _choice(chosen, room, mixes)
+            _choice(chosen, room, mixes, problem.limits)
             for chosen in product(*_pruned([found for found in options.values() if found]))
             if chosen
         ]
@@ -135,11 +135,7 @@ def _options(problem: Problem, demand: ModelDemand) -> list[_Option]:
                             within=target is not ANY_TARGET,
                         ),
                     )
-                    mix = mix_of(demand)
-                    option.rates[kind] = rate
-                    option.paces[kind] = pace(
-                        model, (mix.input_tokens, mix.output_tokens), target, problem.limits
-                    )
+                    option.rates[kind], option.models[kind] = rate, model
         if found:
             return list(found.values())
     return []
@@ -169,7 +165,9 @@ def _pruned(options: list[list[_Option]]) -> list[list[_Option]]:
     return kept
 
 
-def _choice(chosen: tuple[_Option, ...], room: Room, mixes: Mapping[str, Mix]) -> _Choice:
+def _choice(
+    chosen: tuple[_Option, ...], room: Room, mixes: Mapping[str, Mix], limits: EngineLimits
+) -> _Choice:
     by_id = {option.model_id: option for option in chosen}
 
     def need(model_id: str, counts: Mapping[Pool, int]) -> float:
@@ -189,7 +187,9 @@ def _choice(chosen: tuple[_Option, ...], room: Room, mixes: Mapping[str, Mix]) -
         mixes[option.model_id].arrivals_rps / rate if (rate := _rate_of(option, counts)) else inf
         for option in chosen
     )
-    return _Choice(options=chosen, counts=counts, load=load, e2e_s=_e2e_s(chosen, counts, mixes))
+    return _Choice(
+        options=chosen, counts=counts, load=load, e2e_s=_e2e_s(chosen, counts, mixes, limits)
+    )
 
 
 def _rate_of(option: _Option, counts: Mapping[Pool, int]) -> float:
@@ -197,7 +197,10 @@ def _rate_of(option: _Option, counts: Mapping[Pool, int]) -> float:
 
 
 def _e2e_s(
-    chosen: Iterable[_Option], counts: Mapping[Pool, int], mixes: Mapping[str, Mix]
+    chosen: Iterable[_Option],
+    counts: Mapping[Pool, int],
+    mixes: Mapping[str, Mix],
+    limits: EngineLimits,
 ) -> float:
     """Mean over requests of all models; of equal weight where nothing is expected."""
     total = weights = 0.0
@@ -209,9 +212,10 @@ def _e2e_s(
         weight = mix.arrivals_rps or 1e-9
         for kind, own in option.rates.items():
             share = own * counts.get((kind, option.model_id), 0) / rate
-            speed = option.paces[kind].at(load * own)
-            waits = speed.ttft_s / max(1.0 - load, 1e-3)
-            total += weight * share * (waits + mix.output_tokens * speed.itl_s)
+            if share > 0.0:
+                lengths = (mix.input_tokens, mix.output_tokens)
+                e2e_s = speed(option.models[kind], lengths, load * own, limits).e2e_s
+                total += weight * share * e2e_s
         weights += weight
     return total / weights
 
