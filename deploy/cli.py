@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
 ]
 
-PASS_THROUGH = {
+PASS_THROUGH: dict[str, Any] = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
     "help_option_names": [],  # --help is the command's own
@@ -111,6 +111,17 @@ def compare(context: typer.Context) -> None:
     from loadgen.compare.cli import compare as command  # noqa: PLC0415
 
     _run_tool(command, context, "oserve compare")
+
+
+@profile_app.command(context_settings=PASS_THROUGH)
+def measure(
+    context: typer.Context,
+    python: Annotated[str, typer.Option(help="Interpreter that has the engine.")] = "",
+) -> None:
+    """Sweep a real engine on this machine, and write its cost profile."""
+    from deploy.measure import run_measure  # noqa: PLC0415
+
+    raise typer.Exit(run_measure(context.args, python=python))
 
 
 @app.command("make-model")

@@ -110,11 +110,11 @@ class Runs:
         *,
         processes: int = 1,
         perform: Callable[[Job], RunRecord] = perform,
-        told: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """``told`` hears of progress: of what, how many runs done, of how many."""
         self._folder, self._processes = folder, processes
-        self._perform, self._hear = perform, told
+        self._perform = perform
+        self.told: Callable[[str, int, int], None] | None = None
+        """Hears of progress: of what, how many runs are done, of how many."""
         self.done = self.reused = 0
 
     @property
@@ -131,12 +131,12 @@ class Runs:
                 records[digest] = kept
         self.reused += len(records)
         missing = [job for digest, job in wanted.items() if digest not in records]
-        self._told(what, len(records), len(wanted))
+        self._tell(what, len(records), len(wanted))
         for record in self._performed(missing):
             self._keep(record)
             records[record.digest] = record
             self.done += 1
-            self._told(what, len(records), len(wanted))
+            self._tell(what, len(records), len(wanted))
         return [records[job.digest] for job in jobs]
 
     def _performed(self, jobs: Sequence[Job]) -> Iterator[RunRecord]:
@@ -156,9 +156,9 @@ class Runs:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _told(self, what: str, done: int, total: int) -> None:
-        if self._hear is not None:
-            self._hear(what, done, total)
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if self.told is not None:
+            self.told(what, done, total)
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.json"

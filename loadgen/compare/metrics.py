@@ -176,11 +176,12 @@ def _settled_s(requests: Requests, ended_s: Floats, window_s: float) -> float | 
     tokens: Floats = (requests.input_tokens + requests.output_tokens).astype(np.float64)
     ends_s = _endless(ended_s, requests.completed)
     order = np.argsort(ends_s, kind="stable")
-    done = np.cumsum(tokens[order])
+    done: Floats = np.cumsum(tokens[order])
+    ordered: Floats = ends_s[order]
     if done.size == 0:
         return None
-    place = int(np.searchsorted(done, SETTLED_SHARE * done[-1] * (1.0 - 1e-12)))
-    at_s = float(np.partition(ends_s, place)[place])
+    enough = SETTLED_SHARE * float(done[-1]) * (1.0 - 1e-12)
+    at_s = float(ordered[int(np.searchsorted(done, enough))])
     return at_s - window_s if math.isfinite(at_s) else None
 
 

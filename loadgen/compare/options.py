@@ -123,6 +123,16 @@ def parse_traces(texts: Sequence[str]) -> dict[str, str]:
     return traces
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas, at least one; raises ConfigInvalid."""
+    wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not wanted:
+        raise ConfigInvalid(
+            field="policies", value=text, remedy="name policies, separated by commas"
+        )
+    return wanted
+
+
 def parse_slo(text: str) -> float | None:
     """None for ``class``, the factor of ``relative:5``; raises ConfigInvalid."""
     if text == "class":

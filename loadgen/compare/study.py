@@ -35,7 +35,7 @@ from loadgen.simulator.deployments import (
     uniforms,
 )
 from loadgen.simulator.outcome import SimulationResult, SimulationSpec
-from loadgen.simulator.policies import POLICIES, STATIC, Policy, policy_named
+from loadgen.simulator.policies import POLICIES, STATIC, ForecastName, Policy, policy_named
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.slo import SloTarget
@@ -44,8 +44,8 @@ ALL, EVERY_SHAPE = "all", ("static-<shape>", "static-all")
 
 
 def expand(names: Sequence[str], site: Site) -> tuple[Policy, ...]:
-    """The policies of ``names``: ``static-all`` stands for each uniform shape that fits, ``all`` for
-    these and every named policy. Raises ConfigInvalid, which lists the names."""
+    """The policies of ``names``: ``static-all`` stands for each uniform shape that fits, ``all``
+    for these and every named policy. Raises ConfigInvalid, which lists the names."""
     wanted: dict[str, Policy] = {}
     for name in names:
         if name == ALL:
@@ -94,6 +94,16 @@ class Study:
             )
         self.targets = self._targets(simulate)
         self._model_targets = model_targets(self.types, self.targets)
+
+    @property
+    def reference(self) -> str:
+        return self._options.reference
+
+    def forecast_of(self, policy: Policy) -> ForecastName:
+        """What its name says, else the options, else its own default; one that never switches reads
+        none, so that its runs are the same whatever was asked for."""
+        given = None if "@" in policy.name else self._options.forecast
+        return "ours" if not policy.switches else given or policy.forecast
 
     def groups(self, saturation: Saturation) -> list[outcome.Runs]:
         """Every policy at every load."""
@@ -183,8 +193,7 @@ class Study:
 
     def _job(self, policy: Policy, begin: Deployment, scale: float, seed: int) -> Job:
         options = self._options
-        named = "@" in policy.name
-        forecast = policy.forecast if named or options.forecast is None else options.forecast
+        forecast = self.forecast_of(policy)
         if policy.switches:
             shapes = set(begin.shapes.values())
             scheduler = msgspec.structs.replace(
@@ -193,8 +202,6 @@ class Study:
                 dynamo_shape=shapes.pop() if len(shapes) == 1 else "",
             )
             policy = dataclasses.replace(policy, scheduler=scheduler)
-        else:
-            forecast = "ours"  # nobody reads it: such runs are the same
         return Job(
             name=policy.name,
             mesh=begin.on(self._site.mesh),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loadgen.simulator.engine import token_at
+from loadgen.simulator.workshop import token_at
 from services.ingress.events import RequestFailed
 from services.ingress.journey import Journey, Taken
 from shared.messages.requests import FailureCode, FinishReason

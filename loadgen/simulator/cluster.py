@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from loadgen.simulator import source as ingress
-from loadgen.simulator.engines import Engines, Facts
+from loadgen.simulator.engines import Engines
 from loadgen.simulator.faults import Weather
 from loadgen.simulator.jobs import slow_job
 from loadgen.simulator.observer import INPUTS as OBSERVED
@@ -24,6 +24,7 @@ from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.pulse import Pulse
 from loadgen.simulator.source import Arrival, Source
 from loadgen.simulator.streaming import Streaming
+from loadgen.simulator.workshop import NO_FAULTS, Facts
 from loadgen.simulator.world import World
 from services.forecaster import core as forecaster
 from services.profiler import core as profiler
@@ -34,8 +35,6 @@ from services.scheduler.solving import solve
 from services.switcher import core as switcher
 from services.worker.core import WorkerCore
 from services.worker.engine.batching import Batch
-from services.worker.engine.modelled_timing import ModelledReplica
-from services.worker.engine import modelled_timing
 from services.worker.identity import WorkerIdentity
 from shared import subjects
 from shared.core import Core
@@ -61,6 +60,7 @@ class Cluster:
     """See run.run for how it is used. It is its engines' workshop."""
 
     streaming = False
+    faults = NO_FAULTS
 
     def __init__(self, spec: SimulationSpec) -> None:
         self.spec = spec

@@ -19,7 +19,11 @@ from loadgen.simulator.policies import Policy
 from services.scheduler.policies.capacity import pools, shapes
 from services.scheduler.policies.interface import GpuOffer
 from services.scheduler.policies.placing import choose, place
-from services.worker.engine.modelled_timing import ModelledReplica, modelled_replica
+from services.worker.engine.modelled_timing import (
+    ModelledReplica,
+    check_modelled,
+    modelled_replica,
+)
 from shared.cost.memory import kv_bytes_per_token
 from shared.cost.model import cost_model
 from shared.errors import ConfigInvalid
@@ -58,6 +62,8 @@ class Site:
     """A topology, and which shapes of its models fit on it."""
 
     def __init__(self, mesh: MeshConfig) -> None:
+        """Raises ConfigInvalid, which names what there is, for a model or GPU without profile."""
+        check_modelled(mesh)
         self.mesh = mesh
         self.gpus = len(mesh.gpus())
         self.offers = tuple(

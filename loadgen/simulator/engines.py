@@ -9,16 +9,13 @@ itself and its tokens leave at once, as in production, for worlds in which messa
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
 
+from loadgen.simulator.engine import Engine, Outgoing, Run
 from loadgen.simulator.process import Job, Port
 from loadgen.simulator.pulse import Pulse
-from services.worker.engine.batching import Batch
+from loadgen.simulator.workshop import Workshop
 from services.worker.engine.batching_types import DECODE
-from services.worker.engine.batching_types import Sequence as Running
-from services.worker.engine.interface import EngineLoad
 from services.worker.events import (
     ABORT,
     ADMIT,
@@ -36,108 +33,12 @@ from services.worker.events import (
     EngineStopped,
     MeasuredEngine,
     RequestRefused,
-    RequestsEnded,
 )
-from shared.cost.limits import EngineLimits
 from shared.cost.step import PS_PER_S
 from shared.errors import Rejected
-from shared.messages.plans import ReplicaSpec
-from shared.messages.requests import FailureCode, SubmitRequest, TokenChunk, TokenChunks
-from shared.subjects import TOKEN_CHUNKS
+from shared.messages.requests import FailureCode, SubmitRequest, TokenChunk
 
 STEP_WEIGHT = 0.1  # of the newest step in the mean step time, as in production
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What an engine finds out about a request only by running it."""
-
-    output_tokens: int
-    hashes: Sequence[int] = ()
-    hash_tokens: int = 0
-
-
-class Workshop(Protocol):
-    """Where engines come from, and what they make."""
-
-    limits: EngineLimits
-    streaming: bool
-
-    def batch(self, spec: ReplicaSpec) -> Batch: ...
-    def start_s(self, spec: ReplicaSpec) -> float: ...
-    def facts(self, request: SubmitRequest) -> Facts: ...
-    def tokens(self, request_id: str, position: int, count: int) -> list[int]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFaults:
-    """Chances that an engine cannot start, neither starts nor fails, breaks in a step."""
-
-    start_fails: float = 0.0
-    start_hangs: float = 0.0
-    step_breaks: float = 0.0
-
-
-NO_FAULTS = EngineFaults()
-
-
-@dataclass(slots=True)
-class Run:
-    """One attempt in an engine; ``shown`` of its output tokens have left. ``home`` speaks for it,
-    wherever it runs."""
-
-    request: SubmitRequest
-    sequence: Running
-    shown: int
-    output_tokens: int
-    home: "Engine"
-
-
-@dataclass(slots=True, eq=False)
-class Engine:
-    """``steps`` of the batch are under way since ``since_ps``; 0: it stands still."""
-
-    spec: ReplicaSpec
-    generation: int
-    owner: "Engines"
-    batch: Batch
-    ready: bool = False
-    broken: bool = False
-    since_ps: int = 0
-    steps: int = 0
-    number: int = 0  # of the plan under way: a wake-up call for another is void
-    requests_total: int = 0
-    step_s: float = 0.0
-    runs: dict[str, Run] = field(default_factory=dict[str, Run])
-
-    @property
-    def replica_id(self) -> str:
-        return self.spec.replica_id
-
-    def done(self, now_ps: int) -> int:
-        """Steps of the leap under way that have ended by now, and of which the batch will only
-        hear at the leap's end."""
-        if self.steps <= 1:
-            return 0
-        plan = self.batch.plan()
-        assert plan is not None, "a leap without a plan"
-        elapsed_ps = now_ps - self.since_ps
-        steps, end_ps = plan.steps_until(elapsed_ps)
-        return min(self.steps, steps if end_ps <= elapsed_ps else steps - 1)
-
-    def load(self, now_ps: int) -> EngineLoad:
-        """As the engine would report it now."""
-        load, batch, done = self.batch.load(), self.batch, self.done(now_ps)
-        if not done:
-            return load
-        grown = batch.kv.growth(batch.steps_total, done, batch.decoding)
-        return EngineLoad(
-            running=load.running,
-            waiting=load.waiting,
-            tokens_pending=load.tokens_pending - done * batch.decoding,
-            kv_blocks_used=load.kv_blocks_used + grown,
-            kv_blocks_total=load.kv_blocks_total,
-        )
 
 
 class Engines:
@@ -151,10 +52,8 @@ class Engines:
         workshop: Workshop,
         rng: random.Random,
         pulse: Pulse | None = None,
-        faults: EngineFaults = NO_FAULTS,
     ) -> None:
         """``pulse``: leaves out measurements that would find nothing new."""
-        self.faults = faults
         self.engines: dict[str, Engine] = {}
         self.steps = self.preemptions = 0  # of engines that have ended
         self._port, self._incarnation = port, incarnation
@@ -181,7 +80,7 @@ class Engines:
             out = Outgoing()
             for run in engine.runs.values():
                 self._show(engine, run, out, done=done)
-            self._send(out)
+            out.send()
 
     def _start(self, start: EngineStart) -> None:
         spec = start.spec
@@ -191,13 +90,13 @@ class Engines:
         def ready() -> None:
             if self.engines.get(engine.replica_id) is not engine:
                 return
-            if self._rng.random() < self.faults.start_fails:
+            if self._rng.random() < self._workshop.faults.start_fails:
                 self._break(engine, "out of memory while loading weights (injected)")
                 return
             engine.ready = True
             self._port.feed(EngineReady(replica_id=engine.replica_id, generation=engine.generation))
 
-        if self._rng.random() < self.faults.start_hangs:
+        if self._rng.random() < self._workshop.faults.start_hangs:
             return
         self._port.later(self._workshop.start_s(spec), ready)
 
@@ -312,7 +211,10 @@ class Engines:
 
     def _wake(self, engine: Engine, at_ps: int) -> None:
         """The steps under way are done."""
-        if self.faults.step_breaks and self._rng.random() < self.faults.step_breaks:
+        if (
+            self._workshop.faults.step_breaks
+            and self._rng.random() < self._workshop.faults.step_breaks
+        ):
             self._break(engine, "illegal memory access (injected)")
             return
         progress = engine.batch.advance(engine.steps)
@@ -331,7 +233,7 @@ class Engines:
             run = engine.runs.pop(sequence.key, None)
             if run is not None:
                 self._show(engine, run, out, ended=True)
-        self._send(out)
+        out.send()
         if changed and self._pulse is not None:
             self._pulse.quicken()
         self._plan(engine, at_ps)
@@ -362,16 +264,6 @@ class Engines:
             attempt = EndedAttempt(request_id=request.request_id, attempt=request.attempt)
             out.ended.setdefault(run.home, []).append(attempt)
 
-    def _send(self, out: "Outgoing") -> None:
-        for (home, ingress_id), chunks in out.chunks.items():
-            owner = home.owner
-            message = TokenChunks(
-                replica_id=home.replica_id, incarnation=owner.incarnation, chunks=chunks
-            )
-            owner.port.publish(TOKEN_CHUNKS.send(message, ingress_id=ingress_id))
-        for home, ended in out.ended.items():
-            home.owner.port.feed(RequestsEnded(ended=tuple(ended)))
-
     def _break(self, engine: Engine, detail: str) -> None:
         engine.ready, engine.broken, engine.steps = False, True, 0
         engine.number += 1
@@ -389,26 +281,3 @@ class Engines:
     @property
     def port(self) -> Port:
         return self._port
-
-
-@dataclass(slots=True)
-class Outgoing:
-    """What leaves after some steps: one message for each replica and ingress."""
-
-    chunks: dict[tuple[Engine, str], list[TokenChunk]] = field(
-        default_factory=dict[tuple[Engine, str], list[TokenChunk]]
-    )
-    ended: dict[Engine, list[EndedAttempt]] = field(
-        default_factory=dict[Engine, list[EndedAttempt]]
-    )
-
-    def add(self, home: Engine, ingress_id: str, chunk: TokenChunk) -> None:
-        key = (home, ingress_id)
-        known = self.chunks.get(key)
-        if known is None:
-            self.chunks[key] = [chunk]
-        else:
-            known.append(chunk)
-
-
-Tokens = Callable[[str, int, int], list[int]]

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import cast
 
 from loadgen.simulator.clients import Clients, draw_orders
-from loadgen.simulator.engine import Engines, EngineTimes
+from loadgen.simulator.engines import Engines
 from loadgen.simulator.faults import draw_incidents, draw_weather
 from loadgen.simulator.ingress import Ingress, inputs
 from loadgen.simulator.invariants import EpochWatch, PlanHistory
 from loadgen.simulator.process import Job, NodeSpec, Port
+from loadgen.simulator.streaming import Streaming
+from loadgen.simulator.workshop import NO_FAULTS, EngineFaults, SmallWorkshop
 from loadgen.simulator.world import World
 from services.ingress.config import IngressConfig
 from services.router import core as router
@@ -82,15 +84,15 @@ class Mesh:
             Host(node_id=f"n{i}", gpus=rng.randint(1, 3)) for i in range(rng.randint(2, 3))
         )
         self._wishes = _draw_wishes(rng, self._hosts)
-        self.times = EngineTimes(
+        faults = EngineFaults(
             start_fails=rng.choice([0.0, 0.0, 0.3]),
             start_hangs=rng.choice([0.0, 0.0, 0.2]),
             step_breaks=rng.choice([0.0, 0.0, 0.005]),
         )
+        self.workshop = SmallWorkshop(random.Random(f"workshop/{seed}"), faults)
         self.world = World(seed, weather=draw_weather(rng), trace_max=trace_max)
         self.history = PlanHistory(self.world, writer="switcher")
         self.epochs = EpochWatch(self.world)
-        self._engines: list[Engines] = []
         self._add_services(rng)
         self._plan_faults(rng)
 
@@ -99,9 +101,7 @@ class Mesh:
         world = self.world
         world.run(self.FAULTS_S)
         world.calm()
-        self.times = EngineTimes()
-        for engines in self._engines:
-            engines.times = self.times
+        self.workshop.faults = NO_FAULTS
         while world.now_s < self.FAULTS_S + self.SETTLE_S:
             world.run(world.now_s + 1.0)
             if not self.unsettled():
@@ -159,7 +159,7 @@ class Mesh:
     def _attempts(self) -> list[LiveRequest]:
         """What the workers still run, for a client or for nobody."""
         workers = (self.world.core(gpu.gpu_id) for host in self._hosts for gpu in host.gpu_specs())
-        return [live for core in workers if isinstance(core, WorkerCore) for live in core.live]
+        return [live for core in workers if isinstance(core, Streaming) for live in core.core.live]
 
     def _add_services(self, rng: random.Random) -> None:
         add = self.world.add
@@ -219,9 +219,8 @@ class Mesh:
             )
             config = WorkerConfig(worker_id=worker_id, report_s=0.25, drain_timeout_s=1.0)
             rng = random.Random(f"engine/{self.seed}/{incarnation}")
-            engines = Engines(port, incarnation=incarnation, times=self.times, rng=rng)
-            self._engines.append(engines)
-            return WorkerCore(config, identity), engines.jobs()
+            engines = Engines(port, incarnation=incarnation, workshop=self.workshop, rng=rng)
+            return Streaming(WorkerCore(config, identity), engines), engines.jobs()
 
         commands = (
             subjects.START_REPLICA,

@@ -1,8 +1,8 @@
 """At which pace the cores of a simulated mesh repeat themselves.
 
 With incidents every setting is production's. Without, nobody dies, so that nobody need prove to be
-alive: heartbeats, repeated plans and reports that say nothing new come every ``HUSH_S``, and whoever
-waits for them is as much more patient. What is decided, and when, stays the same.
+alive: heartbeats, repeated plans and reports that say nothing new come every ``HUSH_S``, and
+whoever waits for them is as much more patient. What is decided, and when, stays the same.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from loadgen.simulator.engines import Facts
+from loadgen.simulator.workshop import Facts
 from loadgen.workload.records import TraceRecord
 from services.ingress.completed import completed
 from services.ingress.config import IngressConfig
@@ -92,6 +92,7 @@ class _Client:
         return False
 
     def on_end(self, finish: FinishReason) -> None:
+        del finish  # the journey knows
         source, journey = self.source, self.journey
         columns = source.columns
         columns.e2e_s[self.row] = source.now_s - journey.arrived_s
@@ -141,7 +142,8 @@ class Source:
         return len(self._rows)
 
     def step(self, event: SourceEvent, now_s: float) -> list[Effect]:
-        self._effects = effects = []
+        effects: list[Effect] = []
+        self._effects = effects
         self.now_s = now_s
         match event:
             case TokenChunks():

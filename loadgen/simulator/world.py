@@ -17,7 +17,8 @@ from typing import Any, assert_never
 
 from loadgen.simulator.bucket import Bucket, reach
 from loadgen.simulator.faults import CALM, Incident, Weather
-from loadgen.simulator.process import Alarm, Audience, Node, NodeSpec, Process, audience
+from loadgen.simulator.port import WorldPort
+from loadgen.simulator.process import Audience, Node, NodeSpec, Process, audience
 from loadgen.simulator.trace import Trace
 from shared.core import (
     Ask,
@@ -33,34 +34,11 @@ from shared.core import (
     Started,
     Store,
 )
-from shared.messages.base import Message
 
 Action = Callable[[], None]
 _Due = tuple[float, int, Node | None, int, Any]
 """When, in which order, and an event for one process of a node (by its number), for all that run
 there (0: a message), or an action of the world itself (no node)."""
-
-
-class _Port:
-    """See process.Port."""
-
-    def __init__(self, world: "World", node: Node, number: int) -> None:
-        self._world, self._node, self._number = world, node, number
-        self.last_words: Action | None = None
-        self.alarm: Alarm | None = None
-
-    @property
-    def now_s(self) -> float:
-        return self._world.now_s
-
-    def feed(self, event: Message, *, delay_s: float = 0.0) -> None:
-        self._world.schedule(delay_s, self._node, self._number, event)
-
-    def publish(self, effect: Publish) -> None:
-        self._world.publish(self._node.spec.name, effect)
-
-    def later(self, delay_s: float, action: Action) -> None:
-        self._world.schedule(delay_s, self._node, self._number, action)
 
 
 class World:
@@ -100,7 +78,7 @@ class World:
         """Do ``action`` at that time, as the world's own doing."""
         self.push(at_s, None, 0, action)
 
-    def run(self, until_s: float) -> None:
+    def run(self, until_s: float) -> None:  # noqa: C901  # the loop that everything runs in
         """Let everything happen that is due up to ``until_s``, which becomes the time."""
         heap, pop, soon = self._heap, heapq.heappop, self._soon
         while True:
@@ -294,7 +272,7 @@ class World:
         node = self._nodes[name]
         node.starts += 1
         number = node.starts
-        port = _Port(self, node, number)
+        port = WorldPort(self, node, number)
         core, jobs = node.spec.make(number, port)
         node.processes = {**node.processes, number: Process(core, jobs, number, port)}
         self.trace.note(self.now_s, name, f"-- started, number {number} --")

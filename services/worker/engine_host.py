@@ -177,8 +177,8 @@ class EngineHost:
             raise fault
 
     async def _delay(self, started_s: float) -> None:
-        """A start takes at least the factory's ``delay_s``, unless it is given up."""
-        left_s = started_s + self._factory.delay_s - self._clock.now_s()
+        """A start takes at least the factory's ``start_s``, unless it is given up."""
+        left_s = started_s + self._factory.start_s(self._spec) - self._clock.now_s()
         if left_s > 0 and not self._stopping:
             self._wake.clear()
             with suppress(TimeoutError):

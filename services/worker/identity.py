@@ -3,14 +3,16 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import msgspec
-
+from services.worker.engine.interface import EngineLoad
+from services.worker.events import MeasuredEngine
 from services.worker.replica import Ending, Hosted, LiveRequest
 from shared.core import Publish
 from shared.hardware import GpuSpec
 from shared.messages.replicas import ReplicaReport, WorkerReport
 from shared.messages.requests import TokenChunk, TokenChunks
 from shared.subjects import TOKEN_CHUNKS, WORKER_REPORT
+
+NOT_MEASURED = MeasuredEngine(replica_id="", generation=0, load=EngineLoad())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,27 +60,22 @@ class WorkerIdentity:
 
     def replica_report(self, hosted: Hosted) -> ReplicaReport:
         """Its load as last measured; zero until then."""
-        report = ReplicaReport(
+        measured = hosted.measured or NOT_MEASURED
+        load = measured.load
+        return ReplicaReport(
             replica_id=hosted.spec.replica_id,
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             epoch=hosted.epoch,
             phase=hosted.phase,
+            running=load.running,
+            waiting=load.waiting,
+            tokens_pending=load.tokens_pending,
+            kv_blocks_used=load.kv_blocks_used,
+            kv_blocks_total=load.kv_blocks_total,
+            running_max=measured.running_max,
+            waiting_max=measured.waiting_max,
+            output_tokens_total=measured.output_tokens_total,
+            requests_total=measured.requests_total,
+            step_s=measured.step_s,
         )
-        measured = hosted.measured
-        if measured is not None:
-            load = measured.load
-            report = msgspec.structs.replace(
-                report,
-                running=load.running,
-                waiting=load.waiting,
-                tokens_pending=load.tokens_pending,
-                kv_blocks_used=load.kv_blocks_used,
-                kv_blocks_total=load.kv_blocks_total,
-                running_max=measured.running_max,
-                waiting_max=measured.waiting_max,
-                output_tokens_total=measured.output_tokens_total,
-                requests_total=measured.requests_total,
-                step_s=measured.step_s,
-            )
-        return report

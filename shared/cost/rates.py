@@ -12,7 +12,6 @@ gives the rate B / ((o - 1) ITL(B)): Little's law for the requests that decode. 
 the replica busy all the time; what waiting costs at a given load, ``latency.py`` estimates.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal

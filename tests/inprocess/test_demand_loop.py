@@ -31,6 +31,7 @@ from shared.messages.requests import (
     RouteReply,
     RouteRequest,
 )
+from shared.models import ModelSpec
 from shared.service import ServiceContext
 from shared.telemetry import Metrics, TelemetryConfig, Tracing
 
@@ -38,14 +39,14 @@ MODEL = MeshConfig().model.model_id
 Serve = Callable[[Any, ServiceContext], Awaitable[None]]
 
 
-def context_of(name: str, bus: MemoryBus) -> ServiceContext:
+def context_of(name: str, bus: MemoryBus, mesh: MeshConfig | None = None) -> ServiceContext:
     return ServiceContext(
         name=name,
         instance_id=f"{name}-1",
         bus=bus,
         clock=SystemClock(),
         ids=CountedIds(),
-        mesh=MeshConfig(),
+        mesh=mesh or MeshConfig(),
         metrics=Metrics(name),
         tracing=Tracing(TelemetryConfig(), service=name, instance_id=f"{name}-1"),
     )
@@ -53,10 +54,10 @@ def context_of(name: str, bus: MemoryBus) -> ServiceContext:
 
 @asynccontextmanager
 async def running(
-    name: str, serve: Serve, config: msgspec.Struct, bus: MemoryBus
+    name: str, serve: Serve, config: msgspec.Struct, bus: MemoryBus, mesh: MeshConfig | None = None
 ) -> AsyncGenerator[None]:
     """The service for the length of the block; it must end when told to."""
-    context = context_of(name, bus)
+    context = context_of(name, bus, mesh)
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(_serve(serve, config, context))
         await asyncio.sleep(0)
@@ -138,6 +139,58 @@ async def test_completions_become_a_forecast_and_a_stored_state() -> None:
     value, _ = await bus.load("profiler")
     assert value is not None
     assert len(decode(value, ProfilerState).models[0].types) == 1
+
+
+async def test_each_model_has_its_own_forecast() -> None:
+    """The scheduler would give one model the GPUs that another model's requests need."""
+    bus = MemoryBus()
+    forecasts = await heard(bus, subjects.FORECAST_REPORT)
+    lengths = {"m": (100, 20), "n": (3000, 400)}
+    done = tuple(
+        RequestCompleted(
+            request_id=f"{model_id}{i}",
+            outcome="completed",
+            model_id=model_id,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+        )
+        for model_id, (input_tokens, output_tokens) in lengths.items()
+        for i in range(10)
+    )
+    mesh = MeshConfig(model=ModelSpec(model_id="m"), more_models=(ModelSpec(model_id="n"),))
+    seen: dict[str, tuple[float, float]] = {}
+    async with (
+        running("profiler", serve_profiler, ProfilerConfig(window_s=0.2), bus, mesh),
+        running("forecaster", serve_forecaster, ForecasterConfig(), bus, mesh),
+    ):
+        await asyncio.sleep(0.01)
+        batch = RequestsCompleted(ingress_id="i", completed=done)
+        await send(bus, subjects.REQUESTS_COMPLETED, batch, ingress_id="i")
+        async with asyncio.timeout(5.0):
+            while len(seen) < len(lengths):
+                report = await forecasts.get()
+                assert isinstance(report, ForecastReport)
+                for kind in report.types:
+                    seen[report.model_id] = (kind.input_tokens_mean, kind.output_tokens_mean)
+    for model_id, means in lengths.items():
+        assert seen[model_id] == pytest.approx(means)
+
+
+@pytest.mark.parametrize(
+    ("name", "serve", "config"),
+    [
+        ("profiler", serve_profiler, ProfilerConfig(models_max=1)),
+        ("forecaster", serve_forecaster, ForecasterConfig(models_max=1)),
+    ],
+)
+async def test_a_topology_with_too_many_models_is_refused(
+    name: str, serve: Serve, config: msgspec.Struct
+) -> None:
+    """The models beyond the bound would be planned without any word of their demand."""
+    mesh = MeshConfig(more_models=(ModelSpec(model_id="n"),))
+    with pytest.raises(ConfigInvalid, match="2 or more") as caught:
+        await serve(config, context_of(name, MemoryBus(), mesh))
+    assert caught.value.field == f"{name}.models_max"
 
 
 @pytest.mark.parametrize(

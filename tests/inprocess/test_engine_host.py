@@ -90,7 +90,6 @@ async def bench(
     engine = SlowEngine()
     factory = EngineFactory(
         build=lambda _: build(engine) if build else engine,
-        delay_s=0.0,
         running_max=2,
         waiting_max=2,
     )

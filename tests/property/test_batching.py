@@ -4,11 +4,12 @@ from collections.abc import Sequence as SequenceOf
 from typing import Literal
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.engine.batching import Batch
-from services.worker.engine.batching_types import Plan, Progress
+from services.worker.engine.batching_types import Plan, Progress, Sequence
 from shared.cost.limits import EngineLimits
 from shared.cost.step import DecodeTimes
 from shared.errors import Rejected
@@ -89,32 +90,29 @@ class Twins:
     def add(self, add: Add) -> str | None:
         """To the batch in question only; its key if it was taken."""
         self.count += 1
-        key = f"r{self.count}"
-        try:
-            self._add(self.batch, key, add)
-        except Rejected as rejected:
-            tokens = add.prompt + add.output - 1
-            fits = tokens <= self.world.kv_blocks * self.world.limits.block_tokens
-            limits = self.world.limits
-            full = len(self.batch.sequences) == limits.running_max + limits.waiting_max
-            assert rejected.code == ("overloaded" if fits else "too_long")
-            assert full or not fits
+        key, limits = f"r{self.count}", self.world.limits
+        refusal = ""
+        if len(self.batch.sequences) == limits.running_max + limits.waiting_max:
+            refusal = "overloaded"
+        if add.prompt + add.output - 1 > self.world.kv_blocks * limits.block_tokens:
+            refusal = "too_long"
+        if refusal:
+            with pytest.raises(Rejected, match=refusal):
+                self._add(self.batch, key, add)
             return None
+        self._add(self.batch, key, add)
         return key
 
     def follow(self, key: str, add: Add) -> None:
         """To the others as well."""
-        self._add(self.single, key, add, forced=True)
+        self._add(self.single, key, add)
         request = Request(key, add.prompt, add.prompt + add.output, add.prompt + _earlier(add))
         if self.world.caching:
             request.piece = self._piece(add)
             request.hashes = self._hashes(add, key)[: request.known // request.piece]
         self.naive.waiting.append(request)
 
-    def _add(self, batch: Batch, key: str, add: Add, *, forced: bool = False) -> None:
-        limits = batch.limits
-        if forced:  # the batch in question may have had room that this one only gets later
-            batch._live_max += 100
+    def _add(self, batch: Batch, key: str, add: Add) -> None:
         batch.add(
             key,
             prompt_tokens=add.prompt,
@@ -123,7 +121,6 @@ class Twins:
             hashes=self._hashes(add, key),
             hash_tokens=self._piece(add),
         )
-        batch._live_max = limits.running_max + limits.waiting_max
 
     def _piece(self, add: Add) -> int:
         return self.world.limits.block_tokens + add.piece
@@ -249,7 +246,7 @@ def _earlier(add: Add) -> int:
     return add.earlier % add.output
 
 
-def _keys(sequences: SequenceOf[object]) -> list[str]:
+def _keys(sequences: SequenceOf[Sequence]) -> list[str]:
     return [sequence.key for sequence in sequences]
 
 

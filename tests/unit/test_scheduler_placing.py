@@ -23,9 +23,7 @@ def nodes(*sizes: int, kind: str = "h100") -> list[GpuOffer]:
 def in_force(*replicas: tuple[str, Parallelism, str]) -> DeploymentPlan:
     """Replicas of model m: id, shape and GPUs, such as ``n0-g0 n0-g1``."""
     specs = tuple(
-        ReplicaSpec(
-            replica_id=id_, model_id="m", parallelism=str(shape), gpus=tuple(gpus.split())
-        )
+        ReplicaSpec(replica_id=id_, model_id="m", parallelism=str(shape), gpus=tuple(gpus.split()))
         for id_, shape, gpus in replicas
     )
     return make_plan(specs, equal(specs), reason="test")

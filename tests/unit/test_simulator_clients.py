@@ -3,7 +3,7 @@
 import pytest
 
 from loadgen.simulator.clients import Client, Clients, Order
-from loadgen.simulator.engine import token_at
+from loadgen.simulator.workshop import token_at
 from services.ingress.events import RequestFailed
 from services.ingress.journey import Taken
 from tests.support.ingress_driver import journey

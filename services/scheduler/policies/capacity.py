@@ -20,6 +20,7 @@ from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan
 from shared.slo import SloTarget
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
     """GPUs of one kind that can serve the same models. ``node_gpus``: how many of them each node
@@ -62,18 +63,31 @@ class TypeDemand:
     output_tokens: float
 
 
-class RateSource(Protocol):
-    """The cost model, as planners see it; one is made up in tests. ``kind`` is a GPU kind, ``name``
-    that of a model's profile."""
+@dataclass(frozen=True, slots=True)
+class ReplicaKind:
+    """What makes two replicas equally fast: GPU, model (by its profile), parallelism, and how many
+    GPUs the largest node has."""
 
-    def fits(self, kind: str, name: str, shape: Parallelism, node_gpus: int) -> bool:
-        """Whether it was measured and leaves room for KV cache, on nodes of ``node_gpus``."""
+    gpu: str
+    profile: str
+    shape: Parallelism
+    node_gpus: int
+
+
+class RateSource(Protocol):
+    """The cost model, as planners see it; one is made up in tests."""
+
+    def fits(self, kind: ReplicaKind) -> bool:
+        """Whether it was measured and leaves room for KV cache."""
         ...
 
     def requests_per_s(
-        self, kind: str, name: str, shape: Parallelism, node_gpus: int,
-        lengths: tuple[float, float], target: SloTarget, limits: EngineLimits,
-    ) -> float:  # fmt: skip
+        self,
+        kind: ReplicaKind,
+        lengths: tuple[float, float],
+        target: SloTarget,
+        limits: EngineLimits,
+    ) -> float:
         """Of (input, output) tokens that it serves within ``target``; 0 when none."""
         ...
 
@@ -166,6 +180,12 @@ def standing(plan: DeploymentPlan, known: Mapping[str, Pool]) -> Counter[Column]
     return counts
 
 
+def kind_of(column: Column, problem: Problem, known: Mapping[str, Pool]) -> ReplicaKind:
+    pool = known[column.pool]
+    profile = problem.profiles[column.model_id]
+    return ReplicaKind(pool.kind, profile, column.shape, pool.node_gpus[0])
+
+
 def build(problem: Problem, source: RateSource, *, target: SloTarget | None = None) -> Table:
     """The table of ``problem``. ``target`` replaces the models' own; shapes in force are columns
     too, whatever they are, so that keeping them can be judged."""
@@ -182,10 +202,7 @@ def build(problem: Problem, source: RateSource, *, target: SloTarget | None = No
         for wanted in (aimed, ANY_TARGET):
             for s, column in own:
                 rates[s, j] = source.requests_per_s(
-                    known[column.pool].kind,
-                    problem.profiles[column.model_id],
-                    column.shape,
-                    known[column.pool].node_gpus[0],
+                    kind_of(column, problem, known),
                     (kind.input_tokens, kind.output_tokens),
                     wanted,
                     problem.limits,
@@ -198,9 +215,7 @@ def build(problem: Problem, source: RateSource, *, target: SloTarget | None = No
     return Table(pools=known, columns=columns, types=types, rates=rates, late=tuple(late))
 
 
-def _columns(
-    problem: Problem, source: RateSource, known: Mapping[str, Pool]
-) -> tuple[Column, ...]:
+def _columns(problem: Problem, source: RateSource, known: Mapping[str, Pool]) -> tuple[Column, ...]:
     models = [model.model_id for model in problem.models]
     wanted = {
         Column(model_id, pool.name, shape)
@@ -210,14 +225,7 @@ def _columns(
     }
     wanted |= {column for column in standing(problem.in_force, known) if column.model_id in models}
     return tuple(
-        column
-        for column in sorted(wanted)
-        if source.fits(
-            known[column.pool].kind,
-            problem.profiles[column.model_id],
-            column.shape,
-            known[column.pool].node_gpus[0],
-        )
+        column for column in sorted(wanted) if source.fits(kind_of(column, problem, known))
     )
 
 

@@ -1,4 +1,4 @@
-"""From counts and shares by column to a deployment plan: replicas on named GPUs, and their weights."""
+"""From counts and shares by column to a deployment plan: replicas on named GPUs, and weights."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.scheduler.policies.capacity import Column, Table, standing
+from services.scheduler.policies.capacity import Column, Table
 from services.scheduler.policies.flow import Array
 from services.scheduler.policies.placing import Shape, place
 from services.scheduler.policies.weights import ANY_TYPE, joined
@@ -16,7 +16,7 @@ from shared.messages.plans import DeploymentPlan, ReplicaSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """``counts``: what found room. ``moved`` [S, by column]: replicas in force that do not stay."""
+    """Replicas on GPUs; ``dropped`` names those that found no room."""
 
     replicas: tuple[ReplicaSpec, ...]
     columns: Mapping[str, Column]  # by replica
@@ -81,25 +81,6 @@ def weights(table: Table, placed: Placed, shares: Array) -> dict[str, dict[str, 
                 if column.model_id == model_id
             }
     return joined(rows)
-
-
-def moved_share(table: Table, placed: Placed, in_force: DeploymentPlan, sent: Array) -> float:
-    """Of all requests, the share that replicas serve which do not stay; ``sent`` [S, J] requests/s
-    by column of the plan in force."""
-    stays = {spec.replica_id for spec in placed.replicas}
-    known = standing(in_force, table.pools)
-    leaving = known.copy()
-    for spec in in_force.replicas:
-        if spec.replica_id in stays and spec.replica_id in placed.columns:
-            leaving[placed.columns[spec.replica_id]] -= 1
-    index = {column: s for s, column in enumerate(table.columns)}
-    total = float(sent.sum())
-    gone = sum(
-        float(sent[index[column]].sum()) * max(0, count) / known[column]
-        for column, count in leaving.items()
-        if column in index
-    )
-    return gone / total if total > 0 else 0.0
 
 
 def brief(counts: Mapping[Column, int]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import exp, log
 
 from services.scheduler.policies.interface import GpuOffer, ModelDemand
+from shared.cost.files import ProfileInvalid
 from shared.cost.latency import Latency, latency
 from shared.cost.limits import EngineLimits
 from shared.cost.memory import weight_bytes
@@ -58,12 +59,15 @@ def node_gpus(offers: Iterable[GpuOffer]) -> dict[str, int]:
 
 def known(kind: str, profile: str, shape: Parallelism, node_size: int) -> CostModel | None:
     """The cost model of a shape on nodes of ``node_size`` GPUs; None if it does not fit, was not
-    measured, or needs a tensor-parallel group across nodes."""
+    measured, or needs a tensor-parallel group across nodes. Raises ProfileInvalid for a bad
+    file."""
     if shape.tp > node_size:
         return None
     nodes = -(-shape.gpus // (node_size // shape.tp * shape.tp))
     try:
         return cost_model(kind, profile, shape, nodes=nodes)
+    except ProfileInvalid:
+        raise
     except ConfigInvalid:
         return None
 

@@ -2,7 +2,7 @@
 
     source -> type j     capacity d[j]                  in requests/s
     type j -> replica k  capacity e[k, j] * y[k]        in requests/s
-    replica k -> sink    capacity M[k] * y[k]           in units of M[k]; one request takes M / n[k, j]
+    replica k -> sink    capacity M[k] * y[k]           in units; a request takes M[k] / n[k, j]
 
 As reported, M[k] is the least common multiple of the replica's rates, so that all capacities are
 integers. With floats it cancels out (and real rates have multiples beyond 1e14), so M[k] is 1 here
@@ -49,8 +49,8 @@ class _Pushing:
 
     def __init__(self, instance: Instance) -> None:
         self._n = instance.rates
-        self._room = np.where(instance.rates > 0, instance.ceilings, 0.0) * (
-            instance.copies[:, None]
+        self._room = (
+            np.where(instance.rates > 0, instance.ceilings, 0.0) * (instance.copies[:, None])
         )
         self._capacity, self._demand = instance.copies, instance.demand
         self.sent: Array = np.zeros_like(instance.rates)

@@ -24,7 +24,7 @@ It is solved to a proven gap by HiGHS.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -38,7 +38,18 @@ from services.scheduler.policies.flow import Array
 Goal = Literal["headroom", "gentle", "served"]
 GAP_MAX = 1e-6
 NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the machine's speed
-ENOUGH = 1e-9
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Terms:
+    """``wanted``: models that get a replica whatever is expected of them; ``load`` and ``cost``
+    [S, J] are those of "gentle"."""
+
+    wanted: Collection[str] = ()
+    load: float = 1.0
+    cost: Array | None = None
+    floor: Mapping[Column, int] = field(default_factory=dict[Column, int])
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -75,59 +86,37 @@ def plannable(column: Column) -> bool:
     return column.shape.tp in RANKS and column.shape.pp in STAGES
 
 
-def formulate(
-    table: Table,
-    goal: Goal,
-    *,
-    wanted: Collection[str],
-    load: float = 1.0,
-    cost: Array | None = None,
-    floor: Mapping[Column, int] | None = None,
-) -> Joint:
-    """The program of ``goal``; ``load`` and ``cost`` [S, J] are those of "gentle"."""
+def formulate(table: Table, goal: Goal, terms: Terms) -> Joint:
+    """The program of ``goal``."""
     s, j = np.nonzero(table.rates > 0)
-    columns, arcs, types = len(table.columns), len(s), len(table.types)
+    columns, arcs = len(table.columns), len(s)
     extra = 1 if goal == "headroom" else 0
-    demand = table.demand
     scale = _scale(table) if goal == "headroom" else 1.0
 
     share = np.zeros((columns, columns + arcs + extra))
-    share[s, columns + np.arange(arcs)] = demand[j] / table.rates[s, j]
-    share[np.arange(columns), np.arange(columns)] = -load
+    share[s, columns + np.arange(arcs)] = table.demand[j] / table.rates[s, j]
+    share[np.arange(columns), np.arange(columns)] = -(terms.load if goal == "gentle" else 1.0)
 
-    sums = np.zeros((types, columns + arcs + extra))
-    sums[j, columns + np.arange(arcs)] = 1.0
-    sums[:, columns + arcs :] = -scale
-    least = np.zeros(types) if goal != "gentle" else np.ones(types)
-    most = np.ones(types) if goal != "headroom" else np.zeros(types)
-    least = np.full(types, -np.inf) if goal == "served" else least
+    types = np.zeros((len(table.types), columns + arcs + extra))
+    types[j, columns + np.arange(arcs)] = 1.0
+    types[:, columns + arcs :] = -scale
+    least, most = {"headroom": (0.0, 0.0), "gentle": (1.0, 1.0), "served": (-np.inf, 1.0)}[goal]
 
     packing, room = _packing(table)
-    owners = np.array([[float(c.model_id == m) for c in table.columns] for m in sorted(wanted)])
-    counted = np.vstack([packing, owners.reshape(-1, columns)])
+    models = _models(table, terms.wanted)
+    counted = np.vstack([packing, models])
     counted = np.hstack([counted, np.zeros((len(counted), arcs + extra))])
 
-    weight = demand[j] / demand.sum() if arcs else np.zeros(0)
-    toll = {"headroom": np.zeros(arcs), "served": -weight}
-    priced = toll[goal] if goal != "gentle" else weight * _given(cost)[s, j]
-    replicas_max = [
-        min((room[i] for i in range(len(room)) if packing[i, k] > 0), default=0.0) / c.shape.gpus
-        for k, c in enumerate(table.columns)
-    ]
-    counts_max = [
-        np.floor(most_ + ENOUGH) if plannable(c) else 0.0
-        for c, most_ in zip(table.columns, replicas_max, strict=True)
-    ]
+    below = [np.full(columns, -np.inf), np.full(len(types), least), np.full(len(room), -np.inf)]
+    above = [np.zeros(columns), np.full(len(types), most), room]
     return Joint(
         goal=goal,
-        cost=np.concatenate([np.zeros(columns), priced, -np.ones(extra)]),
-        rows=np.vstack([share, sums, counted]),
-        lower=np.concatenate(
-            [np.full(columns, -np.inf), least, np.full(len(room), -np.inf), np.ones(len(wanted))]
-        ),
-        upper=np.concatenate([np.zeros(columns), most, room, np.full(len(wanted), np.inf)]),
-        floor=np.concatenate([_floor(table, floor or {}), np.zeros(arcs + extra)]),
-        ceiling=np.concatenate([counts_max, np.full(arcs + extra, np.inf)]),
+        cost=np.concatenate([np.zeros(columns), _prices(table, goal, terms), -np.ones(extra)]),
+        rows=np.vstack([share, types, counted]),
+        lower=np.concatenate([*below, np.ones(len(models))]),
+        upper=np.concatenate([*above, np.full(len(models), np.inf)]),
+        floor=np.concatenate([_floor(table, terms.floor), np.zeros(arcs + extra)]),
+        ceiling=np.concatenate([_ceiling(table, packing, room), np.full(arcs + extra, np.inf)]),
         integrality=np.concatenate([np.ones(columns, np.int_), np.zeros(arcs + extra, np.int_)]),
         arcs=(s, j),
         scale=scale,
@@ -149,8 +138,10 @@ def solve(program: Joint, *, time_limit_s: float) -> tuple[Array, float, bool] |
     if found.x is None:
         return None
     bound = found.mip_dual_bound
-    return np.asarray(found.x, np.float64), float(found.fun if bound is None else bound), (
-        found.status == 0
+    return (
+        np.asarray(found.x, np.float64),
+        float(found.fun if bound is None else bound),
+        (found.status == 0),
     )
 
 
@@ -174,23 +165,14 @@ def extract(
     )
 
 
-def best_joint(
-    table: Table,
-    goal: Goal,
-    *,
-    wanted: Collection[str],
-    time_limit_s: float,
-    load: float = 1.0,
-    cost: Array | None = None,
-    floor: Mapping[Column, int] | None = None,
-) -> Solution | None:
+def best_joint(table: Table, goal: Goal, terms: Terms, *, time_limit_s: float) -> Solution | None:
     """Formulate, solve, extract and verify; None when there is no such plan."""
-    program = formulate(table, goal, wanted=wanted, load=load, cost=cost, floor=floor)
+    program = formulate(table, goal, terms)
     found = solve(program, time_limit_s=time_limit_s)
     if found is None:
         return None
     solution = extract(table, program, found[0], bound=found[1], optimal=found[2])
-    wrong = verify(table, solution.counts, wanted=wanted)
+    wrong = verify(table, solution.counts, wanted=terms.wanted)
     assert not wrong, wrong
     return solution
 
@@ -245,10 +227,29 @@ def _scale(table: Table) -> float:
     return bound if 0 < bound < np.inf else 1.0
 
 
+def _models(table: Table, wanted: Collection[str]) -> Array:
+    rows = [[float(c.model_id == model_id) for c in table.columns] for model_id in sorted(wanted)]
+    return np.array(rows).reshape(-1, len(table.columns))
+
+
+def _prices(table: Table, goal: Goal, terms: Terms) -> Array:
+    """Of the shares, in the order of the arcs."""
+    s, j = np.nonzero(table.rates > 0)
+    weight = table.demand[j] / table.demand.sum()
+    if goal == "gentle":
+        assert terms.cost is not None, "gentle needs a cost for each column and type"
+        return weight * terms.cost[s, j]
+    return -weight if goal == "served" else np.zeros(len(s))
+
+
 def _floor(table: Table, given: Mapping[Column, int]) -> Array:
     return np.array([float(given.get(column, 0)) for column in table.columns])
 
 
-def _given(cost: Array | None) -> Array:
-    assert cost is not None, "gentle needs a cost for each column and type"
-    return cost
+def _ceiling(table: Table, packing: Array, room: Array) -> Array:
+    """Most replicas of each column that its pool has GPUs for, were they alone."""
+    most = [
+        min((float(room[i]) for i in np.flatnonzero(packing[:, k])), default=0.0) / c.shape.gpus
+        for k, c in enumerate(table.columns)
+    ]
+    return np.floor(np.array(most) + ROUNDING)

@@ -27,14 +27,13 @@ from typing import Protocol
 
 import numpy as np
 
-from services.scheduler.policies.capacity import Column, RateSource, Table
+from services.scheduler.policies.capacity import Column, RateSource, ReplicaKind, Table, kind_of
 from services.scheduler.policies.capacity_plan import spread
 from services.scheduler.policies.flow import Array, best_flow
 from services.scheduler.policies.interface import Problem
-from services.scheduler.policies.joint import Solution, best_joint
+from services.scheduler.policies.joint import Solution, Terms, best_joint
 from services.scheduler.policies.joint_latency import Load, Tail, tails
 from shared.cost.model import CostModel
-from shared.hardware import Parallelism
 
 LOAD_MAX = 0.85  # beyond, waiting grows faster than any shape can make up for
 LOADS = 3  # steps from the load at greatest headroom to ``LOAD_MAX``
@@ -42,7 +41,7 @@ SLACK = 1.02  # of the first step: at exactly 1 / t* rounding may leave nothing 
 
 
 class LatencySource(RateSource, Protocol):
-    def model(self, kind: str, name: str, shape: Parallelism, node_gpus: int) -> CostModel:
+    def model(self, kind: ReplicaKind) -> CostModel:
         """The cost model of one replica, which is known to fit."""
         ...
 
@@ -124,14 +123,11 @@ class Judge:
             cost[s, j] = self._ratio(int(j), tail)
         return cost
 
+    def start_s(self, column: Column) -> float:
+        """From nothing to serving."""
+        return self._model(column).start_s
+
     def _tails(self, column: Column, types: Sequence[int], rps: Sequence[float]) -> list[Tail]:
-        pool = self.table.pools[column.pool]
-        model = self.source.model(
-            pool.kind,
-            self.problem.profiles[column.model_id],
-            column.shape,
-            pool.node_gpus[0],
-        )
         loads = [
             Load(
                 arrivals_rps=each,
@@ -140,7 +136,10 @@ class Judge:
             )
             for j, each in zip(types, rps, strict=True)
         ]
-        return tails(model, loads, self.problem.limits, horizon_s=self.horizon_s)
+        return tails(self._model(column), loads, self.problem.limits, horizon_s=self.horizon_s)
+
+    def _model(self, column: Column) -> CostModel:
+        return self.source.model(kind_of(column, self.problem, self.table.pools))
 
     def _ratio(self, j: int, tail: Tail) -> float:
         target = self.problem.targets[self.table.types[j].model_id]
@@ -161,10 +160,11 @@ def solve_capacity(
     every = tuple(model_id for model_id in models if model_id in fitting)
     busy = tuple(model_id for model_id in every if model_id in expected)
     for wanted in dict.fromkeys((every, busy)):
-        found = best_joint(table, "headroom", wanted=wanted, time_limit_s=time_limit_s)
+        terms = Terms(wanted=wanted)
+        found = best_joint(table, "headroom", terms, time_limit_s=time_limit_s)
         if found is not None:
             return found, wanted
-    return best_joint(table, "served", wanted=(), time_limit_s=time_limit_s), ()
+    return best_joint(table, "served", Terms(), time_limit_s=time_limit_s), ()
 
 
 def candidates(
@@ -180,19 +180,12 @@ def candidates(
     steps = np.geomspace(first, LOAD_MAX, LOADS) if first < LOAD_MAX else np.array([first])
     seen = [best.counts]
     for load in steps:
-        gentle = best_joint(
-            table,
-            "gentle",
-            wanted=wanted,
-            time_limit_s=time_limit_s,
-            load=float(load),
-            cost=judge.alone(min(float(load), 1.0)),
-        )
+        terms = Terms(wanted=wanted, load=float(load), cost=judge.alone(min(float(load), 1.0)))
+        gentle = best_joint(table, "gentle", terms, time_limit_s=time_limit_s)
         if gentle is None:
             continue
-        full = best_joint(
-            table, "headroom", wanted=wanted, time_limit_s=time_limit_s, floor=gentle.counts
-        )
+        filled = Terms(wanted=wanted, floor=gentle.counts)
+        full = best_joint(table, "headroom", filled, time_limit_s=time_limit_s)
         for solution in (gentle, full):
             if solution is not None and solution.counts not in seen:
                 seen.append(solution.counts)

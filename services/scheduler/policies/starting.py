@@ -113,4 +113,4 @@ def changes(before: DeploymentPlan, after: Placement) -> str:
     """How many replicas come and go, in words."""
     old = {spec.replica_id for spec in before.replicas}
     new = {spec.replica_id for spec in after.replicas}
-    return f"{len(new - old)} replicas to start, {len(old - new)} to stop"
+    return f"replicas to start: {len(new - old)}, to stop: {len(old - new)}"

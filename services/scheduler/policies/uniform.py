@@ -75,8 +75,17 @@ class _Choice:
         served_ids = {model_id for _, model_id in self.counts}
         missing = sum(1 for option in self.options if option.model_id not in served_ids)
         missing += sum(1 for option in self.options if not option.within)
-        full = self.load > LOAD_MAX or self.e2e_s == inf
-        return missing, full, self.load if full else self.e2e_s, self.e2e_s
+        return missing, self.full, self.load if self.full else self.e2e_s, self.e2e_s
+
+    @property
+    def full(self) -> bool:
+        return self.load > LOAD_MAX or self.e2e_s == inf
+
+    @property
+    def merit(self) -> str:
+        if self.full:
+            return f"the least loaded, since every choice loads some model above {LOAD_MAX:.0%}"
+        return f"expected E2E {self.e2e_s:.2f} s"
 
 
 class Uniform:
@@ -110,7 +119,7 @@ class Uniform:
                 }
             }
         words = [_in_words(option, best.counts, mixes) for option in best.options]
-        words += [f"expected E2E {best.e2e_s:.2f} s", changes(problem.in_force, placement)]
+        words += [best.merit, changes(problem.in_force, placement)]
         words += [_unknown(unknown)] if unknown else []
         reason = f"uniform, best of {len(choices)} choices: {'; '.join(words)}"
         return planned(placement.replicas, joined(rows), reason=reason)

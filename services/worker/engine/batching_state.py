@@ -39,7 +39,8 @@ class BatchState:
         self.decoding = 0  # of those running, how many decode
         self.context: int = 0  # tokens in the cache of those that decode
         self.steps_total: int = 0
-        self.output_tokens_total = self.preemptions = 0
+        self.output_tokens_total: int = 0
+        self.preemptions = 0
         self.prefill_tokens_total = 0  # computed; those found in the prefix cache are hits
         self.hit_tokens_total: int = 0
         self._caching = prefix_caching

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.worker.engine.interface import Engine
-from services.worker.engine.modelled import ModelledEngine, check_settings
+from services.worker.engine.modelled import ModelledEngine
+from services.worker.engine.modelled_timing import check_modelled, modelled_replica
 from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.model_config import read_model_config
 from shared.config import Settings
@@ -21,12 +22,12 @@ from shared.text import Tokenizer, byte_tokenizer, load_tokenizer
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFactory:
     """Builds the replicas' engines. ``build`` may take long and runs in the engine's own thread;
-    ``delay_s`` is how long a start lasts besides."""
+    ``start_s`` is how long a start lasts at least."""
 
     build: Callable[[ReplicaSpec], Engine]
-    delay_s: float
     running_max: int
     waiting_max: int
+    start_s: Callable[[ReplicaSpec], float] = lambda _: 0.0
 
 
 def engine_factory(mesh: MeshConfig) -> EngineFactory:
@@ -38,22 +39,22 @@ def engine_factory(mesh: MeshConfig) -> EngineFactory:
 
 def _modelled_factory(mesh: MeshConfig) -> EngineFactory:
     settings = mesh.engine.modelled
-    check_settings(settings)
+    check_modelled(mesh)
     tokenizers = {model.model_id: _tokenizer(model) for model in mesh.models}
 
     def build(spec: ReplicaSpec) -> Engine:
         return ModelledEngine(
             settings,
             context_tokens_max=mesh.model_of(spec.model_id).context_tokens_max,
-            gpus=Parallelism.parse(spec.parallelism).gpus,
             tokenizer=tokenizers[spec.model_id],
+            replica=modelled_replica(mesh, spec),
         )
 
     return EngineFactory(
         build=build,
-        delay_s=settings.start_s / settings.speedup,
         running_max=settings.running_max,
         waiting_max=settings.waiting_max,
+        start_s=lambda spec: modelled_replica(mesh, spec).start_s,
     )
 
 
@@ -86,7 +87,7 @@ def _torch_factory(mesh: MeshConfig) -> EngineFactory:
         return load_torch_engine(mesh.model_of(spec.model_id).path, config)
 
     return EngineFactory(
-        build=build, delay_s=0.0, running_max=config.running_max, waiting_max=config.waiting_max
+        build=build, running_max=config.running_max, waiting_max=config.waiting_max
     )
 
 

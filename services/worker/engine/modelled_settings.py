@@ -3,6 +3,10 @@
 from shared.errors import ConfigInvalid
 from shared.mesh import ModelledEngineSettings
 
+_BY_PROFILE = (  # what timing = "profile" takes from the profile
+    "base_s", "prefill_token_s", "decode_token_s", "context_token_s", "start_s", "kv_blocks",
+)  # fmt: skip
+
 
 def check_settings(settings: ModelledEngineSettings) -> None:
     """Raises ConfigInvalid for the first setting that cannot work."""
@@ -27,3 +31,18 @@ def check_settings(settings: ModelledEngineSettings) -> None:
             value=settings.eos_probability,
             remedy="use a probability from 0 to 1",
         )
+    if settings.timing == "profile":
+        _check_unused(settings)
+
+
+def _check_unused(settings: ModelledEngineSettings) -> None:
+    """A setting that would change nothing is one that somebody counts on in vain."""
+    default = ModelledEngineSettings()
+    for name in _BY_PROFILE:
+        value: float = getattr(settings, name)
+        if value != getattr(default, name):
+            raise ConfigInvalid(
+                field=f"mesh.engine.modelled.{name}",
+                value=value,
+                remedy='remove it: with timing = "profile" the profile says',
+            )

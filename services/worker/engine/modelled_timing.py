@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 from services.worker.engine.batching import Batch
 from services.worker.engine.batching_types import PrefillWork, StepTimes
+from services.worker.engine.modelled_settings import check_settings
 from shared.cost.limits import EngineLimits
 from shared.cost.step import PS_PER_S, DecodeTimes
-from shared.mesh import ModelledEngineSettings
+from shared.cost.topology import check_profiles, replica_cost
+from shared.hardware import Parallelism
+from shared.mesh import MeshConfig, ModelledEngineSettings
+from shared.messages.plans import ReplicaSpec
 
 
 class SettingsTimes:
@@ -76,3 +80,26 @@ def replica_by_settings(settings: ModelledEngineSettings, *, gpus: int) -> Model
         start_s=settings.start_s / settings.speedup,
         prefix_caching=settings.prefix_caching,
     )
+
+
+def modelled_replica(mesh: MeshConfig, spec: ReplicaSpec) -> ModelledReplica:
+    """The replica as the topology's modelled engine runs it; raises ConfigInvalid for a shape or a
+    GPU that its profile does not hold."""
+    settings = mesh.engine.modelled
+    if settings.timing == "settings":
+        return replica_by_settings(settings, gpus=Parallelism.parse(spec.parallelism).gpus)
+    cost = replica_cost(mesh, spec)
+    return ModelledReplica(
+        limits=limits_of(settings),
+        times=cost.step,
+        kv_blocks=cost.kv_tokens // settings.block_tokens,
+        start_s=cost.start_s / settings.speedup,
+        prefix_caching=settings.prefix_caching,
+    )
+
+
+def check_modelled(mesh: MeshConfig) -> None:
+    """Raises ConfigInvalid for settings, models or GPUs that cannot work together."""
+    check_settings(mesh.engine.modelled)
+    if mesh.engine.modelled.timing == "profile":
+        check_profiles(mesh)

@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="oserve profile measure",
         description="Sweep an engine on this machine, and write its cost profile.",
+        epilog="`oserve profile measure --python INTERPRETER` runs it in another environment, such "
+        "as one that has vLLM.",
     )
     parser.add_argument("--engine", required=True, help=f"one of {', '.join(OPENERS)}")
     parser.add_argument("--model", required=True, type=Path, help="folder of a checkpoint")

@@ -63,30 +63,33 @@ def judge(
     return sorted(judged, key=lambda one: _order(one.row))
 
 
-def error_bar(judged: Sequence[Judged]) -> ErrorBar:
+def error_bar(judged: Sequence[Judged], scenarios: Iterable[Scenario]) -> ErrorBar:
     """Of the held-out rows. TTFT is made of steps with prompts in them, ITL of steps that decode,
-    so their bars are those of such steps; a sum of many steps errs less."""
+    so their bars are those of such steps; sums of many steps err less, as the basis tells of the
+    made-up trace that was held out whole."""
     held_out = [one for one in judged if one.held_out]
     steps = quantiles(held_out)
     prompts = quantiles([one for one in held_out if one.row.shape.prefill.tokens])
     decodes = quantiles([one for one in held_out if one.row.shape.batch])
-    traces = [one for one in held_out if one.row.origin.startswith("made-up trace")]
-    predicted, measured = sum(one.predicted_s for one in traces), sum(_seconds(traces))
-    whole = f"; a made-up trace of {len(traces)} steps as a whole: " if traces else ""
-    if traces:
-        whole += f"{predicted / measured - 1:+.1%}"
     return ErrorBar(
         step_median=round(steps[0], 4),
         step_p90=round(steps[1], 4),
         ttft_p90=round(prompts[1], 4),
         itl_p90=round(decodes[1], 4),
-        basis=f"{len(held_out)} kinds of steps held out of the fit to {len(judged) - len(held_out)}"
-        f"{whole}",
+        basis=f"{len(held_out)} kinds of steps held out, {len(judged) - len(held_out)} fitted"
+        + _sums(held_out, [scenario.name for scenario in scenarios if scenario.held_out]),
     )
 
 
-def _seconds(judged: Iterable[Judged]) -> list[float]:
-    return [one.row.time_s for one in judged]
+def _sums(held_out: Sequence[Judged], names: Iterable[str]) -> str:
+    text = ""
+    for name in names:
+        steps = [one for one in held_out if one.row.origin == name]
+        measured_s = sum(one.row.time_s for one in steps)
+        if steps:
+            error = sum(one.predicted_s for one in steps) / measured_s - 1
+            text += f"; {name}, the sum of its {len(steps)} kinds of steps: {error:+.1%}"
+    return text
 
 
 def quantiles(judged: Sequence[Judged]) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def measured_profile(
         f"rounds in {found.seconds:.0f} s; steps of at most {target.batch_tokens_max} tokens",
     )
     judged = judge(profile, gpu, fitted, held_out)
-    return msgspec.structs.replace(profile, error=error_bar(judged)), judged
+    return msgspec.structs.replace(profile, error=error_bar(judged, scenarios)), judged
 
 
 def write(destination: Destination, profile: Profile, gpu: GpuFacts) -> None:

@@ -143,7 +143,8 @@ def sweep(
     say: Say = lambda _: None,
     clock: Clock = time.perf_counter,
 ) -> Sweep:
-    """Time ``scenarios``, the most wanted first, for about ``seconds``; raises SweepFailed if they do not suffice."""
+    """Time ``scenarios``, the most wanted first, for about ``seconds``; raises SweepFailed if
+    they do not suffice."""
     bench = Bench(target, clock)
     began_s = clock()
     end_s = began_s + seconds

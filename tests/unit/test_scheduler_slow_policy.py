@@ -1,0 +1,295 @@
+"""Scheduler core with a policy that decides now and then, and takes its time."""
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.core import INPUTS, Scheduler, SolveDeadline, Tick, inputs
+from services.scheduler.policies.interface import Planned, Problem
+from services.scheduler.policies.placing import place
+from services.scheduler.policies.weights import equal, planned
+from services.scheduler.solving import Solved, solve
+from shared import subjects
+from shared.core import Effect, Log, Publish, SetTimer, Start, Started
+from shared.hardware import GpuSpec, Parallelism
+from shared.mesh import MeshConfig, NodeSpec
+from shared.messages.base import Message
+from shared.messages.demand import DemandReport, ForecastReport, TypeForecast
+from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanInForce, PlanKept
+from shared.messages.replicas import ReplicaReport, WorkerReport
+from shared.models import ModelSpec
+from shared.slo import SloTarget
+
+M = TypeVar("M", bound=Message)
+MESH = MeshConfig(
+    model=ModelSpec(model_id="m", profile="p"),
+    more_models=(ModelSpec(model_id="other"),),
+    nodes=(NodeSpec(node_id="n0", gpus=4),),
+)
+CONFIG = SchedulerConfig(policy="oserve", solve_timeout_s=20.0)
+EMPTY = DeploymentPlan(plan_id="none")
+
+
+@dataclass
+class Count:
+    """A policy: so many replicas of one GPU, whatever is expected. At first there is one."""
+
+    slow: bool
+    period_s: float = 60.0
+    replicas: int = 2
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def start(self, problem: Problem) -> Planned:
+        return self._placed(problem, 1)
+
+    def plan(self, problem: Problem) -> Planned:
+        self.problems.append(problem)
+        if self.replicas < 0:
+            raise ArithmeticError("no such number")
+        return self._placed(problem, self.replicas)
+
+    def _placed(self, problem: Problem, count: int) -> Planned:
+        placed = place({("m", Parallelism()): count}, problem.offers, problem.in_force)
+        return planned(placed.replicas, equal(placed.replicas), reason=f"count {count}")
+
+
+class Run:
+    """A scheduler with its plan of one replica in force, and its workers."""
+
+    def __init__(self, policy: Count, config: SchedulerConfig = CONFIG) -> None:
+        self.policy, self.now_s, self.epoch = policy, 100.0, 0
+        self.alive = [f"n0-g{g}" for g in range(4)]
+        self.core = Scheduler(config, MESH, policy)
+        self.step(Started())
+        self.in_force(EMPTY)
+        self.in_force(self.adopted(self.second()))
+
+    def step(self, event: Message) -> list[Effect]:
+        effects = self.core.step(event, self.now_s)  # type: ignore[arg-type]  # any of its events
+        self.core.check()
+        return effects
+
+    def second(self, *, seconds: float = 1.0) -> list[Effect]:
+        self.now_s += seconds
+        for worker_id in self.alive:
+            self.step(report(worker_id))
+        return self.step(Tick())
+
+    def in_force(self, plan: DeploymentPlan) -> None:
+        self.step(PlanInForce(epoch=self.epoch, plan=plan))
+        self.epoch += 1
+
+    def forecast(self, *, rps: float = 1.0) -> None:
+        kind = TypeForecast(
+            request_type=0, arrivals_rps=rps, input_tokens_mean=9.0, output_tokens_mean=9.0
+        )
+        self.step(ForecastReport(model_id="m", made_at_s=0.0, horizon_s=60.0, types=(kind,)))
+
+    @staticmethod
+    def adopted(effects: list[Effect]) -> DeploymentPlan:
+        (adopt,) = said(effects, AdoptPlan)
+        return adopt.plan
+
+    def start(self, effects: list[Effect]) -> Problem:
+        (start,) = [effect for effect in effects if isinstance(effect, Start)]
+        assert start.job == "solve"
+        return start.argument
+
+    def solved(self, problem: Problem) -> list[Effect]:
+        return self.step(solve(self.policy, problem))
+
+
+def report(worker_id: str, *, leaving: bool = False) -> WorkerReport:
+    return WorkerReport(
+        worker_id=worker_id, incarnation="i", node_id="n0", gpu=GpuSpec(gpu_id=worker_id),
+        models=("m", "other"), leaving=leaving,
+    )  # fmt: skip
+
+
+def said(effects: list[Effect], kind: type[M]) -> list[M]:
+    return [e.message for e in effects if isinstance(e, Publish) and isinstance(e.message, kind)]
+
+
+def logs(effects: list[Effect]) -> list[str]:
+    return [effect.event for effect in effects if isinstance(effect, Log)]
+
+
+def test_serves_before_anything_is_expected() -> None:
+    """Otherwise a new mesh would wait for its first forecast, which needs requests served."""
+    run = Run(Count(slow=True))
+    effects = run.second()
+    assert "as wished: count 1" in said(effects, PlanKept)[0].reason
+    assert run.core.content
+    assert run.policy.problems == []
+
+
+def test_a_forecast_that_cannot_be_is_none() -> None:
+    """Otherwise a NaN from one type would reach every division of every policy."""
+    run = Run(Count(slow=True))
+    for rps in (float("nan"), float("inf"), -1.0, 0.0, 1e300):
+        run.forecast(rps=rps)
+        assert not [e for e in run.second() if isinstance(e, Start)]
+
+
+def test_a_slow_policy_solves_outside_and_its_answer_is_wished_for() -> None:
+    """Otherwise a search of seconds would hold up the word of every worker."""
+    run = Run(Count(slow=True))
+    run.forecast()
+    effects = run.second()
+    problem = run.start(effects)
+    assert SetTimer(run.now_s + 20.0, SolveDeadline(started_s=run.now_s)) in effects
+    assert [len(d.types) for d in problem.models] == [1, 0]
+    assert problem.profiles == {"m": "p", "other": "other"}
+    assert not run.core.content
+    for _ in range(3):
+        assert not [e for e in run.second() if isinstance(e, Start)], "one at a time"
+    plan = run.adopted(run.solved(problem))
+    assert len(plan.replicas) == 2
+    assert run.adopted(run.second()) == plan, "repeated until in force"
+    run.in_force(plan)
+    assert said(run.second(), AdoptPlan) == []
+
+
+def test_decides_each_period_and_when_a_forecast_comes_towards_its_end() -> None:
+    """Otherwise it would decide on forecasts nearly a period old, or each second."""
+    run = Run(Count(slow=False))
+    run.forecast()
+    run.in_force(run.adopted(run.second()))
+    for _ in range(5):
+        run.second(seconds=10.0)
+        run.forecast()
+    assert len(run.policy.problems) == 1
+    run.second(seconds=5.0)
+    assert len(run.policy.problems) == 2, "55 of 60 s after the last, with a new forecast"
+    run.second(seconds=55.0)
+    assert len(run.policy.problems) == 2
+    run.second(seconds=5.0)
+    assert len(run.policy.problems) == 3
+
+
+def test_a_gpu_that_comes_or_goes_brings_the_decision_forward() -> None:
+    """Otherwise a dead replica would stay in the plan for the rest of the period."""
+    run = Run(Count(slow=False))
+    run.forecast()
+    plan = run.adopted(run.second())
+    run.in_force(plan)
+    lost = plan.replicas[0].gpus[0]
+    assert lost not in {
+        s.gpus[0] for s in run.adopted(run.step(report(lost, leaving=True))).replicas
+    }
+    run.alive.remove(lost)
+    run.second(seconds=3.0)
+    decided = len(run.policy.problems)
+    run.alive.append(lost)
+    run.second()
+    run.second(seconds=1.5)
+    assert len(run.policy.problems) == decided + 1
+
+
+def test_an_answer_to_a_passed_epoch_is_dropped_and_asked_anew() -> None:
+    """Otherwise the switcher would refuse it each second for a whole period."""
+    run = Run(Count(slow=True))
+    run.forecast()
+    problem = run.start(run.second())
+    run.in_force(DeploymentPlan(plan_id="elsewhere"))
+    effects = run.solved(problem)
+    assert said(effects, AdoptPlan) == []
+    assert logs(effects) == ["solve.dropped"]
+    assert run.start(run.second()).epoch == run.epoch - 1
+
+
+def test_a_wish_against_a_passed_epoch_is_computed_anew() -> None:
+    """Otherwise a rollback would leave the mesh with a wish that is refused for ever."""
+    run = Run(Count(slow=False))
+    run.forecast()
+    plan = run.adopted(run.second())
+    run.in_force(DeploymentPlan(plan_id="rolled back"))
+    (adopt,) = said(run.second(), AdoptPlan)
+    assert (adopt.plan.plan_id, adopt.based_on_epoch) == (plan.plan_id, run.epoch - 1)
+
+
+def test_an_answer_that_names_a_gpu_gone_meanwhile_is_not_wished_for() -> None:
+    """Otherwise a switch would start that can only fail."""
+    run = Run(Count(slow=True, replicas=4))
+    run.forecast()
+    problem = run.start(run.second())
+    run.alive.pop()
+    run.second(seconds=3.0)
+    effects = run.solved(problem)
+    assert said(effects, AdoptPlan) == []
+    assert "not on offer" in said(effects, PlanKept)[0].reason
+    assert len(run.start(run.second()).offers) == 3
+
+
+def test_a_policy_that_raises_costs_a_plan_and_not_the_service() -> None:
+    """Otherwise one bad number would end the control plane, again at each restart."""
+    for slow in (True, False):
+        run = Run(Count(slow=slow, replicas=-1))
+        run.forecast()
+        effects = run.second()
+        if slow:
+            effects = run.solved(run.start(effects))
+        assert "policy.failed" in logs(effects)
+        (kept,) = said(effects, PlanKept)
+        assert "ArithmeticError: no such number" in kept.reason
+        assert "policy.failed" not in logs(run.second()), "asked again after a period only"
+
+
+def test_a_policy_that_fails_leaves_no_replica_on_a_lost_gpu() -> None:
+    """Otherwise a broken solver would also break what static placement survives."""
+    run = Run(Count(slow=False, replicas=-1))
+    run.forecast()
+    run.second()
+    run.alive.remove("n0-g0")
+    run.second()
+    effects = run.second(seconds=1.5)
+    plan = run.adopted(effects)
+    assert [spec.gpus for spec in plan.replicas] == [("n0-g1",)]
+
+
+def test_a_solve_that_takes_too_long_is_given_up() -> None:
+    """Otherwise a solver that hangs would silently end all planning."""
+    run = Run(Count(slow=True))
+    run.forecast()
+    problem, started_s = run.start(run.second()), run.now_s
+    run.now_s += 20.0
+    late = SolveDeadline(started_s=started_s)
+    effects = run.step(late)
+    assert "no answer within 20 s" in said(effects, PlanKept)[0].reason
+    assert run.step(late) == []
+    assert not [e for e in run.second(seconds=60.0) if isinstance(e, Start)], "it still runs"
+    assert logs(run.solved(problem)) == ["solve.dropped"]
+    assert run.start(run.second())
+    assert run.step(late) == [], "the deadline of an earlier solve"
+    assert run.solved(problem)
+    assert run.step(Solved(based_on_epoch=1)) == [], "an answer that nobody asked for"
+
+
+def test_what_replicas_bear_is_heard_for_those_in_force_only() -> None:
+    """Otherwise reports of replicas long gone would pile up, and mislead a reactive policy."""
+    config = SchedulerConfig(policy="dynamo", target=SloTarget(ttft_s=1.0, tpot_s=0.2))
+    run = Run(Count(slow=False), config)
+    for id_, worker in (("m-tp1-0", "n0-g0"), ("m-tp1-0", "n0-g9"), ("else", "n0-g1")):
+        run.step(
+            ReplicaReport(
+                replica_id=id_, worker_id=worker, incarnation="i", epoch=1, phase="serving"
+            )
+        )
+    run.step(DemandReport(model_id="m", window_start_s=0.0, window_s=60.0))
+    run.step(DemandReport(model_id="?", window_start_s=0.0, window_s=60.0))
+    run.forecast()
+    run.second()
+    problem = run.policy.problems[0]
+    assert [(r.replica_id, r.worker_id) for r in problem.loads] == [("m-tp1-0", "n0-g0")]
+    assert [r.model_id for r in problem.observed] == ["m"]
+    assert problem.targets == dict.fromkeys(("m", "other"), config.target)
+    run.in_force(EMPTY)
+    run.second(seconds=61.0)
+    assert run.policy.problems[-1].loads == ()
+
+
+def test_only_the_reactive_policy_hears_every_replica() -> None:
+    """Otherwise the scheduler would handle ten messages a second of each replica for nothing."""
+    assert inputs("dynamo") == INPUTS
+    assert subjects.REPLICA_REPORT not in inputs("oserve")
+    assert subjects.FORECAST_REPORT in inputs("static")
