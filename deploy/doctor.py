@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deploy import health_broker, health_machine, health_model
+from deploy import health_broker, health_machine, health_model, health_profile
 from deploy.config import Topology, load_topology
 from deploy.finding import Finding, failed, ok
 from deploy.state import is_locked, read_mesh_file
@@ -26,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     health_model.check_devices,
     health_model.check_models,
     health_model.check_wishes,
+    health_profile.check_profiled,
     health_model.check_memory,
 )
 

@@ -24,6 +24,8 @@ from shared.messages.replicas import ReplicaReport, WorkerReport
 from shared.subjects import PLAN_IN_FORCE, REPLICA_REPORT, WORKER_REPORT, Subject
 
 LISTEN_S = 1.2  # the plan in force is republished each second
+LATE_S = 2.0  # more for a plan that is late: a busy machine is no broken mesh
+_POLL_S = 0.1
 _DISCOVERY_S = 0.4
 _CONNECT_S = 2.0
 _PREFIX = "oserve-"
@@ -122,6 +124,10 @@ async def ask_mesh(config: BusConfig, *, url: str = "") -> MeshStatus:
         plans = await _newest(bus, PLAN_IN_FORCE)
         asked = await bus.services(wait_s=_DISCOVERY_S)
         await asyncio.sleep(LISTEN_S - _DISCOVERY_S)
+        for _ in range(round(LATE_S / _POLL_S)):
+            if plans or not asked:
+                break
+            await asyncio.sleep(_POLL_S)
     finally:
         await bus.close()
     return MeshStatus(

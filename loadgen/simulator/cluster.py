@@ -35,6 +35,7 @@ from services.scheduler.solving import solve
 from services.switcher import core as switcher
 from services.worker.core import WorkerCore
 from services.worker.engine.batching import Batch
+from services.worker.engine.modelled_timing import limits_of, modelled_replica
 from services.worker.identity import WorkerIdentity
 from shared import subjects
 from shared.core import Core
@@ -77,7 +78,7 @@ class Cluster:
             output_tokens_limit=spec.output_tokens_limit,
             on_done=self._halt,
         )
-        self.limits = engine_limits(self.mesh)
+        self.limits = limits_of(self.mesh.engine.modelled)
         self.fleet: list[Engines] = []
         self._model_ids = tuple(model.model_id for model in self.mesh.models)
         self._booted = False

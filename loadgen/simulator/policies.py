@@ -63,6 +63,11 @@ POLICIES: Mapping[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy(
+            name="static",
+            known="The topology's own replicas, for the whole trace.",
+            inferred="Requests go as the plan's equal weights say, corrected by load.",
+        ),
+        Policy(
             name="static-best",
             router=_LEAST_LOAD,
             begin="best",

@@ -7,9 +7,9 @@ from services.scheduler.policies.interface import ModelDemand
 from shared.messages.demand import DemandReport, ForecastReport, TypeForecast
 from shared.messages.replicas import ReplicaReport
 
-RATE_MAX = 1e9
-"""Requests per second beyond which a forecast is no forecast."""
-TOKENS_MAX = 1e9
+RATE_MIN, RATE_MAX = 1e-6, 1e6
+"""Requests per second. Below, a type is not expected within the week; above is no forecast."""
+TOKENS_MAX = 1e7
 TYPES_MAX = 256
 
 
@@ -83,7 +83,7 @@ class Demands:
 def _plausible(kind: TypeForecast) -> bool:
     """Whether a policy may divide by it. Not a number compares as false."""
     return (
-        0.0 < kind.arrivals_rps <= RATE_MAX
+        RATE_MIN <= kind.arrivals_rps <= RATE_MAX
         and 0.0 < kind.input_tokens_mean <= TOKENS_MAX
         and 0.0 <= kind.output_tokens_mean <= TOKENS_MAX
     )

@@ -4,6 +4,7 @@ A folder holds ``<gpu>/gpu.toml`` and ``<gpu>/<model>.toml``. Names are lower-ca
 kept for as long as the process lives: a profile edited later is seen by the next one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -16,6 +17,7 @@ from shared.errors import ConfigInvalid
 SHIPPED = Path(__file__).with_name("profiles")
 GPU_FILE = "gpu.toml"
 FILES_KEPT_MAX = 512
+_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 
 Folders = Sequence[Path | str]
 
@@ -26,7 +28,7 @@ def load_profile(gpu: str, model: str, folders: Folders = ()) -> Profile:
     kind, name = gpu.lower(), model.lower()
     for folder in _places(folders):
         path = folder / kind / f"{name}.toml"
-        if name and path.name != GPU_FILE and path.is_file():
+        if _NAME.fullmatch(name) and path.name != GPU_FILE and path.is_file():
             return _profile_of(path)
     models = sorted({m for g, m in known(folders) if g == kind})
     if not models:
@@ -39,7 +41,7 @@ def gpu_facts(gpu: str, folders: Folders = ()) -> GpuFacts:
     kind = gpu.lower()
     for folder in _places(folders):
         path = folder / kind / GPU_FILE
-        if kind and path.is_file():
+        if _NAME.fullmatch(kind) and path.is_file():
             return _gpu_of(path)
     raise _unknown("gpu", kind, known_gpus(folders), what="GPUs", places=_places(folders))
 

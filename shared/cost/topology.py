@@ -19,7 +19,7 @@ def replica_cost(mesh: MeshConfig, spec: ReplicaSpec) -> CostModel:
     Raises ConfigInvalid for GPUs of several kinds, and for what has no profile or does not fit.
     """
     nodes = _nodes_of(mesh, spec.gpus)
-    kinds = sorted({node.gpu_kind for node in nodes})
+    kinds = sorted({node.gpu_kind.lower() for node in nodes})
     if len(kinds) != 1:
         raise ConfigInvalid(
             field=f"mesh.replicas.{spec.replica_id}.gpus",
@@ -36,7 +36,9 @@ def check_profiles(mesh: MeshConfig) -> None:
     if not mesh.nodes:
         remedy = 'timing = "profile" needs GPUs to look up: add [[mesh.nodes]]'
         raise ConfigInvalid(field="mesh.nodes", value=(), remedy=remedy)
-    by_kind = {node.gpu_kind: node for node in mesh.nodes}
+    by_kind: dict[str, NodeSpec] = {}
+    for node in mesh.nodes:
+        by_kind.setdefault(node.gpu_kind.lower(), node)
     for wish in mesh.replicas:
         _check_wish(mesh, wish, list(by_kind.values()))
     for node in by_kind.values():

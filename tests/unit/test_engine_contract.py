@@ -4,7 +4,7 @@ To add an engine, add a function to ``CASES`` that makes its EngineCase.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +39,7 @@ def torch_case(folder: Path) -> EngineCase:
     return EngineCase(make, load_tokenizer(str(folder)))
 
 
-def modelled_case(_: Path) -> EngineCase:
+def modelled_case(_: Path, *, prefix_caching: bool = False) -> EngineCase:
     def make(limits: EngineLimits) -> Engine:
         settings = ModelledEngineSettings(
             running_max=limits.running_max,
@@ -48,6 +48,7 @@ def modelled_case(_: Path) -> EngineCase:
             kv_blocks=limits.kv_blocks,
             block_tokens=limits.block_tokens,
             eos_probability=0.02,
+            prefix_caching=prefix_caching,
         )
         return ModelledEngine(settings, context_tokens_max=limits.context_tokens_max)
 
@@ -57,6 +58,7 @@ def modelled_case(_: Path) -> EngineCase:
 CASES: dict[str, Callable[[Path], EngineCase]] = {
     "torch": torch_case,
     "modelled": modelled_case,
+    "modelled, prefix caching": partial(modelled_case, prefix_caching=True),
 }
 
 

@@ -75,6 +75,12 @@ class Run:
             self.step(report(worker_id))
         return self.step(Tick())
 
+    def seconds(self, count: int, *, forecasts: bool = False) -> None:
+        for _ in range(count):
+            if forecasts:
+                self.forecast()
+            self.second()
+
     def in_force(self, plan: DeploymentPlan) -> None:
         self.step(PlanInForce(epoch=self.epoch, plan=plan))
         self.epoch += 1
@@ -155,15 +161,13 @@ def test_decides_each_period_and_when_a_forecast_comes_towards_its_end() -> None
     run = Run(Count(slow=False))
     run.forecast()
     run.in_force(run.adopted(run.second()))
-    for _ in range(5):
-        run.second(seconds=10.0)
-        run.forecast()
+    run.seconds(53, forecasts=True)
     assert len(run.policy.problems) == 1
-    run.second(seconds=5.0)
-    assert len(run.policy.problems) == 2, "55 of 60 s after the last, with a new forecast"
-    run.second(seconds=55.0)
+    run.seconds(1, forecasts=True)
+    assert len(run.policy.problems) == 2, "54 of 60 s after the last, with a new forecast"
+    run.seconds(59)
     assert len(run.policy.problems) == 2
-    run.second(seconds=5.0)
+    run.seconds(1)
     assert len(run.policy.problems) == 3
 
 

@@ -99,7 +99,8 @@ def formulate(instance: Instance, objective: Objective, *, load: float = 1.0) ->
     sums = np.zeros((types, arcs + extra))
     sums[j, np.arange(arcs)] = 1.0
     ceilings = np.append(e[k, j] * y[k] / d[j], [np.inf] * extra)
-    none, empty = np.zeros((0, arcs + extra)), np.zeros(0)
+    none: Array = np.zeros((0, arcs + extra))
+    empty: Array = np.zeros(0)
     if objective == "served":
         upper, bounds = np.vstack([share, sums]), np.concatenate([y, np.ones(types)])
         return Program(objective, -d[j], upper, bounds, none, empty, ceilings, (k, j))
@@ -123,7 +124,7 @@ def solve(program: Program) -> Array | None:
         b_ub=program.upper_bounds,
         A_eq=program.equal,
         b_eq=program.equal_bounds,
-        bounds=np.column_stack([np.zeros_like(program.ceilings), program.ceilings]),
+        bounds=[(0.0, float(ceiling)) for ceiling in program.ceilings],
         method="highs",
     )
     return np.asarray(found.x, dtype=np.float64) if found.status == 0 else None

@@ -137,12 +137,7 @@ def solve(program: Joint, *, time_limit_s: float) -> tuple[Array, float, bool] |
     )
     if found.x is None:
         return None
-    bound = found.mip_dual_bound
-    return (
-        np.asarray(found.x, np.float64),
-        float(found.fun if bound is None else bound),
-        (found.status == 0),
-    )
+    return np.asarray(found.x, np.float64), float(found.mip_dual_bound), found.status == 0
 
 
 def extract(

@@ -18,7 +18,8 @@ Candidates are few, and each is the exact optimum of a program in ``joint``:
   linear: "gentle"), then filled up with what carries most on the GPUs that this leaves.
 
 Each is dispatched by greatest headroom, by least work and, for gentle plans, as their own program
-did; all are then compared under the load and the mix that their replicas would really see.
+did; all are then compared under the load and the mix that their replicas would really see. Of
+those within ``TIE`` of the best, the one of most headroom is taken: it uses GPUs that would idle.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -35,8 +36,9 @@ from services.scheduler.policies.joint import Solution, Terms, best_joint
 from services.scheduler.policies.joint_latency import Load, Tail, tails
 from shared.cost.model import CostModel
 
-LOAD_MAX = 0.85  # beyond, waiting grows faster than any shape can make up for
-LOADS = 3  # steps from the load at greatest headroom to ``LOAD_MAX``
+LOAD_MAX = 0.9  # beyond, waiting grows faster than any shape can make up for
+LOADS = 6  # steps from the load at greatest headroom to ``LOAD_MAX``
+TIE = 0.05  # lateness that differs less is a tie: its prediction is no better
 SLACK = 1.02  # of the first step: at exactly 1 / t* rounding may leave nothing feasible
 
 
@@ -165,6 +167,13 @@ def solve_capacity(
         if found is not None:
             return found, wanted
     return best_joint(table, "served", Terms(), time_limit_s=time_limit_s), ()
+
+
+def choose(found: Sequence[Candidate]) -> Candidate:
+    """The least late; of those that are about as late, the one that could carry most."""
+    least = min(candidate.lateness for candidate in found)
+    close = [candidate for candidate in found if candidate.lateness <= least * (1 + TIE)]
+    return max(close, key=lambda candidate: (candidate.headroom, -candidate.lateness))
 
 
 def candidates(

@@ -30,6 +30,7 @@ from services.scheduler.policies.joint_choice import (
     Judge,
     LatencySource,
     candidates,
+    choose,
     solve_capacity,
 )
 from services.scheduler.policies.weights import planned
@@ -76,7 +77,7 @@ class OServe:
             return Planned(plan=None, reason=f"no plan was found within {limit_s:g} s")
         judge = Judge(problem=problem, table=table, source=self._source, horizon_s=self._payback_s)
         found = candidates(judge, best, wanted, time_limit_s=limit_s)
-        choice = min(found, key=lambda candidate: candidate.lateness)
+        choice = choose(found)
         placed = place_counts(table, choice.counts, problem.in_force)
         if placed.dropped and placed.counts:
             choice = judge.dispatched(placed.counts)

@@ -1,4 +1,5 @@
-"""The policies by name: what ``scheduler.policy`` may be."""
+"""The policies by name: what ``scheduler.policy`` may be. Those that solve programs load scipy, most
+of a second, only when they are asked for."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,10 +10,27 @@ from services.scheduler.policies.starting import Starting
 from services.scheduler.policies.uniform import Uniform
 from services.scheduler.static_policy import Static
 
+
+def _oserve_paper(_: SchedulerConfig) -> Policy:
+    from services.scheduler.policies.oserve_paper_policy import (  # noqa: PLC0415  # loads scipy
+        OServePaper,
+    )
+
+    return OServePaper()
+
+
+def _oserve(_: SchedulerConfig) -> Policy:
+    from services.scheduler.policies.joint_policy import OServe  # noqa: PLC0415  # loads scipy
+
+    return OServe()
+
+
 POLICIES: Mapping[PolicyName, Callable[[SchedulerConfig], Policy]] = {
     "static": lambda _: Static(),
     "uniform": lambda _: Uniform(),
     "dynamo": Dynamo.of,
+    "oserve-paper": _oserve_paper,
+    "oserve": _oserve,
 }
 
 

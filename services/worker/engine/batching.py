@@ -147,7 +147,7 @@ class Batch(BatchState):
             self.output_tokens_total += made
             self._pending -= made
         self.steps_total += steps
-        ends = self._ends
+        ends = self.ends
         while ends and ends[0][0] <= self.steps_total:
             _, serial, sequence = heappop(ends)
             if sequence.serial == serial:
@@ -166,7 +166,7 @@ class Batch(BatchState):
     def _leap(self, preempted: list[Sequence]) -> Plan:
         """Decode until the first request ends, or blocks run out. Meanwhile nobody can be admitted
         who cannot be now: free blocks only become fewer."""
-        ends, batch = self._ends, self.decoding
+        ends, batch = self.ends, self.decoding
         while ends[0][2].serial != ends[0][1]:
             heappop(ends)
         steps = ends[0][0] - self.steps_total

@@ -41,13 +41,13 @@ class BatchState:
         self.steps_total: int = 0
         self.output_tokens_total: int = 0
         self.preemptions = 0
-        self.prefill_tokens_total = 0  # computed; those found in the prefix cache are hits
+        self.prefill_tokens_total: int = 0  # computed; those found in the prefix cache are hits
         self.hit_tokens_total: int = 0
         self._caching = prefix_caching
         self._capacity = kv_blocks * limits.block_tokens
         self._live_max = limits.running_max + limits.waiting_max
         self._partial: Sequence | None = None  # its prefill has begun: always the youngest
-        self._ends: list[tuple[int, int, Sequence]] = []  # heap: step, serial, sequence
+        self.ends: list[tuple[int, int, Sequence]] = []  # heap: step, serial, sequence
         self._plan: Plan | None = None
         self._arrivals = self._serials = 0
         self._pending = 0  # tokens to prefill and to make
@@ -96,7 +96,7 @@ class BatchState:
             assert sequence.phase == WAITING, sequence.key
             assert sequence.computed == sequence.shared == len(sequence.held) == 0, sequence.key
         assert self._partial is None or self._partial is running[-1]
-        ends = [end for end in self._ends if end[2].serial == end[1]]
+        ends = [end for end in self.ends if end[2].serial == end[1]]
         assert sorted(end[2].number for end in ends) == [s.number for s in decoding], "ends lost"
         self._check_blocks(running, decoding)
 
@@ -161,11 +161,11 @@ class BatchState:
             progress.ended.append(sequence)
             self._finish_running(sequence)
             return
-        if len(self._ends) > 2 * self.decoding + _STALE_ENDS:
-            self._ends = [end for end in self._ends if end[2].serial == end[1]]
-            heapify(self._ends)
+        if len(self.ends) > 2 * self.decoding + _STALE_ENDS:
+            self.ends = [end for end in self.ends if end[2].serial == end[1]]
+            heapify(self.ends)
         end_step = sequence.tokens_max - 1 - sequence.offset
-        heappush(self._ends, (end_step, sequence.serial, sequence))
+        heappush(self.ends, (end_step, sequence.serial, sequence))
 
     def _preempt(self) -> Sequence:
         """Take the youngest running request's blocks; it keeps its tokens."""

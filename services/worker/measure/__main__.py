@@ -43,6 +43,10 @@ def measure(asked: argparse.Namespace) -> None:
         raise ConfigInvalid(
             field="--seconds", value=asked.seconds, remedy=f"use {SECONDS_MIN:g} or more"
         )
+    if not 0 <= asked.quantile <= 1:
+        raise ConfigInvalid(
+            field="--quantile", value=asked.quantile, remedy="use a number from 0 to 1"
+        )
     settings = _pairs(asked.set or [])
     check_asked(asked.engine, folder)
     machine = Machine(
@@ -59,7 +63,7 @@ def measure(asked: argparse.Namespace) -> None:
     try:
         chosen = scenarios(target)
         _say(f"{len(chosen)} scenarios, about {asked.seconds:g} s")
-        found = sweep(target, chosen, seconds=asked.seconds, say=_say)
+        found = sweep(target, chosen, seconds=asked.seconds, quantile=asked.quantile, say=_say)
     finally:
         target.engine.close()
     gpu = gpu_facts(target, machine, destination.gpu)
@@ -83,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu-name", default="cpu", help="kind of GPU, as topologies name it")
     parser.add_argument("--model-name", default="", help="[default: the checkpoint folder's name]")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the sweep")
+    parser.add_argument(
+        "--quantile", type=float, default=0.5, help="of a step's times; lower on a busy machine"
+    )
     parser.add_argument("--set", action="append", metavar="SETTING=VALUE", help="of the engine")
     parser.add_argument("--gpus-per-node", type=int, default=1)
     parser.add_argument("--price-per-hour", type=float, default=0.0, help="US dollars")

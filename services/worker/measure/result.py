@@ -106,8 +106,9 @@ def measured_profile(
         times=(fit(fitted, target.facts.layers),),
         overheads=Overheads(step_us=0.0, request_us=0.0),
         error=nothing_yet,
-        source=f"oserve profile measure of {target.name}; medians of {found.rounds} interleaved "
-        f"rounds in {found.seconds:.0f} s; steps of at most {target.batch_tokens_max} tokens",
+        source=f"oserve profile measure of {target.name}; {found.quantile:g} quantiles of "
+        f"{found.rounds} interleaved rounds in {found.seconds:.0f} s, waits for a CPU taken off; "
+        f"steps of at most {target.batch_tokens_max} tokens",
     )
     judged = judge(profile, gpu, fitted, held_out)
     return msgspec.structs.replace(profile, error=error_bar(judged, scenarios)), judged

@@ -1,0 +1,241 @@
+"""``oserve simulate``: what a trace would have done to a mesh, in one command, without a GPU."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loadgen.compare.metrics import Latency, RunMetrics, measure
+from loadgen.compare.options import parse_class, parse_forecast, parse_traces
+from loadgen.compare.targets import class_targets
+from loadgen.compare.workload import (
+    TraceOfModel,
+    Workload,
+    arrivals,
+    file_digest,
+    last_arrival_s,
+    typed_windows,
+)
+from loadgen.report_table import milliseconds, share
+from loadgen.simulator.demand import Demand
+from loadgen.simulator.deployments import Site, begun
+from loadgen.simulator.incidents import parse_incident
+from loadgen.simulator.policies import Policy, names, policy_named
+from loadgen.simulator.run import SimulationSpec, run
+from shared.config import load_settings
+from shared.errors import ConfigInvalid, OServeError
+from shared.mesh import MeshConfig
+from shared.models import ModelSpec
+
+_EXIT_FAILED, _EXIT_USAGE = 1, 2
+_AFTER_LAST_S = 0.001
+
+Traces = Annotated[
+    list[str], typer.Argument(metavar="TRACE...", help="A trace, or MODEL=TRACE for each model.")
+]
+Topology = Annotated[Path, typer.Option("--topology", "-t", help="The mesh (TOML).")]
+Model = Annotated[
+    str, typer.Option(help="Of one TRACE: this cost profile's model, in place of the topology's.")
+]
+PolicyName = Annotated[str, typer.Option("--policy", help=f"One of: {', '.join(names())}.")]
+Duration = Annotated[float | None, typer.Option(help="Seconds of it. [default: all]")]
+RateScale = Annotated[
+    float, typer.Option(help="Below 1 drop requests at random, above 1 add copies.")
+]
+SlowWork = Annotated[
+    float | None, typer.Option(help="Virtual seconds of each solve. [default: as measured]")
+]
+Incidents = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--incident",
+        metavar="KIND:NODE@START+SECONDS",
+        help="crash, stall, partition or slow; NODE is a GPU or a service. Repeatable.",
+    ),
+]
+OutputLimit = Annotated[
+    int | None,
+    typer.Option(help="What clients allow as output. [default: just what they will get]"),
+]
+
+
+def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the command line
+    traces: Traces,
+    topology: Topology,
+    model: Model = "",
+    policy: PolicyName = "static",
+    start: Annotated[float, typer.Option(help="Begin at this second of the trace.")] = 0.0,
+    duration: Duration = None,
+    rate_scale: RateScale = 1.0,
+    seed: Annotated[int, typer.Option(help="Of thinning, and of the simulator.")] = 0,
+    forecast: Annotated[
+        str | None, typer.Option(help="ours, last or oracle. [default: the policy's own]")
+    ] = None,
+    slo_class: Annotated[
+        str, typer.Option("--class", help="Of requests whose trace names none.")
+    ] = "standard",
+    drain: Annotated[float, typer.Option(help="Seconds for open requests to end in.")] = 600.0,
+    network_ms: Annotated[float, typer.Option(help="A message's way between services.")] = 0.3,
+    output_limit: OutputLimit = None,
+    slow_work: SlowWork = None,
+    incident: Incidents = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON.")] = False,
+) -> None:
+    """Run a trace through a simulated mesh of the production cores; say what it felt like."""
+    console = Console(stderr=True)
+    try:
+        paths = parse_traces(traces)
+        mesh = load_mesh(topology, model, paths)
+        wanted = policy_named(policy)
+        workload = _workload(paths, mesh, start=start, duration=duration, slo_class=slo_class)
+        spec = SimulationSpec(
+            mesh=begun(Site(mesh), wanted, demand_of(workload, rate_scale)),
+            traffic=arrivals(workload, rate_scale=rate_scale, seed=seed),
+            policy=wanted,
+            forecast=parse_forecast(forecast) or wanted.forecast,
+            seed=seed,
+            network_s=network_ms / 1000.0,
+            drain_s=drain,
+            slow_work_s=slow_work,
+            output_tokens_limit=output_limit,
+            incidents=tuple(parse_incident(text, mesh) for text in incident or ()),
+        )
+        metrics = simulated(spec, workload)
+    except OServeError as error:
+        console.print(f"oserve simulate: {error}", style="red", markup=False)
+        code = _EXIT_USAGE if isinstance(error, ConfigInvalid) else _EXIT_FAILED
+        raise typer.Exit(code) from None
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(metrics).decode() + "\n")
+    else:
+        _show(metrics, wanted, Console())
+
+
+def simulated(spec: SimulationSpec, workload: Workload) -> RunMetrics:
+    """The figures of one run; every request counts."""
+    types = [kind for typed in typed_windows(workload) for kind in typed.types]
+    return measure(
+        run(spec), window_s=workload.window_s, warmup_s=0.0, targets=class_targets(types)
+    )
+
+
+def load_mesh(topology: Path, model: str, traces: dict[str, str]) -> MeshConfig:
+    """The topology, with the models that are asked for in place of its own. One that it does not
+    name is served as its cost profile of that name says, and brings no replicas."""
+    settings = load_settings(file=str(topology), environ=dict(os.environ), sets=())
+    mesh = settings.section("mesh", MeshConfig).checked()
+    if mesh.engine.kind != "modelled":
+        raise ConfigInvalid(
+            field="mesh.engine.kind",
+            value=mesh.engine.kind,
+            remedy="only modelled engines can be simulated",
+        )
+    if model and "" not in traces:
+        raise ConfigInvalid(
+            field="model", value=model, remedy="give it with one TRACE; pairs name their models"
+        )
+    wanted = [model or mesh.model.model_id] if "" in traces else list(traces)
+    known = {spec.model_id: spec for spec in mesh.models}
+    like = mesh.model.context_tokens_max
+    specs = [
+        known.get(name) or ModelSpec(model_id=name, context_tokens_max=like) for name in wanted
+    ]
+    replicas = tuple(
+        wish for wish in mesh.replicas if (wish.model_id or mesh.model.model_id) in wanted
+    )
+    return msgspec.structs.replace(
+        mesh, model=specs[0], more_models=tuple(specs[1:]), replicas=replicas
+    ).checked()
+
+
+def demand_of(workload: Workload, rate_scale: float) -> list[Demand]:
+    """Mean rates and lengths of the window's types."""
+    return [
+        Demand(
+            model_id=kind.model_id,
+            rps=rate_scale * kind.requests / workload.window_s,
+            input_tokens=kind.input_tokens,
+            output_tokens=kind.output_tokens,
+        )
+        for typed in typed_windows(workload)
+        for kind in typed.types
+    ]
+
+
+def _workload(
+    paths: dict[str, str],
+    mesh: MeshConfig,
+    *,
+    start: float,
+    duration: float | None,
+    slo_class: str,
+) -> Workload:
+    named = {name or mesh.model.model_id: path for name, path in paths.items()}
+    window_s = duration
+    if window_s is None:
+        window_s = max(last_arrival_s(path, start) for path in named.values()) + _AFTER_LAST_S
+    return Workload(
+        traces=tuple(
+            TraceOfModel(
+                model_id=model_id,
+                path=path,
+                digest=file_digest(Path(path)),
+                context_tokens_max=mesh.model_of(model_id).context_tokens_max,
+            )
+            for model_id, path in named.items()
+        ),
+        start_s=start,
+        window_s=window_s,
+        slo_class=parse_class(slo_class),
+    )
+
+
+def _show(metrics: RunMetrics, policy: Policy, console: Console) -> None:
+    summary = Table(title=f"Simulated: {policy.name}", show_header=False, title_justify="left")
+    summary.add_column(style="bold")
+    summary.add_column()
+    rows = {
+        "requests": f"{metrics.offered:,} offered, {metrics.completed:,} completed",
+        "throughput": f"{metrics.throughput_rps:.2f} requests/s; "
+        f"{metrics.output_tokens_per_s:,.0f} output, {metrics.input_tokens_per_s:,.0f} input "
+        "tokens/s",
+        "goodput": f"{metrics.goodput_rps:.2f} requests/s; "
+        f"SLO attainment {share(metrics.slo_attainment)} of those offered",
+        "GPUs": f"{metrics.gpu_hours:.2f} GPU-hours, {metrics.switches} switches "
+        f"({metrics.switches_failed} failed) in {metrics.switch_s:.1f} s, "
+        f"{metrics.preemptions:,} preemptions",
+        "simulator": f"{metrics.cpu_s:.1f} s of CPU, {metrics.peak_rss_bytes / 2**20:.0f} MiB, "
+        f"{metrics.events:,} events, {metrics.engine_steps:,} engine steps",
+        "digest": metrics.digest,
+    }
+    for name, text in rows.items():
+        summary.add_row(name, text)
+    console.print(summary)
+    console.print(_latencies(metrics))
+    for moment in metrics.moments:
+        verdict = "" if moment.succeeded else " FAILED"
+        console.print(
+            f"{moment.at_s:9.1f} s  {moment.plan} in {moment.took_s:.1f} s{verdict}: "
+            f"{moment.reason}",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _latencies(metrics: RunMetrics) -> Table:
+    table = Table(title="Latency, ms", title_justify="left")
+    for heading in ("", "p50", "p90", "p99"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    spreads: dict[str, Latency] = {
+        "TTFT": metrics.ttft_ms, "TPOT": metrics.tpot_ms, "E2E": metrics.e2e_ms,
+    }  # fmt: skip
+    for name, spread in spreads.items():
+        table.add_row(
+            name, *(milliseconds(value) for value in (spread.p50, spread.p90, spread.p99))
+        )
+    return table

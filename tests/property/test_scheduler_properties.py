@@ -1,0 +1,181 @@
+"""Whatever is forecast, offered and in force, policies answer with plans that can be."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.demands import Demands
+from services.scheduler.policies.interface import GpuOffer, Planned, Problem
+from services.scheduler.policies.placing import place, standing_shapes
+from services.scheduler.policies.registry import POLICIES, make_policy
+from services.scheduler.policies.repair import repair
+from services.scheduler.policies.verify import verify
+from services.scheduler.policies.weights import equal, planned
+from services.scheduler.solving import solve
+from shared.cost.limits import EngineLimits
+from shared.hardware import Parallelism
+from shared.messages.demand import ForecastReport, TypeForecast
+from shared.messages.plans import DeploymentPlan
+from tests.unit.scheduler_cluster import EMPTY, KIND, TARGET, made_up_profiles, shipped
+
+__all__ = ["made_up_profiles", "shipped"]
+MODELS = ("big", "small")
+SHAPES = [Parallelism(tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (1, 3))]
+awkward = st.sampled_from([0.0, -1.0, 1e-12, 1e-6, 1e6, 1e300, float("nan"), float("inf")])
+numbers = st.one_of(awkward, st.floats(0.01, 1e5))
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[GpuOffer, ...]:
+    sizes = draw(st.lists(st.integers(1, 8), min_size=0, max_size=4))
+    kinds = draw(st.lists(st.sampled_from([KIND, "unmeasured"]), min_size=4, max_size=4))
+    return tuple(
+        GpuOffer(gpu_id=f"n{n}-g{g}", node_id=f"n{n}", kind=kinds[n])
+        for n, size in enumerate(sizes)
+        for g in range(size)
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn, offers: tuple[GpuOffer, ...]) -> DeploymentPlan:
+    """What was placed on the cluster, or on a larger one, before."""
+    wider = (*offers, *(GpuOffer(gpu_id=f"x-g{g}", node_id="x", kind=KIND) for g in range(4)))
+    counts = draw(
+        st.dictionaries(
+            st.tuples(st.sampled_from(MODELS), st.sampled_from(SHAPES)),
+            st.integers(0, 6),
+            max_size=4,
+        )
+    )
+    placed = place(counts, wider, EMPTY)
+    made = planned(placed.replicas, equal(placed.replicas), reason="before")
+    return made.plan or EMPTY
+
+
+@st.composite
+def forecasts(draw: st.DrawFn, model_id: str) -> ForecastReport:
+    kinds = draw(st.lists(st.tuples(numbers, numbers, numbers), max_size=4))
+    return ForecastReport(
+        model_id=model_id,
+        made_at_s=0.0,
+        horizon_s=draw(numbers),
+        types=tuple(
+            TypeForecast(
+                request_type=number,
+                arrivals_rps=rps,
+                input_tokens_mean=inputs,
+                output_tokens_mean=outputs,
+            )
+            for number, (rps, inputs, outputs) in enumerate(kinds)
+        ),
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    offers = draw(clusters())
+    demands = Demands(MODELS)
+    for model_id in MODELS:
+        demands.forecast(draw(forecasts(model_id)))
+    return Problem(
+        now_s=draw(st.floats(0.0, 1e6)),
+        epoch=1,
+        models=demands.models(),
+        offers=offers,
+        in_force=draw(plans(offers)),
+        kinds={offer.gpu_id: offer.kind for offer in offers},
+        profiles={model_id: model_id for model_id in MODELS},
+        targets=dict.fromkeys(MODELS, TARGET),
+        limits=EngineLimits(),
+        time_limit_s=10.0,
+    )
+
+
+def sound(answer: Planned, problem: Problem) -> None:
+    assert answer.reason
+    if answer.plan is not None:
+        assert verify(answer.plan, problem.offers, MODELS) == []
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "static"])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_policy_answers_everything_with_a_plan_that_can_be(
+    name: str, data: st.DataObject
+) -> None:
+    """Otherwise one odd forecast would end planning, or ask for GPUs that are not there."""
+    policy = make_policy(SchedulerConfig(policy=name))  # type: ignore[arg-type]  # a name
+    for _ in range(2):  # what a policy remembers of the first must not spoil the second
+        problem = data.draw(problems())
+        solved = solve(policy, problem)
+        assert solved.failure == ""
+        assert solved.planned is not None
+        sound(solved.planned, problem)
+        sound(policy.start(problem), problem)
+
+
+@settings(max_examples=200)
+@given(problem=problems())
+def test_a_repair_is_a_plan_that_can_be_and_moves_nothing_that_stands(problem: Problem) -> None:
+    """Otherwise falling back would break what the policy had left whole."""
+    answer = repair(problem, why="test")
+    sound(answer, problem)
+    offered = {offer.gpu_id for offer in problem.offers}
+    whole = [s for s in problem.in_force.replicas if offered.issuperset(s.gpus)]
+    if answer.plan is not None and len(whole) == len(problem.in_force.replicas):
+        assert answer.plan == problem.in_force
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_placing_what_stands_moves_nothing(data: st.DataObject) -> None:
+    """Otherwise a plan that changes nothing would restart replicas."""
+    offers = data.draw(clusters())
+    before = data.draw(plans(()))
+    before = before if before.replicas else data.draw(plans(offers))
+    gpus = {gpu for spec in before.replicas for gpu in spec.gpus}
+    wider = (*offers, *(GpuOffer(gpu_id=g, node_id="x", kind=KIND) for g in gpus - {
+        offer.gpu_id for offer in offers
+    }))  # fmt: skip
+    again = place(standing_shapes(before), wider, before)
+    assert again.replicas == before.replicas
+    assert again.dropped == ()
+
+
+@settings(max_examples=300)
+@given(seed=st.integers(0, 10**9), sizes=st.lists(st.sampled_from([4, 8]), min_size=1, max_size=4))
+def test_powers_of_two_pack_whenever_they_fit(seed: int, sizes: list[int]) -> None:
+    """Otherwise a solver's counts would find no room for the sake of what stands where."""
+    rng = random.Random(seed)
+    offers = tuple(
+        GpuOffer(gpu_id=f"n{n}-g{g}", node_id=f"n{n}", kind=KIND)
+        for n, size in enumerate(sizes)
+        for g in range(size)
+    )
+
+    def draw() -> dict[tuple[str, Parallelism], int]:
+        """Shapes cut from the nodes at random."""
+        counts: dict[tuple[str, Parallelism], int] = {}
+        for size in sizes:
+            left = size
+            while left:
+                tp = rng.choice([tp for tp in (1, 2, 4, 8) if tp <= left])
+                left -= tp
+                if rng.random() < 0.8:
+                    key = "big", Parallelism(tp=tp)
+                    counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    plan = EMPTY
+    for _ in range(4):
+        counts = draw()
+        placed = place(counts, offers, plan)
+        assert placed.dropped == ()
+        made = planned(placed.replicas, equal(placed.replicas), reason="test")
+        assert made.plan is None or verify(made.plan, offers, MODELS) == []
+        assert standing_shapes(made.plan or EMPTY) == {k: n for k, n in counts.items() if n}
+        plan = made.plan or EMPTY
