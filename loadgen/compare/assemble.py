@@ -37,8 +37,9 @@ _COMPARISON, _PAGE = "comparison.json", "report.md"
 
 
 def mesh_of(topology: Path, model: str, options: Options) -> MeshConfig:
-    """The topology with the models that are asked for, and no replicas of its own: policies bring
-    theirs. A model that it does not name is served as its cost profile of that name says."""
+    """The topology with the models that are asked for; its replicas only if they are of these, and
+    then for policy ``static`` alone. A model that it does not name is served as its cost profile
+    of that name says."""
     settings = load_settings(file=str(topology), environ=dict(os.environ), sets=())
     mesh = settings.section("mesh", MeshConfig).checked()
     if mesh.engine.kind != "modelled":
@@ -59,8 +60,12 @@ def mesh_of(topology: Path, model: str, options: Options) -> MeshConfig:
     specs = [
         known.get(name) or ModelSpec(model_id=name, context_tokens_max=like) for name in wanted
     ]
+    served = {mesh.model_of(wish.model_id).model_id for wish in mesh.replicas}
     return msgspec.structs.replace(
-        mesh, model=specs[0], more_models=tuple(specs[1:]), replicas=()
+        mesh,
+        model=specs[0],
+        more_models=tuple(specs[1:]),
+        replicas=mesh.replicas if served == set(wanted) else (),
     ).checked()
 
 

@@ -31,6 +31,7 @@ from loadgen.simulator.deployments import (
     Site,
     candidates,
     default,
+    own,
     uniform,
     uniforms,
 )
@@ -49,7 +50,8 @@ def expand(names: Sequence[str], site: Site) -> tuple[Policy, ...]:
     wanted: dict[str, Policy] = {}
     for name in names:
         if name == ALL:
-            found = (*_every_shape(site), *POLICIES.values())
+            named = (p for p in POLICIES.values() if p.begin != "topology" or site.mesh.replicas)
+            found = (*_every_shape(site), *named)
         else:
             found = _every_shape(site) if name in EVERY_SHAPE else (policy_named(name),)
         wanted |= {policy.name: policy for policy in found}
@@ -180,6 +182,8 @@ class Study:
     def _begin(self, policy: Policy, best: dict[str, Deployment]) -> Deployment:
         if policy.begin in best:
             return best[policy.begin]
+        if policy.begin == "topology":
+            return own(self._site)
         if policy.begin == "shape":
             if len(self._site.mesh.model_ids) > 1:
                 raise ConfigInvalid(

@@ -1,5 +1,8 @@
 """A comparison as tables for a terminal: one for each load, then the findings."""
 
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -10,14 +13,15 @@ from loadgen.report_table import milliseconds
 
 _LOSSES_MAX = 20
 _COLOURS = {"better": "green", "worse": "red"}
-_WITH_INTERVAL = ("goodput_rps", "slo_attainment")
-_PLAIN = ("throughput_rps", "gpu_hours", "switches", "switch_s", "completed_share")
+_RESOURCES = ("throughput_rps", "completed_share", "gpu_hours", "switches", "switch_s")
 
 
 def comparison_tables(comparison: Comparison) -> RenderableType:
     """Values are means over the seeds; brackets hold 95 % intervals."""
     parts: list[RenderableType] = [_latency_note(comparison)]
-    parts += [_load_table(comparison, load) for load in comparison.loads]
+    for load in comparison.loads:
+        cells = [cell for cell in comparison.cells if cell.load == load]
+        parts += [_service(cells, comparison.reference), _resources(cells)]
     parts.append(_findings(comparison))
     return Group(*parts)
 
@@ -31,51 +35,40 @@ def _latency_note(comparison: Comparison) -> Text:
     )
 
 
-def _load_table(comparison: Comparison, load: float) -> Table:
-    cells = [cell for cell in comparison.cells if cell.load == load]
+def _service(cells: Sequence[Cell], reference: str) -> Table:
+    """Percentiles one below the other: side by side they do not fit on 80 columns."""
     seeds = len(cells[0].seeds)
     table = Table(
-        title=f"Load {load:g} ({seeds} seed{'s' if seeds > 1 else ''})", title_justify="left"
+        title=f"Load {cells[0].load:g} ({seeds} seed{'s' if seeds > 1 else ''})",
+        title_justify="left",
+        box=SIMPLE_HEAD,
     )
-    table.add_column("policy")
-    for title in ("goodput, SLO", f"goodput vs {comparison.reference}"):
-        table.add_column(title, justify="right")
+    table.add_column("policy, began with")
+    table.add_column(f"goodput, vs {reference}, SLO met", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for title in ("TTFT", "TPOT", "E2E"):
-        table.add_column(f"{title}, ms", justify="right", no_wrap=True)
-    table.add_column("requests/s, GPU-h, switches, done", justify="right")
+    for title in ("TTFT", "TPOT", "E2E ms"):
+        table.add_column(title, justify="right", no_wrap=True)
     for cell in cells:
-        table.add_row(*_row(cell, comparison.reference), end_section=True)
+        name = Text(cell.policy, style="bold")
+        name.append(f"\n{cell.deployment}", style="not bold")
+        latencies = (
+            "\n".join(_milliseconds(cell, f"{kind}_ms_{share}") for share in ("p50", "p90", "p99"))
+            for kind in ("ttft", "tpot", "e2e")
+        )
+        rows = (Text(text) for text in ("p50\np90\np99", *latencies))
+        table.add_row(name, _good(cell), *rows, end_section=True)
     return table
 
 
-def _row(cell: Cell, reference: str) -> list[Text]:
-    good = "\n".join(
-        with_interval(cell.values[name], BY_NAME[name].unit) for name in _WITH_INTERVAL
-    )
-    latencies = [
-        "\n".join(_milliseconds(cell, f"{kind}_ms_{share}") for share in ("p50", "p90", "p99"))
-        for kind in ("ttft", "tpot", "e2e")
-    ]
-    name = Text(cell.policy, style="bold")
-    name.append(f"\n{cell.deployment}", style="not bold")
-    return [
-        name,
-        Text(good),
-        _versus(cell, reference),
-        Text("p50\np90\np99"),
-        *(Text(text) for text in latencies),
-        Text(_counts(cell)),
-    ]
-
-
-def _versus(cell: Cell, reference: str) -> Text:
-    if cell.policy == reference:
-        return Text("reference")
-    goodput = next(pair for pair in cell.versus if pair.metric == "goodput_rps")
-    return Text(
-        f"{ratio_words(goodput.ratio)}\n{goodput.verdict}", style=_COLOURS.get(goodput.verdict, "")
-    )
+def _good(cell: Cell) -> Text:
+    text = Text(with_interval(cell.values["goodput_rps"], "requests/s") + "\n")
+    pair = next((pair for pair in cell.versus if pair.metric == "goodput_rps"), None)
+    if pair is None:
+        text.append("reference\n")
+    else:
+        verdict = f"{ratio_words(pair.ratio)} {pair.verdict}\n"
+        text.append(verdict, style=_COLOURS.get(pair.verdict, ""))
+    return text.append(with_interval(cell.values["slo_attainment"], "share"))
 
 
 def _milliseconds(cell: Cell, name: str) -> str:
@@ -83,15 +76,22 @@ def _milliseconds(cell: Cell, name: str) -> str:
     return "never" if value is None else milliseconds(value.mean)
 
 
-def _counts(cell: Cell) -> str:
-    means: dict[str, str] = {}
-    for name in _PLAIN:
-        value = cell.values[name]
-        means[name] = NOTHING if value is None else number(value.mean, BY_NAME[name].unit)
-    return (
-        f"{means['throughput_rps']} rps, {means['gpu_hours']} h\n"
-        f"{means['switches']} in {means['switch_s']} s\n{means['completed_share']}"
-    )
+def _resources(cells: Sequence[Cell]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("policy")
+    for name in _RESOURCES:
+        unit = BY_NAME[name].unit
+        title = BY_NAME[name].title
+        shown = f"{title}, {unit}" if unit not in ("", "share") else title
+        table.add_column(shown, justify="right")
+    for cell in cells:
+        values = (
+            NOTHING if (value := cell.values[name]) is None
+            else number(value.mean, BY_NAME[name].unit)
+            for name in _RESOURCES
+        )  # fmt: skip
+        table.add_row(Text(cell.policy), *(Text(value) for value in values))
+    return table
 
 
 def _findings(comparison: Comparison) -> Text:

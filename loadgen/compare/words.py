@@ -32,7 +32,8 @@ def with_interval(value: Estimate | None, unit: str) -> str:
     middle = number(value.mean, unit)
     if value.low is None or value.high is None:
         return middle
-    return f"{middle} [{number(value.low, unit)}, {number(value.high, unit)}]"
+    low, high = (number(edge, unit).removesuffix(" %") for edge in (value.low, value.high))
+    return f"{middle} [{low}, {high}]"
 
 
 def ratio_words(ratio: Estimate | None) -> str:

@@ -82,8 +82,8 @@ POLICIES: Mapping[str, Policy] = {
             name="static-best-p99",
             router=_LEAST_LOAD,
             begin="best-p99",
-            known="As static-best.",
-            inferred="As static-best, but chosen by the P99 of E2E, ties by goodput.",
+            known="The best single uniform deployment for the whole trace, as static-best.",
+            inferred="Best in hindsight by the P99 of E2E, ties by goodput.",
         ),
         Policy(
             name="static-default",

@@ -8,6 +8,7 @@ from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.slo import DEFAULT_TARGETS, SloTarget
 
+AUTO = "auto"
 PolicyName = Literal["static", "uniform", "dynamo", "oserve-paper", "oserve"]
 
 
@@ -17,8 +18,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     policy_period_s: float = 0.0  # between decisions of a policy; 0: its own
     solve_timeout_s: float = 30.0  # a slow policy that takes longer has its answer dropped
     target: SloTarget = DEFAULT_TARGETS["standard"]  # what replicas are planned to meet
-    targets: dict[str, SloTarget] = msgspec.field(default_factory=dict[str, SloTarget])  # by model
-    dynamo_shape: str = ""  # of every replica under policy dynamo; empty: the smallest that fits
+    targets: dict[str, SloTarget] | None = None  # the same for single models, by id
+    dynamo_shape: str = "auto"  # of every replica under dynamo; auto: the topology's, or default
     worker_timeout_s: float = 2.0  # silence after which a worker counts as gone
     settle_s: float = 1.0  # a worker that appears is planned onto after this long
     start_wait_s: float = 5.0  # how long a new scheduler waits for the topology's workers
@@ -38,13 +39,13 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 raise ConfigInvalid(
                     field=f"scheduler.{field}", value=value, remedy="use 0 s or more"
                 )
-        for name, target in {"target": self.target, **self.targets}.items():
+        for name, target in {"target": self.target, **(self.targets or {})}.items():
             if not (target.ttft_s > 0 and target.tpot_s > 0):
                 raise ConfigInvalid(
                     field=f"scheduler.targets.{name}" if name != "target" else "scheduler.target",
                     value=target,
                     remedy="use times above 0 s",
                 )
-        if self.dynamo_shape:
+        if self.dynamo_shape != AUTO:
             Parallelism.parse(self.dynamo_shape)
         return self

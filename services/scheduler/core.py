@@ -219,7 +219,7 @@ class Scheduler:
         assert in_force is not None
         in_use = {gpu for spec in in_force.replicas for gpu in spec.gpus}
         models = self._mesh.models
-        targets = self._config.targets
+        targets = self._config.targets or {}
         return Problem(
             now_s=now_s,
             epoch=self._epoch,

@@ -5,8 +5,9 @@ import msgspec
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of the batch scheduler; the defaults are vLLM's for online serving. A KV block holds
-    ``block_tokens``; a step computes at most ``batch_tokens_max`` tokens (longer prompts go in
-    chunks); at most ``running_max`` requests run, ``waiting_max`` wait and more are refused."""
+    ``block_tokens``; a step computes at most ``batch_tokens_max`` tokens, those of all
+    micro-batches of a pipeline together (longer prompts go in chunks); at most ``running_max``
+    requests run, ``waiting_max`` wait, and more are refused."""
 
     block_tokens: int = 16
     batch_tokens_max: int = 2048

@@ -17,10 +17,13 @@ at r / i per step.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shared.cost.limits import EngineLimits
 from shared.cost.model import CostModel
 from shared.cost.step import PS_PER_S, Prefill, pairs
+
+BATCHES_KEPT_MAX = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def prompts_only_per_s(model: CostModel, work: Work, limits: EngineLimits) -> fl
     return room / work.input_tokens * PS_PER_S / step_ps
 
 
+@lru_cache(maxsize=BATCHES_KEPT_MAX)
 def batch_max(model: CostModel, work: Work, limits: EngineLimits) -> int:
     """The largest batch whose tokens fit the KV cache, and whose requests have seats. 0: not even
     one request fits to its end."""

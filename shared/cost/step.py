@@ -7,7 +7,8 @@ together (the new ones included), and ``Prefill`` beside them. On one stage of `
 
 with m tokens in all. With p pipeline stages the requests of a step form k = min(p, requests)
 micro-batches that follow each other through the stages: decoding requests spread evenly over them,
-prompt chunks over as many as there are chunks, since one chunk passes a stage in one piece. The
+prompts over as many as there are chunks, a chunk being cut only where it exceeds a p-th of the
+usual step's tokens (engines bound each micro-batch, and send the pieces of a prompt in a row). The
 micro-batches go round, so a step (a token for everyone) takes the longest of
 
     the heaviest micro-batch's way through all layers, then the head
@@ -30,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from shared.cost.limits import DEFAULT_LIMITS
 from shared.cost.profile import GpuFacts, Link, ModelFacts, Profile, TensorTimes
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
@@ -117,6 +119,7 @@ class StepModel:
 
         dense = [a + b for a, b in zip(times.dense_us, collective_us, strict=True)]
         self._pp = len(stages)
+        self._piece_tokens = -(-DEFAULT_LIMITS.batch_tokens_max // self._pp)
         self._layers, self._longest, self._last = sum(stages), max(stages), stages[-1]
         self._dense = Curve(times.tokens, [scaled(us) for us in dense])
         self._head = Curve(times.tokens, [scaled(us) for us in times.head_us])
@@ -156,23 +159,30 @@ class StepModel:
             decode = self.decode(batch)
             return decode.fixed_ps + decode.slope_ps * context
         assert prefill.chunks > 0, "prompt tokens come in chunks"
-        parts = min(self._pp, batch + prefill.chunks)
-        slope = round(self._waited(parts) * self._context / parts)
-        pieces = min(self._pp, prefill.chunks)
-        pairs_ps = round(self._waited(pieces) * self._pair / pieces * prefill.pairs)
+        pieces, heaviest = self._cut(prefill)
+        slope = self.decode(batch).slope_ps if batch else 0
+        share = max(self._layers * heaviest / prefill.tokens, self._longest)
+        pairs_ps = round(share * self._pair * prefill.pairs)
+        parts = min(self._pp, batch + pieces)
         return self._fixed_ps(batch, parts, prefill) + slope * context + pairs_ps
+
+    def _cut(self, prefill: Prefill) -> tuple[int, int]:
+        """How many micro-batches have a share of the prompts, and the tokens of the largest. More
+        tokens never make fewer or smaller ones."""
+        pieces = min(self._pp, max(prefill.chunks, -(-prefill.tokens // self._piece_tokens)))
+        whole = -(-prefill.tokens // min(self._pp, prefill.chunks))
+        return pieces, max(-(-prefill.tokens // self._pp), min(whole, self._piece_tokens))
 
     def _fixed_ps(self, batch: int, parts: int, prefill: Prefill) -> int:
         """All but what each token of context and each pair of prefill adds."""
-        pieces = min(self._pp, prefill.chunks)  # micro-batches with a share of the prompts
-        small = self._layer_ps(-(-batch // parts), NO_PREFILL)
-        heavy = small
-        in_chunks = ending = 0
-        if pieces:
-            in_chunks, ending = -(-prefill.tokens // pieces), -(-prefill.ending // pieces)
-            chunks = -(-prefill.chunks // pieces)
-            heavy = self._layer_ps(-(-batch // parts), Prefill(tokens=in_chunks, chunks=chunks))
-        sampled = -(-batch // parts) + ending
+        decoding = -(-batch // parts)  # in one micro-batch
+        heavy = small = self._layer_ps(decoding, 0, 0)
+        pieces = heaviest = ending = 0
+        if prefill.tokens:
+            pieces, heaviest = self._cut(prefill)
+            ending, chunks = -(-prefill.ending // pieces), -(-prefill.chunks // pieces)
+            heavy = self._layer_ps(decoding, heaviest, chunks)
+        sampled = decoding + ending
         head = self._head.at(sampled) if sampled else 0
         row = pieces * heavy + (parts - pieces) * small  # one layer, all micro-batches in a row
         slowest = max(
@@ -182,7 +192,7 @@ class StepModel:
         )
         # A lone micro-batch is copied p - 1 times; a full pipeline makes a stage wait for k copies.
         copies = max(self._pp - 1, parts)
-        hops = self._hops + self._hop_token * copies * (-(-batch // parts) + in_chunks)
+        hops = self._hops + self._hop_token * copies * (decoding + heaviest)
         overhead = (
             self._step_overhead
             + self._request_overhead * (batch + prefill.chunks)
@@ -190,11 +200,11 @@ class StepModel:
         )
         return slowest + hops + overhead
 
-    def _layer_ps(self, batch: int, prefill: Prefill) -> int:
-        """One layer, one micro-batch: what its tokens, requests and chunks take."""
-        if not batch and not prefill.tokens:
+    def _layer_ps(self, batch: int, tokens: int, chunks: int) -> int:
+        """One layer, one micro-batch: what its requests that decode, and its prompts, take."""
+        if not batch and not tokens:
             return 0
-        total = self._dense.at(batch + prefill.tokens) + self._chunk * prefill.chunks
+        total = self._dense.at(batch + tokens) + self._chunk * chunks
         return total + self._decode + self._request * batch if batch else total
 
     def _waited(self, parts: int) -> int:

@@ -22,7 +22,7 @@ from shared.messages.plans import DeploymentPlan
 from tests.unit.scheduler_cluster import EMPTY, KIND, TARGET, made_up_profiles, shipped
 
 __all__ = ["made_up_profiles", "shipped"]
-MODELS = ("big", "small")
+MODELS: tuple[str, ...] = ("big", "small")
 SHAPES = [Parallelism(tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (1, 3))]
 awkward = st.sampled_from([0.0, -1.0, 1e-12, 1e-6, 1e6, 1e300, float("nan"), float("inf")])
 numbers = st.one_of(awkward, st.floats(0.01, 1e5))

@@ -103,7 +103,7 @@ def test_each_bound_is_named() -> None:
     """An operator would add memory where steps are too slow."""
     free = EngineLimits(running_max=4096, batch_tokens_max=8192)
     assert of(tpot_s=0.045).limited_by == "tpot"
-    assert of(ttft_s=0.4).limited_by == "ttft"
+    assert of(ttft_s=0.15).limited_by == "ttft"
     assert of(limits=EngineLimits(running_max=16)).limited_by == "seats"
     assert of(tpot_s=9.0, ttft_s=90.0, output_tokens=2000, limits=free).limited_by == "kv"
     assert of(tpot_s=9.0, ttft_s=90.0, output_tokens=20, limits=free).limited_by == "compute"

@@ -99,10 +99,11 @@ def test_the_head_may_hide_behind_a_longer_stage() -> None:
 
 def test_a_chunk_passes_a_stage_in_one_piece() -> None:
     """A lone prompt would seem to be computed on all stages at once. 11 tokens beside 1 request:
-    the heavy micro-batch has 12, 22 + 2 + 3 + 1 = 28 us a layer, and goes through 4."""
+    the heavy micro-batch has 12, 22 + 2 + 3 + 1 = 28 us a layer, and goes through 4, as does the
+    request's context."""
     prefill = Prefill(tokens=11, chunks=1, pairs=66, ending=1)
     total = model("tp1pp2").step_ps(1, 10, prefill)
-    attention = 4 * 66 * 50_000 + 2 * 10 * 100_000
+    attention = 4 * 66 * 50_000 + 4 * 10 * 100_000
     hops = 12 * US + 2 * 12 * 16_000
     assert total == 4 * 28 * US + 5 * US + attention + hops + (100 + 2 + 7) * US
 
@@ -114,6 +115,22 @@ def test_two_chunks_fill_two_stages() -> None:
     total = model("tp1pp2").step_ps(0, 0, prefill)
     hops = 12 * US + 2 * 11 * 16_000
     assert total == 98 * US + 2 * 132 * 50_000 + hops + (100 + 2 + 14) * US
+
+
+def test_a_long_chunk_is_cut_into_micro_batches() -> None:
+    """Long prompts would gain nothing from stages: 2,048 tokens go as 2 x 1,024, and
+    take half of what they take in one piece, but for overheads and hops."""
+    one, two = model(), model("tp1pp2")
+    prefill = Prefill(tokens=2048, chunks=1, pairs=pairs(0, 2048))
+    in_one_piece = one.step_ps(0, 0, prefill) - 108 * US
+    hops = 12 * US + 2 * 1024 * 16_000
+    cut = two.step_ps(0, 0, prefill) - 108 * US - hops
+    # 4 (20 + 2 (1024 - 11) + 2) for 4 (20 + 2 (2048 - 11) + 2), and half the pairs.
+    assert cut == 4 * 2048 * US + 2 * pairs(0, 2048) * 50_000
+    assert in_one_piece == 4 * 4096 * US + 4 * pairs(0, 2048) * 50_000
+    # Up to a piece's size the chunk stays whole.
+    short = Prefill(tokens=1024, chunks=1)
+    assert two.step_ps(0, 0, short) > one.step_ps(0, 0, short)
 
 
 def test_hops_between_nodes_are_dearer() -> None:

@@ -27,7 +27,8 @@ MACHINE = Machine(memory=LINK, socket=LINK, disk=LINK, gpus_per_node=4, price_pe
 
 def errors(model: StepModel) -> list[float]:
     """At steps of all kinds, most of which no scenario has."""
-    truth, found = true_model(), []
+    truth = true_model()
+    found: list[float] = []
     for batch in (1, 3, 10, 25, 31):
         for length in (20, 300, 1100):
             prefills = (Prefill(), Prefill(200, 1, 200 * 100, 1), Prefill(90, 3, 90 * 200, 2))

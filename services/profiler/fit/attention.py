@@ -11,7 +11,7 @@ from shared.errors import ConfigInvalid
 
 BATCH_MAX, CONTEXT_MAX = 1024, 32768
 """Decode rows beyond are no steps that an engine takes."""
-CHUNKS_MAX, STEP_TOKENS_MAX = 32, 32768
+CHUNKS_MAX, STEP_TOKENS_MAX = 8, 32768
 
 Beside = Callable[[Floats], Floats]
 """Time of all else in a layer by tokens: errors count relative to the whole, not to attention."""
@@ -40,7 +40,7 @@ class Prefill:
         return self.chunk * chunks + self.pair * pairs
 
 
-def fit_decode(table: AttentionTable, heads: int, kv_heads: int, beside: Beside) -> Decode:
+def fit_decode(table: AttentionTable, heads: float, kv_heads: float, beside: Beside) -> Decode:
     """Raises ConfigInvalid if nothing like this split of heads was measured."""
 
     def fit(points: AttentionPoints) -> Floats:
@@ -53,7 +53,7 @@ def fit_decode(table: AttentionTable, heads: int, kv_heads: int, beside: Beside)
     return Decode(step, request, context)
 
 
-def fit_prefill(table: AttentionTable, heads: int, kv_heads: int, beside: Beside) -> Prefill:
+def fit_prefill(table: AttentionTable, heads: float, kv_heads: float, beside: Beside) -> Prefill:
     """Raises ConfigInvalid if nothing like this split of heads was measured."""
 
     def fit(points: AttentionPoints) -> Floats:
@@ -73,7 +73,7 @@ def _relative(matrix: Floats, us: Floats, beside: Floats) -> Floats:
 
 
 def _between(
-    table: AttentionTable, heads: int, kv_heads: int, fit: Callable[[AttentionPoints], Floats]
+    table: AttentionTable, heads: float, kv_heads: float, fit: Callable[[AttentionPoints], Floats]
 ) -> Floats:
     """The coefficients at the measured numbers of heads around ours, interpolated."""
     known, scale = likeness(table, heads, kv_heads)
@@ -83,19 +83,20 @@ def _between(
     return found[0] * (1 - share) + found[1] * share
 
 
-def likeness(table: AttentionTable, heads: int, kv_heads: int) -> tuple[int, float]:
+def likeness(table: AttentionTable, heads: float, kv_heads: float) -> tuple[int, float]:
     """Measured KV heads, and how many of our requests do the work of one measured request.
 
     Kernels spread (request, KV head) pairs over the GPU: b requests of 36 KV heads are the work of
     4.5 b requests of 8 with as many query heads each. Decode was measured with up to 8 KV heads,
-    models of plain multi-head attention have more.
+    models of plain multi-head attention have more. Heads of another size than those measured count
+    as a share of one.
     """
     kv_known = {kv for kv in range(1, 1025) if table.heads_with(kv)}
     for known in sorted(kv_known, key=lambda kv: (abs(np.log(kv / kv_heads)), kv)):
         measured = table.heads_with(known)
         if measured[0] <= heads * known / kv_heads <= measured[-1]:
             return known, known / kv_heads
-    remedy = f"attention of {heads} query heads on {kv_heads} KV heads was not measured on this GPU"
+    remedy = f"{heads:g} query heads on {kv_heads:g} KV heads: nothing like it was measured"
     raise ConfigInvalid(field="heads", value=heads, remedy=remedy)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from services.profiler.fit.attention import fit_decode, fit_prefill
 from services.profiler.fit.grid import Floats, curve_at_knots, rising
+from services.profiler.fit.rows import HEAD_DIM
 from services.profiler.fit.tables import AttentionTable, CollectiveTable, GemmTable, Measured
 from shared.cost.profile import ModelFacts, TensorTimes
 from shared.errors import ConfigInvalid
@@ -153,8 +154,10 @@ def tensor_times(facts: ModelFacts, tp: int, tables: Operators) -> TensorTimes:
     def beside(tokens: Floats) -> Floats:
         return np.interp(tokens, knots, dense + collective)
 
-    decode = fit_decode(tables.decode, shard.heads, shard.kv_heads, beside)
-    prefill = fit_prefill(tables.prefill, shard.heads, shard.kv_heads, beside)
+    size = facts.head_dim / HEAD_DIM
+    heads = (shard.heads * size, shard.kv_heads * size)
+    decode = fit_decode(tables.decode, *heads, beside)
+    prefill = fit_prefill(tables.prefill, *heads, beside)
     cache = facts.kv_bytes / 2  # the rows are of a 16-bit cache
     return TensorTimes(
         tp=tp,

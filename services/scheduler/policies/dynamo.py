@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, inf
 
-from services.scheduler.config import SchedulerConfig
+from services.scheduler.config import AUTO, SchedulerConfig
 from services.scheduler.policies.costs import Mix, mix_of, served, shapes, speed
 from services.scheduler.policies.filling import Pool, Room, fill
 from services.scheduler.policies.interface import ModelDemand, Planned, Problem
@@ -55,10 +55,10 @@ class Dynamo:
     period_s = PERIOD_B_S
     slow = False
 
-    def __init__(self, *, shape: str = "", period_s: float = PERIOD_A_S) -> None:
-        """``shape`` of every replica; empty: as the topology's first replica of the model, else
+    def __init__(self, *, shape: str = AUTO, period_s: float = PERIOD_A_S) -> None:
+        """``shape`` of every replica; auto: as the topology's first replica of the model, else
         the default. ``period_s``: of loop A."""
-        self._shape = Parallelism.parse(shape) if shape else None
+        self._shape = None if shape == AUTO else Parallelism.parse(shape)
         self._period_a_s = period_s
         self._a_s: float | None = None
         self._planners: dict[str, _Planner] = {}

@@ -89,29 +89,29 @@ class Flow:
 def formulate(instance: Instance, objective: Objective, *, load: float = 1.0) -> Program:
     """The program of ``objective``; ``load`` is that of "lean"."""
     n, e, y, d = instance.rates, instance.ceilings, instance.copies, instance.demand
-    replicas, types = n.shape
     k, j = np.nonzero((n > 0) & (y[:, None] > 0) & (e > 0))
     arcs = len(k)
     extra = 1 if objective == "headroom" else 0
     time = d[j] / n[k, j]
-    share = np.zeros((replicas, arcs + extra))
+    share = np.zeros((len(y), arcs + extra))
     share[k, np.arange(arcs)] = time
-    sums = np.zeros((types, arcs + extra))
+    sums = np.zeros((len(d), arcs + extra))
     sums[j, np.arange(arcs)] = 1.0
     ceilings = np.append(e[k, j] * y[k] / d[j], [np.inf] * extra)
     none: Array = np.zeros((0, arcs + extra))
     empty: Array = np.zeros(0)
+    ones: Array = np.ones_like(d)
     if objective == "served":
-        upper, bounds = np.vstack([share, sums]), np.concatenate([y, np.ones(types)])
+        upper, bounds = np.vstack([share, sums]), np.concatenate([y, ones])
         return Program(objective, -d[j], upper, bounds, none, empty, ceilings, (k, j))
     if objective == "lean":
         ceilings = ceilings * max(1.0, load)
-        return Program(objective, time, share, load * y, sums, np.ones(types), ceilings, (k, j))
+        return Program(objective, time, share, load * y, sums, ones, ceilings, (k, j))
     scale = _headroom_bound(instance)
     sums[:, -1] = -scale
     cost = np.zeros(arcs + 1)
     cost[-1] = -1.0
-    return Program(objective, cost, share, y, sums, np.zeros(types), ceilings, (k, j), scale)
+    return Program(objective, cost, share, y, sums, np.zeros_like(d), ceilings, (k, j), scale)
 
 
 def solve(program: Program) -> Array | None:

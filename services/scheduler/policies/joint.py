@@ -71,9 +71,10 @@ class Joint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """``objective`` in the goal's terms (t, cost, or requests/s); no better plan of this program
-    has more than ``bound``. ``optimal``: proven to within ``GAP_MAX``."""
+    """``objective`` in the terms of ``goal`` (t, cost, or requests/s); no plan of this program has a
+    better one than ``bound``. ``optimal``: proven to within ``GAP_MAX``."""
 
+    goal: Goal
     counts: Mapping[Column, int]
     shares: Array
     objective: float
@@ -152,6 +153,7 @@ def extract(
     shares[counts == 0] = 0.0  # the solver's tolerance leaves crumbs
     unit = {"headroom": -program.scale, "gentle": 1.0, "served": -float(table.demand.sum())}
     return Solution(
+        goal=program.goal,
         counts={column: int(y) for column, y in zip(table.columns, counts, strict=True) if y > 0},
         shares=shares,
         objective=unit[program.goal] * float(program.cost @ variables),

@@ -32,13 +32,14 @@ from services.scheduler.policies.capacity import Column, RateSource, ReplicaKind
 from services.scheduler.policies.capacity_plan import spread
 from services.scheduler.policies.flow import Array, best_flow
 from services.scheduler.policies.interface import Problem
-from services.scheduler.policies.joint import Solution, Terms, best_joint
+from services.scheduler.policies.joint import Goal, Solution, Terms, best_joint
 from services.scheduler.policies.joint_latency import Load, Tail, tails
 from shared.cost.model import CostModel
 
 LOAD_MAX = 0.9  # beyond, waiting grows faster than any shape can make up for
 LOADS = 6  # steps from the load at greatest headroom to ``LOAD_MAX``
 TIE = 0.05  # lateness that differs less is a tie: its prediction is no better
+NOTHING = 1e-9  # headroom or requests/s: a solver's zero
 SLACK = 1.02  # of the first step: at exactly 1 / t* rounding may leave nothing feasible
 
 
@@ -83,7 +84,7 @@ class Judge:
         instance = self.table.instance(counts)
         even = best_flow(instance, "headroom")
         assert even is not None, "no flow at all is a flow"
-        if even.headroom > 0:
+        if even.headroom > NOTHING:
             yield self.candidate(counts, spread(even.shares()), even.headroom)
             load = max(LOAD_MAX, SLACK / even.headroom)
             lean = best_flow(instance, "lean", load=load)
@@ -156,17 +157,23 @@ def solve_capacity(
 ) -> tuple[Solution | None, tuple[str, ...]]:
     """The plan of greatest headroom, and the models of which it has a replica whatever is expected
     of them: all of ``models`` that fit; if the GPUs do not suffice, those that anything is expected
-    of; and if even that is too much, what serves most requests."""
+    of. If no plan serves some of every type, the one that serves most requests."""
     fitting = {column.model_id for column in table.columns}
     expected = {kind.model_id for kind in table.types}
     every = tuple(model_id for model_id in models if model_id in fitting)
     busy = tuple(model_id for model_id in every if model_id in expected)
-    for wanted in dict.fromkeys((every, busy)):
-        terms = Terms(wanted=wanted)
-        found = best_joint(table, "headroom", terms, time_limit_s=time_limit_s)
-        if found is not None:
+    goals: list[tuple[Goal, tuple[str, ...]]] = [
+        ("headroom", every),
+        ("headroom", busy),
+        ("served", every),
+        ("served", busy),
+        ("served", ()),
+    ]
+    for goal, wanted in dict.fromkeys(goals):
+        found = best_joint(table, goal, Terms(wanted=wanted), time_limit_s=time_limit_s)
+        if found is not None and found.objective > NOTHING:
             return found, wanted
-    return best_joint(table, "served", Terms(), time_limit_s=time_limit_s), ()
+    return None, ()
 
 
 def choose(found: Sequence[Candidate]) -> Candidate:
@@ -183,7 +190,7 @@ def candidates(
     table = judge.table
     found = list(judge.dispatches(best.counts))
     headroom = found[0].headroom
-    if headroom <= 0:
+    if headroom <= NOTHING:
         return found
     first = SLACK / headroom
     steps = np.geomspace(first, LOAD_MAX, LOADS) if first < LOAD_MAX else np.array([first])

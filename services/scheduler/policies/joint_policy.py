@@ -81,7 +81,12 @@ class OServe:
         placed = place_counts(table, choice.counts, problem.in_force)
         if placed.dropped and placed.counts:
             choice = judge.dispatched(placed.counts)
-        notes = [self._capacity(best, found, wanted, models), every.shortcomings(), placed.reason]
+        notes = [
+            _capacity(best, len(found)),
+            _left_out(best, models),
+            every.shortcomings(),
+            placed.reason,
+        ]
         standing_ = self._standing(problem, table)
         if not standing_:
             return self._answer(judge, choice, placed, [_about("the plan", choice), *notes])
@@ -144,19 +149,22 @@ class OServe:
         rows = weights(judge.table, placed, choice.shares)
         return planned(placed.replicas, rows, reason=_joined(notes), dropped=placed.dropped)
 
-    @staticmethod
-    def _capacity(
-        best: Solution, found: list[Candidate], wanted: tuple[str, ...], models: list[str]
-    ) -> str:
-        proof = "proven best" if best.optimal else f"bound {best.bound:.3g}, time was up"
-        most = f"at most {best.objective:.3g} times the demand could be served ({proof})"
-        if not wanted:
-            most = f"at most {best.objective:.3g} requests/s could be served ({proof})"
-        without = [model_id for model_id in models if wanted and model_id not in wanted]
-        parts = [f"{most}; {len(found)} plans compared"]
-        parts += [f"no GPUs left for {', '.join(without)}"] if without else []
-        parts += [] if wanted else ["GPUs do not suffice for every model"]
-        return "; ".join(parts)
+
+def _capacity(best: Solution, compared: int) -> str:
+    what = "times the demand" if best.goal == "headroom" else "requests/s"
+    proof = "proven best" if best.optimal else f"bound {best.bound:.3g}, time was up"
+    return (
+        f"at most {best.objective:.3g} {what} could be served ({proof}); {compared} plans compared"
+    )
+
+
+def _left_out(best: Solution, models: list[str]) -> str:
+    """What the GPUs do not suffice for; empty when they suffice."""
+    with_replica = {column.model_id for column in best.counts}
+    without = [model_id for model_id in models if model_id not in with_replica]
+    if without:
+        return f"no GPUs for {', '.join(without)}"
+    return "" if best.goal == "headroom" else "GPUs do not suffice to serve some of every type"
 
 
 def _late(judge: Judge, counts: Counter[Column]) -> float:

@@ -11,8 +11,9 @@ What third parties' reading notes of the paper report, and this follows:
 What they leave open, and is inferred here:
 
 - The start is the plan in force, or as many of each model's smallest replicas as fit.
-- Which move is tried when: drawn at random, seeded by the problem, towards the most loaded replica
-  and from the least loaded. What a move leaves over becomes replicas again, the largest first.
+- An iteration tries every move around the most loaded, the least loaded and one more replica, drawn
+  at random (seeded by the problem), and makes the best. What a move leaves over becomes replicas
+  again, the largest first.
 - Flow alone cannot rank deployments that serve all demand; among equals, headroom decides.
 - The lower level is solved as the linear program that the flow network stands for: what it finds is
   at least what preflow-push does ("lp"; "preflow" takes ``flow_preflow`` instead, for comparison).
@@ -93,12 +94,11 @@ class _Search:
         iterations = barren = 0
         while barren < PATIENCE and iterations < ITERATIONS_MAX:
             iterations += 1
-            moves = list(self._moves(state, random))
-            better = None
-            if moves:
-                better = self._best_of(state, moves[int(random.integers(len(moves)))])
-            barren = 0 if better is not None else barren + 1
-            state = better or state
+            better = state
+            for change in self._moves(state, random):
+                better = self._best_of(state, change, better)
+            barren = 0 if better != state else barren + 1
+            state = better
         flow, even = self._flows(state)
         return Found(
             counts=Counter(state),
@@ -156,16 +156,15 @@ class _Search:
         flow, even = self._flows(state)
         return flow.served, even.headroom
 
-    def _best_of(self, state: State, change: _Change) -> State | None:
-        """``state`` after ``change``, at the best (TP, PP) of each slot; None if no better."""
+    def _best_of(self, state: State, change: _Change, best: State) -> State:
+        """``state`` after ``change``, at the best (TP, PP) of each slot; ``best`` if no better."""
         kept = [column for i, column in enumerate(state) if i not in change.removed]
         options = [self._strategies[slot] for slot in change.slots]
-        best = None
         for columns in islice(product(*options), STRATEGIES_MAX):
             attempt = tuple(sorted((*kept, *columns)))
             if self._wrong(attempt):
                 continue
-            if _better(self._value(attempt), self._value(best or state)):
+            if _better(self._value(attempt), self._value(best)):
                 best = attempt
         return best
 

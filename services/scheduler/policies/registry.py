@@ -1,5 +1,7 @@
-"""The policies by name: what ``scheduler.policy`` may be. Those that solve programs load scipy, most
-of a second, only when they are asked for."""
+"""The policies by name: what ``scheduler.policy`` may be.
+
+Those that solve programs load scipy, most of a second, only when they are asked for.
+"""
 
 from collections.abc import Callable, Mapping
 

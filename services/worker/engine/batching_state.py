@@ -129,15 +129,14 @@ class BatchState:
     def _publish(self, sequence: Sequence, computed: int) -> None:
         """Let others find the blocks of its first ``computed`` tokens. As in vLLM this is when
         their step is planned: who shares them can be computed in that same step."""
-        size, piece = self.kv.block_tokens, sequence.hash_tokens
-        held = sequence.held
-        for i in range(len(held), min(len(sequence.hashes), computed // piece if piece else 0)):
-            blocks = (i + 1) * piece // size - i * piece // size
-            cached = self.kv.cache.put(sequence.hashes[i], blocks)
-            if cached is None:
-                return
-            held.append(cached)
-            sequence.shared += blocks
+        hashes, piece = sequence.hashes, sequence.hash_tokens
+        upto = min(len(hashes), computed // piece)
+        if upto > len(sequence.held):
+            size = self.kv.block_tokens
+            ends = (
+                range(upto + 1) if piece == size else [i * piece // size for i in range(upto + 1)]
+            )
+            sequence.shared += self.kv.cache.publish(hashes, sequence.held, upto=upto, ends=ends)
 
     def _join(self, sequence: Sequence, progress: Progress) -> None:
         """Its prefill is done, and has made a token: it decodes from now on, or has ended."""

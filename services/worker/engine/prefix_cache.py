@@ -57,13 +57,22 @@ class PrefixCache:
         self.idle_blocks -= woken
         return woken
 
-    def put(self, hash_: int, blocks: int) -> CachedBlocks | None:
-        """Make a sequence's own blocks findable, with that sequence as their first user; None if
-        the hash finds others already: then its own stay its own."""
-        if hash_ in self._found:
-            return None
-        cached = self._found[hash_] = CachedBlocks(hash_, blocks)
-        return cached
+    def publish(
+        self, hashes: Sequence[int], held: list[CachedBlocks], *, upto: int, ends: Sequence[int]
+    ) -> int:
+        """Make a sequence's own blocks findable, from where ``held`` ends to its ``upto``th hash,
+        with that sequence as their first user; ``ends[i]`` of its blocks lie before its hash
+        ``i``. Stops at a hash that finds others already: the rest stay its own. The number of
+        blocks published."""
+        found = self._found
+        first = len(held)
+        for i in range(first, upto):
+            hash_ = hashes[i]
+            if hash_ in found:
+                break
+            cached = found[hash_] = CachedBlocks(hash_, ends[i + 1] - ends[i])
+            held.append(cached)
+        return ends[len(held)] - ends[first]
 
     def leave(self, held: Sequence[CachedBlocks]) -> int:
         """One sequence less uses these; the number of blocks that are idle now."""

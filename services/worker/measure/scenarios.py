@@ -77,7 +77,7 @@ def _single_prompts(target: Target) -> Scenario:
             bench.step()
             bench.drop(key)
 
-    return Scenario(name="prompts one by one", tokens=sum(lengths), run=run)
+    return Scenario(name="prompts one by one", tokens=sum(lengths), run=run, needed=True)
 
 
 def _many_prompts(target: Target) -> Scenario:
@@ -98,7 +98,8 @@ def _many_prompts(target: Target) -> Scenario:
             bench.step()
             _clear(bench)
 
-    return Scenario(name="prompts together", tokens=sum(c * n for c, n in splits), run=run)
+    tokens = sum(count * length for count, length in splits)
+    return Scenario(name="prompts together", tokens=tokens, run=run, needed=True)
 
 
 def _long_prompt(target: Target, chunks_max: int) -> Scenario:
@@ -182,7 +183,9 @@ def _trace(target: Target, seed: int) -> Scenario:
                 bench.step()
 
     tokens = sum(prompt for arriving in arrivals for prompt, _ in arriving)
-    return Scenario(name=f"made-up trace {seed}", tokens=tokens, run=run, held_out=bool(seed))
+    return Scenario(
+        name=f"made-up trace {seed}", tokens=tokens, run=run, needed=True, held_out=bool(seed)
+    )
 
 
 def _clear(bench: Bench) -> None:

@@ -1,7 +1,7 @@
 """Times an engine's steps: every scenario once for warming up, then in rounds until time is up.
 
 The rounds interleave all scenarios, so that a busy spell of the machine falls on all kinds of steps
-alike; a row is a quantile of its samples: the median, or a lower one where most steps are disturbed.
+alike; a row is a quantile of its samples: the median, or a lower one where most are disturbed.
 What would not leave time for enough rounds is left out, the last scenarios first, and said.
 """
 
@@ -40,12 +40,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """Steps worth timing. ``tokens`` is roughly how many it computes, ``held_out``: its rows only
-    judge the fit."""
+    """Steps worth timing. ``tokens`` is roughly how many it computes, ``needed``: no fit can do
+    without it, ``held_out``: its rows only judge the fit."""
 
     name: str
     tokens: int
     run: "Callable[[Bench], None]"
+    needed: bool = False
     held_out: bool = False
 
 
@@ -153,7 +154,7 @@ def sweep(  # noqa: PLR0913  # the last three have defaults that only tests chan
     bench = Bench(target, clock, watch or stopwatch())
     began_s = clock()
     end_s = began_s + seconds
-    kept, skipped = _warm_up(bench, scenarios, allowed_s=seconds / (ROUNDS_MIN + 1), clock=clock)
+    kept, skipped = _warm_up(bench, scenarios, seconds=seconds, clock=clock)
     for scenario in skipped:
         say(f"left out, would not leave time for {ROUNDS_MIN} rounds: {scenario.name}")
     origins: dict[StepShape, str] = {}
@@ -177,26 +178,26 @@ def sweep(  # noqa: PLR0913  # the last three have defaults that only tests chan
 
 
 def _warm_up(
-    bench: Bench, scenarios: list[Scenario], *, allowed_s: float, clock: Clock
+    bench: Bench, scenarios: list[Scenario], *, seconds: float, clock: Clock
 ) -> tuple[dict[str, float], list[Scenario]]:
-    """Seconds that each of the first scenarios takes, as many as fit into ``allowed_s``, and those
-    that did not fit. The first one runs once before, untimed: first calls are slow."""
+    """Seconds that each of the first scenarios takes, as many as leave time for enough rounds, and
+    those that do not fit. The first one runs once before, untimed: first calls are slow."""
     kept: dict[str, float] = {}
     skipped: list[Scenario] = []
-    _try(bench, scenarios[0], deadline_s=clock() + allowed_s)
-    left_s = allowed_s
+    _try(bench, scenarios[0], deadline_s=clock() + seconds / (SAMPLES_MIN + 1))
     for scenario in scenarios:
+        rounds = SAMPLES_MIN if scenario.needed else ROUNDS_MIN
         before_s = clock()
+        left_s = seconds / (rounds + 1) - sum(kept.values())
         if not skipped and _try(bench, scenario, deadline_s=before_s + left_s):
             kept[scenario.name] = clock() - before_s
-            left_s -= kept[scenario.name]
+        elif scenario.needed:
+            raise SweepFailed(
+                f"{scenario.name!r} does not leave time for {rounds} rounds: raise --seconds"
+            )
         else:
             skipped.append(scenario)
     bench.samples.clear()
-    if not kept:
-        raise SweepFailed(
-            f"even {scenarios[0].name!r} takes more than {allowed_s:.1f} s: raise --seconds"
-        )
     return kept, skipped
 
 
