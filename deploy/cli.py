@@ -113,6 +113,63 @@ def compare(context: typer.Context) -> None:
     _run_tool(command, context, "oserve compare")
 
 
+ProfileFolders = Annotated[
+    list[Path] | None,
+    typer.Option("--profiles", help="Look for <gpu>/<model>.toml here first; repeatable."),
+]
+
+
+@profile_app.command("show")
+def show_profile(  # noqa: PLR0913, PLR0917  # its options
+    gpu: Annotated[str, typer.Option(help="As `oserve profile list` names it.")],
+    model: Annotated[str, typer.Option(help="Likewise.")],
+    shape: Annotated[str, typer.Option(help="tp4, tp2pp2, ...")] = "tp1",
+    batch: Annotated[str, typer.Option(metavar="N,N,...", help="[default: 1,2,4,...,256]")] = "",
+    input_tokens: Annotated[int, typer.Option("--input", help="Tokens of prompt.")] = 1000,
+    output_tokens: Annotated[int, typer.Option("--output", help="Tokens of output.")] = 200,
+    nodes: Annotated[
+        int | None, typer.Option(help="Nodes it spans. [default: as few as hold its GPUs]", min=1)
+    ] = None,
+    stages: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Layers of each stage. [default: even]")
+    ] = "",
+    profiles: ProfileFolders = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it: FILE.png or FILE.svg.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Predict TTFT, ITL, throughput and KV capacity of a model on a GPU in a shape."""
+    from deploy.profile import run_show  # noqa: PLC0415
+
+    code = run_show(
+        gpu=gpu,
+        model=model,
+        shape=shape,
+        batch=batch,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        nodes=nodes,
+        stages=stages,
+        folders=profiles or (),
+        picture=picture,
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@profile_app.command("list")
+def list_profiles(
+    gpu: Annotated[str, typer.Option(help="Only this one.")] = "",
+    model: Annotated[str, typer.Option(help="Only this one.")] = "",
+    profiles: ProfileFolders = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List GPUs and models with a profile, and the KV capacity of the shapes that fit."""
+    from deploy.profile import run_list  # noqa: PLC0415
+
+    code = run_list(gpu=gpu, model=model, folders=profiles or (), as_json=as_json)
+    raise typer.Exit(code)
+
+
 @profile_app.command(context_settings=PASS_THROUGH)
 def measure(
     context: typer.Context,

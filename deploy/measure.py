@@ -13,7 +13,8 @@ from shared.errors import ConfigInvalid
 _MODULE = "services.worker.measure"
 _ROOT = Path(__file__).resolve().parent.parent
 
-VLLM_ENVIRON = {
+ENVIRON = {
+    "OMP_NUM_THREADS": "1",  # as many as the workers will have: set it for more
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its steps in this process, where they can be timed
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it wants a NUMA node for each engine
     "TORCH_COMPILE_DISABLE": "1",  # steps must not wait for a compiler
@@ -22,7 +23,7 @@ VLLM_ENVIRON = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
 }
-"""What vLLM reads when it is imported; whoever set one of them has the last word."""
+"""What torch and vLLM read when they are imported; whoever set one of them has the last word."""
 
 
 def run_measure(arguments: Sequence[str], *, python: str = "") -> int:
@@ -34,7 +35,7 @@ def run_measure(arguments: Sequence[str], *, python: str = "") -> int:
             field="--python", value=python, remedy="name an interpreter, such as venv/bin/python"
         )
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {**VLLM_ENVIRON, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environ = {**ENVIRON, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = (interpreter, "-m", _MODULE, *arguments)
     try:
         return subprocess.run(command, env=environ, check=False).returncode

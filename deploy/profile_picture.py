@@ -1,15 +1,10 @@
 """What a profile predicts, as a picture: latency and throughput against batch and context."""
 
-from __future__ import annotations
+from pathlib import Path
+from typing import Any, cast
 
-from typing import TYPE_CHECKING, Any, cast
-
+from deploy.profile_view import Shown
 from loadgen.picture import check_picture
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from deploy.profile import Shown
 
 # matplotlib's; their own annotations are partial, and it may not be installed.
 Axes = Any
@@ -38,13 +33,14 @@ def draw_profile(shown: Shown, path: Path) -> None:
     _line(rate, batches, [one.tokens_per_s for one in shown.estimates], "output tokens/s", 2)
     _finish(rate, shown, title="Throughput", ylabel="tokens / s")
     for place, context in enumerate(shown.contexts):
-        points = [
-            (batch, 1e3 * row[place])
+        known = [
+            (batch, 1e3 * step_s)
             for batch, row in zip(shown.batches, shown.steps_s, strict=True)
-            if row[place] is not None
+            if (step_s := row[place]) is not None
         ]
-        if points:
-            _line(step, [x for x, _ in points], [y for _, y in points], f"{context:,} tokens", place)
+        if known:
+            label = f"{context:,} tokens"
+            _line(step, [batch for batch, _ in known], [ms for _, ms in known], label, place)
     _finish(step, shown, title="Decode step, by context of each request", ylabel="ms", limit=False)
     figure.suptitle(
         f"{shown.model} on {shown.gpu}, {shown.shape}: {shown.input_tokens:,} input and "
@@ -55,7 +51,7 @@ def draw_profile(shown: Shown, path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def _line(  # noqa: PLR0913  # a line and its band
+def _line(
     axes: Axes, x: list[int], y: list[float], label: str, colour: int, error: float = 0.0
 ) -> None:
     shade = _COLOURS[colour % len(_COLOURS)]

@@ -1,17 +1,12 @@
 """What a profile predicts, as tables for a terminal."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deploy.profile_view import Listed, Shown
 from loadgen.report_table import milliseconds
-
-if TYPE_CHECKING:
-    from deploy.profile import Listed, Shown
+from shared.hardware import Parallelism
 
 _NOTHING = "-"
 _GB = 1e9
@@ -23,20 +18,31 @@ def profile_tables(shown: Shown) -> RenderableType:
 
 
 def capacities_table(rows: list[Listed]) -> RenderableType:
-    """One row for each GPU and model, one column for each shape that fits any of them."""
-    shapes: dict[str, None] = {}
-    for row in rows:
-        shapes |= dict.fromkeys(row.kv_tokens)
-    ordered = sorted(shapes, key=lambda shape: (_pp(shape), len(shape), shape))
-    table = Table(title="KV capacity in tokens, by shape; - : does not fit", title_justify="left")
-    table.add_column("gpu")
-    table.add_column("model", no_wrap=True)
-    for shape in ordered:
-        table.add_column(shape.replace("pp1", "") if shape.endswith("pp1") else shape, justify="right")
-    for row in rows:
-        held = [row.kv_tokens.get(shape) for shape in ordered]
-        table.add_row(row.gpu, row.model, *(tokens(count) if count else _NOTHING for count in held))
+    """A row for each GPU, model and number of stages, a column for each number of ranks."""
+    shapes = {(row.gpu, row.model): _by_stages(row) for row in rows}
+    ranks = sorted({tp for held in shapes.values() for by_tp in held.values() for tp in by_tp})
+    table = Table(title="KV capacity in tokens; - : does not fit", title_justify="left")
+    for name in ("gpu", "model"):
+        table.add_column(name, no_wrap=True)
+    for name in ("stages", *(f"tp{tp}" for tp in ranks)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (gpu, model), held in shapes.items():
+        for place, (pp, by_tp) in enumerate(sorted(held.items())):
+            cells = [tokens(by_tp[tp]) if tp in by_tp else _NOTHING for tp in ranks]
+            table.add_row(*((gpu, model) if place == 0 else ("", "")), f"pp{pp}", *cells)
+        if not held:
+            table.add_row(gpu, model, _NOTHING, *(_NOTHING for _ in ranks))
+        table.add_section()
     return table
+
+
+def _by_stages(row: Listed) -> dict[int, dict[int, int]]:
+    """Capacity by pp, then by tp."""
+    held: dict[int, dict[int, int]] = {}
+    for name, count in row.kv_tokens.items():
+        shape = Parallelism.parse(name)
+        held.setdefault(shape.pp, {})[shape.tp] = count
+    return held
 
 
 def tokens(count: int) -> str:
@@ -48,30 +54,33 @@ def tokens(count: int) -> str:
     return f"{count:,}"
 
 
-def _pp(shape: str) -> int:
-    return int(shape.rpartition("pp")[2])
-
-
 def _facts(shown: Shown) -> Table:
     error = shown.error
     table = Table(
-        title=f"{shown.model} on {shown.gpu}, {shown.shape}", show_header=False, title_justify="left"
+        title=f"{shown.model} on {shown.gpu}, {shown.shape}",
+        show_header=False,
+        title_justify="left",
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    gpus = sum(1 for _ in shown.stages) * int(shown.shape[2:].split("pp")[0])
+    gpus = Parallelism.parse(shown.shape).gpus
     where = f"{gpus} GPU{'s' if gpus > 1 else ''} on {shown.nodes} node{'s' * (shown.nodes > 1)}"
     if len(shown.stages) > 1:
         where += f", layers {' + '.join(map(str, shown.stages))}"
     table.add_row("replica", f"{where}, {shown.price_per_hour:.2f} $/h")
     heaviest = max(shown.weight_bytes) / _GB
-    table.add_row("weights", f"{heaviest:.1f} GB of {shown.memory_bytes / _GB:.1f} on the fullest GPU")
+    table.add_row(
+        "weights", f"{heaviest:.1f} GB of {shown.memory_bytes / _GB:.1f} on the fullest GPU"
+    )
     table.add_row("KV cache", f"{shown.kv_tokens:,} tokens")
-    table.add_row("start-up", f"{shown.start_s:.1f} s, {shown.reload_s:.1f} of them weights from disk")
+    table.add_row(
+        "start-up", f"{shown.start_s:.1f} s, {shown.reload_s:.1f} of them weights from disk"
+    )
     table.add_row(
         "error",
-        f"step {error.step_median:.0%} median, {error.step_p90:.0%} p90; TTFT {error.ttft_p90:.0%}, "
-        f"ITL {error.itl_p90:.0%} p90" + (f" ({error.basis})" if error.basis else ""),
+        f"step {error.step_median:.0%} median, {error.step_p90:.0%} p90; "
+        f"TTFT {error.ttft_p90:.0%}, ITL {error.itl_p90:.0%} p90"
+        + (f" ({error.basis})" if error.basis else ""),
     )
     if shown.source:
         table.add_row("source", Text(shown.source))
@@ -81,8 +90,8 @@ def _facts(shown: Shown) -> Table:
 def _by_batch(shown: Shown) -> Table:
     table = Table(
         title=f"By batch: {shown.input_tokens:,} input and {shown.output_tokens:,} output tokens",
-        caption="ITL and throughput with the prompts of those that follow mixed in; TTFT on an idle "
-        f"replica and beside the batch, without queueing. The largest batch is "
+        caption="ITL and throughput: with the prompts of those that follow mixed in. TTFT: on an "
+        "idle replica, and beside the batch; without queueing. The largest batch is "
         f"{shown.estimates[0].batch_max}; what exceeds it is dim.",
         title_justify="left",
         caption_justify="left",
@@ -107,7 +116,8 @@ def _by_batch(shown: Shown) -> Table:
 
 def _by_context(shown: Shown) -> Table:
     table = Table(
-        title="Decode step in ms, by batch and tokens of context of each request", title_justify="left"
+        title="Decode step in ms, by batch and tokens of context of each request",
+        title_justify="left",
     )
     table.add_column("batch", justify="right")
     for context in shown.contexts:

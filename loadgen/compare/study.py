@@ -203,7 +203,7 @@ class Study:
             scheduler = msgspec.structs.replace(
                 policy.scheduler,
                 targets=self._model_targets,
-                dynamo_shape=shapes.pop() if len(shapes) == 1 else "",
+                dynamo_shape=shapes.pop() if len(shapes) == 1 else "auto",
             )
             policy = dataclasses.replace(policy, scheduler=scheduler)
         return Job(

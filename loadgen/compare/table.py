@@ -43,7 +43,7 @@ def _service(cells: Sequence[Cell], reference: str) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    table.add_column("policy, began with")
+    table.add_column("policy, begin", overflow="fold", min_width=14)
     table.add_column(f"goodput, vs {reference}, SLO met", no_wrap=True)
     table.add_column("", no_wrap=True)
     for title in ("TTFT", "TPOT", "E2E ms"):
@@ -78,7 +78,7 @@ def _milliseconds(cell: Cell, name: str) -> str:
 
 def _resources(cells: Sequence[Cell]) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("policy")
+    table.add_column("policy", overflow="fold", min_width=14)
     for name in _RESOURCES:
         unit = BY_NAME[name].unit
         title = BY_NAME[name].title

@@ -14,14 +14,13 @@ from services.worker.events import ReplicaReportTick
 from shared.messages.base import Message
 
 TICK = ReplicaReportTick()
-TELLINGS = 2  # measurements after news
 
 
 class Pulse:
     def __init__(self, port: Port, *, report_s: float, keepalive_s: float) -> None:
         self._port, self._report_s, self._keepalive_s = port, report_s, keepalive_s
         self._grid_s = 0.0  # a time at which the timer would go off
-        self._left = TELLINGS  # measurements that are still to be made
+        self._quick = True  # something has happened since the last measurement
         self._asleep = False
         self._guarded = False  # a look at whether it has slept for too long is due
         self._measured_s = 0.0
@@ -33,8 +32,8 @@ class Pulse:
             return False
         now_s = self._port.now_s
         self._grid_s, self._measured_s = at_s, now_s
-        if self._left:
-            self._left -= 1
+        if self._quick:
+            self._quick = False
             self._port.feed(TICK, delay_s=at_s - now_s)
             return True
         self._asleep = True
@@ -46,9 +45,9 @@ class Pulse:
     def quicken(self) -> None:
         """Something has happened to an engine."""
         if not self._asleep:
-            self._left = TELLINGS
+            self._quick = True
             return
-        self._asleep, self._left = False, TELLINGS - 1
+        self._asleep = False
         late_s = self._port.now_s - self._grid_s
         missed = ceil(late_s / self._report_s) if late_s > 0.0 else 0
         self._port.feed(TICK, delay_s=missed * self._report_s - late_s)

@@ -1,4 +1,4 @@
-"""A topology as a place for replicas: which shapes of its models fit, and how busy they would be."""
+"""A topology as a place for replicas: which shapes of its models fit, and how busy they are."""
 
 from collections.abc import Sequence
 

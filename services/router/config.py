@@ -14,6 +14,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     report_stale_s: float = 1.0  # an older report starts to lose its authority
     report_dead_s: float = 3.0  # with an older one the replica gets nothing
     decision_lag_s: float = 0.05  # a decision younger than this is in no report yet
+    decision_settle_s: float = 0.3  # no newer report: the last one shows all before it
     load_gain: float = 4.0  # how fast a loaded replica loses its share of the plan
     length_spread_ln: float = 0.7  # spread of ln(tokens) within one request type
     start_hold_s: float = 0.6  # for the plan and the reports; idle replicas report each 0.5 s

@@ -174,7 +174,12 @@ class Router:
         if load is None:
             load = self._loads[key] = ReplicaLoad(decisions_max=self._config.decisions_max)
             self._bound_loads()
-        load.update(report, now_s=now_s, decision_lag_s=self._config.decision_lag_s)
+        load.update(
+            report,
+            now_s=now_s,
+            decision_lag_s=self._config.decision_lag_s,
+            decision_settle_s=self._config.decision_settle_s,
+        )
         return self._release_if_known(now_s)
 
     def _bound_loads(self) -> None:

@@ -17,7 +17,7 @@ class ReplicaLoad:
 
     __slots__ = (
         "_decided_s", "_decisions_max", "in_flight", "incarnation", "open", "phase", "pressure",
-        "report", "reported_s", "slots",
+        "recheck_s", "report", "reported_s", "slots",
     )  # fmt: skip
 
     def __init__(self, *, decisions_max: int) -> None:
@@ -29,6 +29,7 @@ class ReplicaLoad:
         self.in_flight = 0
         self.slots = 0
         self.incarnation = ""
+        self.recheck_s = float("inf")  # when decisions counted on top of the report have shown
         self._decisions_max = decisions_max
         self._decided_s: dict[str, float] = {}  # request -> when, the oldest first
 
@@ -37,8 +38,16 @@ class ReplicaLoad:
         """Own decisions that no report shows yet."""
         return len(self._decided_s)
 
-    def update(self, report: ReplicaReport, *, now_s: float, decision_lag_s: float) -> None:
-        """Take a report. It shows what we decided before, except what is still on its way."""
+    def update(
+        self,
+        report: ReplicaReport,
+        *,
+        now_s: float,
+        decision_lag_s: float,
+        decision_settle_s: float = float("inf"),
+    ) -> None:
+        """Take a report. It shows what we decided before, except what may have been on its way: if
+        no other report comes within ``decision_settle_s``, it was not."""
         if report.incarnation != self.incarnation:
             self._decided_s.clear()
             self.incarnation = report.incarnation
@@ -46,10 +55,20 @@ class ReplicaLoad:
         if decided_s:
             horizon_s = now_s - decision_lag_s
             self._decided_s = {r: at_s for r, at_s in decided_s.items() if at_s > horizon_s}
+        self.recheck_s = now_s + decision_settle_s if self._decided_s else float("inf")
         self.report = report
         self.reported_s = now_s
         self.phase = report.phase
         self._recompute(report)
+
+    def settle(self) -> None:
+        """A worker reports what has changed, and has not: the report shows what was decided before
+        it came."""
+        self.recheck_s = float("inf")
+        decided_s, reported_s = self._decided_s, self.reported_s
+        self._decided_s = {r: at_s for r, at_s in decided_s.items() if at_s > reported_s}
+        if self.report is not None:
+            self._recompute(self.report)
 
     def decide(self, request_id: str, now_s: float) -> None:
         """Count a request just sent there, once however often it was asked for: a router that was

@@ -110,6 +110,8 @@ def options_of(
     add_share = options.shares.append
     for candidate, share in zip(routes.candidates, shares, strict=True):
         load = candidate.load
+        if now_s >= load.recheck_s:
+            load.settle()
         if not load.open or candidate.replica_id in excluded:
             continue
         age_s = now_s - load.reported_s

@@ -253,14 +253,13 @@ class WorkerCore:
             yield self._identity.chunks(ingress_id, replica_id=hosted.spec.replica_id)
 
     def _replica_report(self, hosted: Hosted, now_s: float) -> Iterator[Effect]:
-        """Its load, if that is news, or nobody has heard of it for long. News is told twice: a
-        router counts its newest decisions on top of a report, which may hold them already."""
+        """Its load, if that is news, or nobody has heard of it for long."""
         report = self._identity.replica_report(hosted)
         news = hosted.told is None or noticeable(report, hosted.told)
         # Waiting for the next measurement would be too long.
         due = now_s + self._config.report_s > hosted.told_s + self._config.report_keepalive_s
-        if news or hosted.tell_again or due:
-            hosted.told, hosted.told_s, hosted.tell_again = report, now_s, news
+        if news or due:
+            hosted.told, hosted.told_s = report, now_s
             yield REPLICA_REPORT.send(report, replica_id=report.replica_id)
 
     def _report_changes(self, now_s: float) -> Iterator[Effect]:

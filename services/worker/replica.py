@@ -47,7 +47,6 @@ class Hosted:
     measured: MeasuredEngine | None = None
     told: ReplicaReport | None = None  # the last report sent, and when
     told_s: float = float("-inf")
-    tell_again: bool = False  # that report was news
     live: dict[str, LiveRequest] = field(default_factory=dict[str, LiveRequest])
     ingresses: dict[str, int] = field(default_factory=dict[str, int])  # live requests of each
 

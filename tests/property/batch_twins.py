@@ -1,4 +1,4 @@
-"""A batch that leaps, one that goes a step at a time, and a naive one, driven alike and compared."""
+"""A batch that leaps, one that goes a step at a time, and a naive one, driven and compared."""
 
 from collections.abc import Sequence as SequenceOf
 from typing import Literal

@@ -1,7 +1,7 @@
 """The batch scheduler that counts, against one that loops; leaps against single steps."""
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.engine.batching_types import Plan
@@ -35,6 +35,7 @@ worlds = st.builds(
 )
 
 
+@settings(max_examples=250)
 @given(
     worlds,
     crowds,

@@ -183,6 +183,30 @@ class TestPrefixCaching:
         assert preempted == ["young"]
         assert one.hit_tokens_total > 0
 
+    def test_idle_blocks_go_before_anybody_is_preempted(self) -> None:
+        """Otherwise the cache would keep what nobody uses and stop who runs."""
+        one = batch(kv_blocks=6, caching=True)
+        one.add("gone", prompt_tokens=8, output_tokens=1, hashes=(8, 9))
+        step(one)
+        for key in ("old", "young"):
+            one.add(key, prompt_tokens=4, output_tokens=9)
+        step(one)
+        for _ in range(2):
+            assert one.preemptions == 0
+            step(one)  # to 4 + 4 tokens, then to 8 + 4 in three blocks each
+        assert one.kv.cache.match((8,)) == []
+        assert one.preemptions == 0
+        one = batch(kv_blocks=6, caching=True)
+        one.add("gone", prompt_tokens=4, output_tokens=1, hashes=(9,))
+        step(one)
+        one.add("old", prompt_tokens=8, output_tokens=9)
+        one.add("young", prompt_tokens=4, output_tokens=9)
+        step(one)
+        assert one.kv.free == 3
+        step(one)
+        assert [s.key for s in step(one).preempted] == ["young"]
+        assert one.kv.cache.match((9,)) == []  # the older one had it before the younger went
+
     def test_traces_may_hash_longer_pieces(self) -> None:
         """Public traces hash 16 or 512 tokens at a time, whatever the engine's block."""
         one = batch(caching=True)

@@ -144,7 +144,7 @@ def test_what_finds_no_room_is_no_deployment() -> None:
 
 
 def test_busy_is_work_per_second() -> None:
-    """Twice the requests must look twice the load, and a larger replica less busy than a smaller."""
+    """Twice the requests must look twice the load, and a larger replica less busy."""
     site = site_of(4)
     small, large = site.replica("m", TP1, "modelled"), site.replica("m", TP4, "modelled")
     assert small is not None

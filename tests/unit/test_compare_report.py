@@ -1,5 +1,6 @@
 """What a comparison says: verdicts, findings, tables, page, pictures, JSON."""
 
+from io import StringIO
 from pathlib import Path
 
 import msgspec
@@ -37,9 +38,8 @@ def test_a_loss_is_said_plainly_and_first() -> None:
         assert line.startswith(f"At load {load}, oserve LOSES to static-best: goodput 9.00")
     page = report_page(found, {})
     assert "- **At load 0.5, oserve LOSES to static-best" in page
-    console = Console(record=True, width=150, file=open("/dev/null", "w", encoding="utf-8"))
-    with console.file:
-        console.print(comparison_tables(found))
+    console = Console(record=True, width=150, file=StringIO())
+    console.print(comparison_tables(found))
     assert "oserve LOSES to static-best" in console.export_text()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.measure import VLLM_ENVIRON, run_measure
+from deploy.measure import ENVIRON, run_measure
 from services.worker.engine.torch_engine.model_config import read_model_config
 from services.worker.engine.vllm_settings import VllmSettings
 from services.worker.measure.__main__ import main
@@ -146,12 +146,14 @@ def test_the_sweep_runs_in_the_interpreter_asked_for(
     script.chmod(0o755)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    for name in ENVIRON.keys() - {"VLLM_LOGGING_LEVEL"}:
+        monkeypatch.delenv(name, raising=False)
     assert run_measure(["--engine", "vllm"], python=str(script)) == 7
     text = seen.read_text()
     root = Path(__file__).resolve().parents[2]
     assert f"PYTHONPATH={root}:elsewhere\n" in text
     assert "VLLM_LOGGING_LEVEL=INFO\n" in text
-    for name, value in VLLM_ENVIRON.items():
+    for name, value in ENVIRON.items():
         assert name == "VLLM_LOGGING_LEVEL" or f"{name}={value}\n" in text
     assert text.endswith("-m services.worker.measure --engine vllm\n")
 

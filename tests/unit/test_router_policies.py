@@ -12,6 +12,8 @@ from services.router.policies import (
     Candidate,
     Memory,
     Options,
+    free_kv,
+    kv_cost,
     least_load,
     plan,
     prefix_affinity,
@@ -19,6 +21,7 @@ from services.router.policies import (
 )
 from services.router.request_types import TenantHistory, TypeModel, from_report, posterior
 from shared.messages.demand import DemandReport
+from shared.messages.replicas import ReplicaReport
 
 
 def memory_of(size: int, *, instance_id: str = "r", prefixes_max: int = 100) -> Memory:
@@ -225,3 +228,88 @@ def test_tenants_are_bounded_least_recent_first() -> None:
     assert len(history) == 2
     assert history.prior(TYPES, model_id="m", tenant="a")[1] > 0.5
     assert history.prior(TYPES, model_id="m", tenant="b") == TYPES.shares
+
+
+def reported(
+    *replicas: tuple[int, int, int], decided: tuple[int, ...] = (), total: int = 1000
+) -> Options:
+    """Options whose replicas report (running, waiting, KV blocks used); ``decided``: how many
+    decisions of ours each has on top."""
+    options = options_of(*[1.0] * len(replicas))
+    for place, (running, waiting, used) in enumerate(replicas):
+        load = options.candidates[place].load
+        load.update(
+            ReplicaReport(
+                replica_id=f"r{place}", worker_id=f"g{place}", incarnation="a", epoch=1,
+                phase="serving", running=running, waiting=waiting, running_max=64,
+                kv_blocks_used=used, kv_blocks_total=total,
+            ),
+            now_s=0.0, decision_lag_s=0.0,
+        )  # fmt: skip
+        for number in range(decided[place] if decided else 0):
+            load.decide(f"q{place}-{number}", 0.0)
+    return options
+
+
+def test_free_kv_takes_the_most_free_blocks_per_request() -> None:
+    """It would be least load by another name: the fuller replica has fewer requests here."""
+    memory = memory_of(3)
+    assert free_kv(reported((9, 0, 100), (2, 0, 500), (9, 0, 400)), ASK, memory) == 1
+    assert free_kv(reported((0, 0, 0), (0, 0, 0)), ASK, memory) == 0
+
+
+def test_free_kv_counts_what_waits_and_what_was_just_sent() -> None:
+    """A burst between two reports would land on one replica."""
+    memory = memory_of(2)
+    assert free_kv(reported((4, 4, 400), (4, 0, 500)), ASK, memory) == 1
+    assert free_kv(reported((4, 0, 400), (4, 0, 500), decided=(4, 0)), ASK, memory) == 1
+
+
+def test_free_kv_prefers_replicas_whose_cache_is_known() -> None:
+    """One that reports no KV cache would look as if it had all of it free."""
+    options = reported((4, 0, 400), (60, 0, 900))
+    options.candidates[0].load.report = None
+    assert free_kv(options, ASK, memory_of(2)) == 1
+
+
+def test_kv_cost_prefers_the_cached_prefix_until_it_is_too_full() -> None:
+    """Dynamo's router would be blind to caches, or blind to load."""
+    memory = memory_of(2)
+    ask = Ask(0, tuple(range(10)), input_tokens=1600)  # 100 blocks
+    assert kv_cost(reported((1, 0, 50), (1, 0, 60)), ask, memory) == 0
+    assert kv_cost(reported((1, 0, 150), (1, 0, 60)), ask, memory) == 0  # 150 < 60 + 100
+    assert kv_cost(reported((1, 0, 170), (1, 0, 60)), ask, memory) == 1
+    other = Ask(0, tuple(range(90, 100)), input_tokens=1600)
+    assert kv_cost(reported((1, 0, 60), (1, 0, 50)), other, memory) == 1
+
+
+def test_kv_cost_counts_half_a_prefix_as_half() -> None:
+    """A shared system prompt would weigh as much as the whole conversation."""
+    memory = memory_of(2)
+    kv_cost(reported((1, 0, 0), (1, 0, 9)), Ask(0, (1, 2), input_tokens=320), memory)
+    longer = Ask(0, (1, 2, 3, 4), input_tokens=640)  # 40 blocks, 20 of them cached on r0
+    assert kv_cost(reported((1, 0, 19), (1, 0, 0)), longer, memory) == 0
+    memory = memory_of(2)
+    kv_cost(reported((1, 0, 0), (1, 0, 9)), Ask(0, (1, 2), input_tokens=320), memory)
+    assert kv_cost(reported((1, 0, 21), (1, 0, 0)), longer, memory) == 1
+
+
+def test_kv_cost_counts_waiting_prompts_twice() -> None:
+    """A queue of prompts, to be computed and then held, would look like nothing."""
+    memory = memory_of(2)
+    ask = Ask(0, (), input_tokens=160)
+    assert kv_cost(reported((10, 2, 100), (10, 0, 139)), ask, memory) == 1
+    assert kv_cost(reported((10, 2, 100), (10, 0, 141)), ask, memory) == 0
+
+
+def test_kv_cost_remembers_several_holders_and_is_bounded() -> None:
+    """A popular prefix would have one home, or the table would grow for ever."""
+    memory = memory_of(2, prefixes_max=5)
+    ask = Ask(0, (1,), input_tokens=160)
+    kv_cost(reported((1, 0, 0), (1, 0, 9)), ask, memory)
+    kv_cost(reported((1, 0, 99), (1, 0, 9)), ask, memory)
+    assert memory.holders[1] == ("r0", "r1")
+    for i in range(50):
+        kv_cost(reported((1, 0, 0)), Ask(0, (1, 100 + i), input_tokens=16), memory)
+    assert len(memory.holders) == 5
+    assert 1 in memory.holders

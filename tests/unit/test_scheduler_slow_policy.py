@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
+
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.core import INPUTS, Scheduler, SolveDeadline, Tick, inputs
 from services.scheduler.policies.interface import Planned, Problem
@@ -297,3 +299,17 @@ def test_only_the_reactive_policy_hears_every_replica() -> None:
     assert inputs("dynamo") == INPUTS
     assert subjects.REPLICA_REPORT not in inputs("oserve")
     assert subjects.FORECAST_REPORT in inputs("static")
+
+
+def test_a_gpu_is_offered_with_the_models_that_its_worker_has() -> None:
+    """Otherwise a replica would be started where its checkpoint is not."""
+    run = Run(Count(slow=True))
+    run.step(msgspec.structs.replace(report("n0-g0"), models=("other", "unknown")))
+    run.step(msgspec.structs.replace(report("n0-g1"), models=("unknown",)))
+    run.forecast()
+    offers = run.start(run.step(Tick())).offers
+    assert {o.gpu_id: o.models for o in offers} == {
+        "n0-g0": ("other",),
+        "n0-g2": (),
+        "n0-g3": (),
+    }

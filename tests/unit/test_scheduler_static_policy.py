@@ -1,7 +1,8 @@
 """Policy static: where the topology's replicas go when GPUs come and go."""
 
 from services.scheduler.plan_id import make_plan
-from services.scheduler.static_policy import GpuOffer, Planned, choose_gpus, plan_static
+from services.scheduler.policies.interface import GpuOffer, Planned
+from services.scheduler.static_policy import choose_gpus, plan_static
 from shared.mesh import ReplicaWish
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
 
@@ -106,3 +107,15 @@ def test_a_plan_id_names_the_contents_and_nothing_else() -> None:
     other = make_plan([one, two], {"*": {"a": 0.4, "b": 0.6}}, reason="x")
     assert first.plan_id == again.plan_id != other.plan_id
     assert first.replicas == again.replicas
+
+
+def test_a_wish_names_its_model_or_means_the_first() -> None:
+    """Otherwise only one of the topology's models could ever serve."""
+    second = ReplicaWish(replica_id="b", model_id="other")
+    planned = plan([wish("a"), second], offers("n0-g0", "n0-g1", "n0-g2"))
+    assert planned.plan is not None
+    assert {s.replica_id: s.model_id for s in planned.plan.replicas} == {"a": "m", "b": "other"}
+    only_m = [GpuOffer(gpu_id="n0-g0", node_id="n0", kind="cpu", models=("m",))]
+    lone = plan([wish("a"), second], only_m, planned.plan)
+    assert placement(lone) == {"a": ("n0-g0",)}
+    assert "b left out: needs 1 like GPU, 0 free" in lone.reason

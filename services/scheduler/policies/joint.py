@@ -71,7 +71,7 @@ class Joint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """``objective`` in the terms of ``goal`` (t, cost, or requests/s); no plan of this program has a
+    """``objective`` in the terms of ``goal`` (t, cost, or requests/s); none of this program has a
     better one than ``bound``. ``optimal``: proven to within ``GAP_MAX``."""
 
     goal: Goal
@@ -127,8 +127,6 @@ def formulate(table: Table, goal: Goal, terms: Terms) -> Joint:
 def solve(program: Joint, *, time_limit_s: float) -> tuple[Array, float, bool] | None:
     """Variables, bound on the objective, and whether that is proven; None when nothing is
     feasible or nothing was found in time."""
-    if not program.cost.size:
-        return None
     found = milp(
         program.cost,
         integrality=program.integrality,
@@ -164,6 +162,8 @@ def extract(
 
 def best_joint(table: Table, goal: Goal, terms: Terms, *, time_limit_s: float) -> Solution | None:
     """Formulate, solve, extract and verify; None when there is no such plan."""
+    if not table.columns:
+        return None
     program = formulate(table, goal, terms)
     found = solve(program, time_limit_s=time_limit_s)
     if found is None:

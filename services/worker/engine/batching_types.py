@@ -103,24 +103,23 @@ class Plan:
         times = self.times
         if self.steps == 1 or times is None or elapsed_ps > self.duration_ps:
             return self.steps, self.duration_ps
-        count = min(max(_steps_near(times, self.context, elapsed_ps), 1), self.steps)
-        while count > 1 and times.total_ps(self.context, count - 1) >= elapsed_ps:
-            count -= 1
-        while times.total_ps(self.context, count) < elapsed_ps:
-            count += 1
-        return count, times.total_ps(self.context, count)
+        count = max(_steps_within(times, self.context, elapsed_ps), 1)
+        end_ps = times.total_ps(self.context, count)
+        if end_ps < elapsed_ps:
+            count, end_ps = count + 1, times.total_ps(self.context, count + 1)
+        return count, end_ps
 
 
-def _steps_near(times: DecodeTimes, context: int, elapsed_ps: int) -> int:
-    """The root of ``total_ps(context, n) == elapsed_ps``, which is quadratic in n, rounded down:
-    at most one off the step that is looked for, unless steps take no time at all."""
-    if elapsed_ps <= 0:
-        return 1
+def _steps_within(times: DecodeTimes, context: int, elapsed_ps: int) -> int:
+    """The largest n with ``total_ps(context, n) <= elapsed_ps``: the positive root of a quadratic,
+    rounded down. 0 where steps take no time at all."""
     square = times.slope_ps * times.batch
     linear = 2 * (times.fixed_ps + times.slope_ps * context) + square
-    if square:
-        return (isqrt(linear * linear + 8 * square * elapsed_ps) - linear) // (2 * square)
-    return 2 * elapsed_ps // linear if linear else 1
+    if elapsed_ps <= 0 or not linear:
+        return 0
+    if not square:
+        return 2 * elapsed_ps // linear
+    return (isqrt(linear * linear + 8 * square * elapsed_ps) - linear) // (2 * square)
 
 
 class Progress:

@@ -1,0 +1,80 @@
+"""Whole engines of today: published ITLs of vLLM, and the end-to-end runs in aiconfigurator-core."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from services.profiler.fit.build import Fitted
+from services.profiler.fit.gpus import KINDS
+from services.profiler.fit.overheads import predicted_itl_ms
+from services.profiler.fit.published import CALIBRATED_ON, INPUT_TOKENS, ITLS, OUTPUT_TOKENS
+from services.profiler.fit.validation.compared import Comparison
+from shared.cost.estimate import estimate
+from shared.cost.model import replica_model
+from shared.hardware import Parallelism
+
+PUBLISHED = "published vLLM runs"
+RUNS = "aiconfigurator-core end-to-end runs"
+RUNS_FILE = "silicon_sample.csv"
+RUN_MODELS = {"meta-llama/Llama-3.1-70B": "llama-3.1-70b-fp8"}
+QUEUED_MS = 4000.0
+"""A first token later than this had waited for room in the KV cache: its batch was not the one that
+the row says."""
+
+
+def published(fitted: Fitted) -> Iterator[Comparison]:
+    """Each model's rows on their own, since overheads were calibrated on one of them."""
+    for model in sorted({row.model for row in ITLS}):
+        rows = [row for row in ITLS if row.model == model]
+        found = [
+            (predicted_itl_ms(fitted.profiles[row.gpu, row.model], fitted.gpus[row.gpu], row),
+             row.itl_ms)
+            for row in rows
+        ]  # fmt: skip
+        own = model == CALIBRATED_ON
+        yield Comparison(
+            PUBLISHED,
+            f"ITL, batch {rows[0].batch} to {rows[-1].batch}",
+            rows[0].gpu,
+            model,
+            found,
+            "overheads, on these very rows" if own else f"overheads, on {CALIBRATED_ON}",
+            notes=(f"{INPUT_TOKENS} in, {OUTPUT_TOKENS} out assumed",),
+        )
+
+
+def runs(fitted: Fitted, package: Path) -> Iterator[Comparison]:
+    """Llama-3.1-70B in fp8 with vLLM at 4 to 64 requests in flight: nothing was fitted to them."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    queued = 0
+    for row in _rows(package / "systems" / RUNS_FILE):
+        if float(row["silicon_ttft_ms"]) > QUEUED_MS:
+            queued += 1
+            continue
+        kind = next(kind for kind in KINDS.values() if kind.system == row["system"])
+        profile = fitted.profiles[kind.name, RUN_MODELS[row["model_path"]]]
+        model = replica_model(profile, fitted.gpus[kind.name], Parallelism(int(row["tp_size"])))
+        tokens = (int(row["isl"]), int(row["osl"]))
+        batch = round(float(row["batch_size"]))
+        itl = estimate(model, batch=batch, input_tokens=tokens[0], output_tokens=tokens[1]).itl_s
+        found[kind.name].append((itl * 1e3, float(row["silicon_tpot_ms"])))
+    for gpu, pairs in sorted(found.items()):
+        yield Comparison(
+            RUNS, "TPOT, batch 4 to 64, tp1 to tp8", gpu, "llama-3.1-70b-fp8", pairs,
+            f"overheads, on {CALIBRATED_ON}", notes=(f"{queued} rows dropped: they queued",),
+        )  # fmt: skip
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    systems = {kind.system for kind in KINDS.values()}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (
+                row["backend"] == "vllm"
+                and row["mode"] == "agg"
+                and row["pp_size"] in {"1", "1.0"}
+                and row["system"] in systems
+                and row["model_path"] in RUN_MODELS
+            ):
+                yield {**row, "tp_size": str(round(float(row["tp_size"])))}
