@@ -94,6 +94,11 @@ class Study:
                 value=", ".join(site.mesh.model_ids),
                 remedy="no shape fits the topology's GPUs: use larger ones, or another model",
             )
+        for policy in self.policies:
+            if not _hindsight(policy):
+                self._begin(
+                    policy, {}
+                )  # raises for a shape that does not fit, before hours of runs
         self.targets = self._targets(simulate)
         self._model_targets = model_targets(self.types, self.targets)
 

@@ -21,7 +21,7 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = [_latency_note(comparison)]
     for load in comparison.loads:
         cells = [cell for cell in comparison.cells if cell.load == load]
-        parts += [_service(cells, comparison.reference), _resources(cells)]
+        parts += [_service(cells), _resources(cells)]
     parts.append(_findings(comparison))
     return Group(*parts)
 
@@ -31,20 +31,22 @@ def _latency_note(comparison: Comparison) -> Text:
     how = "as given" if saturation.given else f"of {saturation.deployment}"
     return Text(
         f"Load 1.0 is saturation {how}: rate scale {saturation.rate_scale:.4g}, "
-        f"{saturation.requests_per_s:.3g} requests/s. Everything here is simulated."
+        f"{saturation.requests_per_s:.3g} requests/s. Ratios are to {comparison.reference}, run by "
+        "run, brackets hold 95 % intervals. Everything here is simulated."
     )
 
 
-def _service(cells: Sequence[Cell], reference: str) -> Table:
+def _service(cells: Sequence[Cell]) -> Table:
     """Percentiles one below the other: side by side they do not fit on 80 columns."""
     seeds = len(cells[0].seeds)
     table = Table(
         title=f"Load {cells[0].load:g} ({seeds} seed{'s' if seeds > 1 else ''})",
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("policy, begin", overflow="fold", min_width=14)
-    table.add_column(f"goodput, vs {reference}, SLO met", no_wrap=True)
+    table.add_column("goodput, SLO met", no_wrap=True)
     table.add_column("", no_wrap=True)
     for title in ("TTFT", "TPOT", "E2E ms"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -77,7 +79,7 @@ def _milliseconds(cell: Cell, name: str) -> str:
 
 
 def _resources(cells: Sequence[Cell]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy", overflow="fold", min_width=14)
     for name in _RESOURCES:
         unit = BY_NAME[name].unit

@@ -4,17 +4,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from loadgen.simulator.process import Job, Port
-from shared.messages.base import Message
+from services.scheduler.solving import Solved
 
 
-def slow_job(work: Callable[[Any], Message], port: Port, *, took_s: float | None) -> Job:
+def slow_job(work: Callable[[Any], Solved], port: Port, *, took_s: float | None) -> Job:
     """``took_s`` virtual seconds later, or as many as it takes this machine now."""
 
     def perform(argument: Any) -> None:  # noqa: ANN401  # the job's own type
         began_s = time.perf_counter()
         outcome = work(argument)
         measured_s = time.perf_counter() - began_s
-        port.feed(outcome, delay_s=measured_s if took_s is None else took_s)
+        delay_s = measured_s if took_s is None else took_s
+        port.feed(msgspec.structs.replace(outcome, took_s=delay_s), delay_s=delay_s)
 
     return perform

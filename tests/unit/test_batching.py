@@ -191,9 +191,7 @@ class TestPrefixCaching:
         for key in ("old", "young"):
             one.add(key, prompt_tokens=4, output_tokens=9)
         step(one)
-        for _ in range(2):
-            assert one.preemptions == 0
-            step(one)  # to 4 + 4 tokens, then to 8 + 4 in three blocks each
+        assert step(one).steps == 8  # to twelve tokens in three blocks each
         assert one.kv.cache.match((8,)) == []
         assert one.preemptions == 0
         one = batch(kv_blocks=6, caching=True)

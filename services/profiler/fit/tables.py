@@ -37,7 +37,7 @@ class Measured:
 def measured(source: OperatorSource, system: str) -> Measured:
     """Raises ConfigInvalid if the source has nothing of it."""
     found = Measured(
-        tuple(source.gemms(system)),
+        tuple(row for row in source.gemms(system) if row.usual),
         tuple(source.attentions(system)),
         tuple(source.collectives(system)),
     )
