@@ -181,6 +181,33 @@ def measure(
     raise typer.Exit(run_measure(context.args, python=python))
 
 
+@app.command()
+def fit(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder with a config.json. [default: all shipped models]")
+    ] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="Repeatable. [default: all]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of profiles to write to.")] = Path("profiles"),
+    tables: Annotated[Path | None, typer.Option(help="Measured operator tables.")] = None,
+    name: Annotated[str, typer.Option(help="Of the profile. [default: the folder's]")] = "",
+) -> None:
+    """Make the cost profiles of a model from measured operator tables, without a GPU."""
+    from deploy.fit import fit as run  # noqa: PLC0415
+
+    raise typer.Exit(run(model=model, gpus=gpu or (), out=out, tables=tables, name=name))
+
+
+@profile_app.command("validate")
+def validate_profiles(
+    tables: Annotated[Path | None, typer.Option(help="Measured tables.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare the shipped profiles with measurements that they were not fitted to."""
+    from deploy.fit import validate  # noqa: PLC0415
+
+    raise typer.Exit(validate(tables=tables, as_json=as_json))
+
+
 @app.command("make-model")
 def make_model(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],

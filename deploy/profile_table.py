@@ -47,10 +47,9 @@ def _by_stages(row: Listed) -> dict[int, dict[int, int]]:
 
 def tokens(count: int) -> str:
     """Three digits that mean something: 8,410, 98.4k, 1.23M."""
-    for size, unit in ((1_000_000, "M"), (10_000, "k")):
-        if count >= size:
-            value = count / (1_000_000 if unit == "M" else 1_000)
-            return f"{value:.3g}{unit}" if value < 1000 else f"{value:,.0f}{unit}"  # noqa: PLR2004
+    for size, shown_from, unit in ((1_000_000, 999_500, "M"), (1_000, 10_000, "k")):
+        if count >= shown_from:
+            return f"{count / size:.3g}{unit}"
     return f"{count:,}"
 
 

@@ -2,7 +2,7 @@
 
 OServeError
 ├── ConfigInvalid      the operator must change a setting; names field, value, remedy
-│   └── ProfileInvalid a cost profile's file is wrong; names file and line, too (shared/cost/files.py)
+│   └── ProfileInvalid (shared.cost.files) a profile file is wrong; names file and line, too
 ├── Rejected           the caller must change the request, or wait; has a FailureCode
 ├── Transient          the same call may work later
 │   ├── BusUnavailable

@@ -14,14 +14,29 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, cast
+
+import msgspec
+
+from shared.mesh import MeshConfig
 
 CONTROL = ("scheduler", "switcher", "profiler", "forecaster")
 DATA_PLANE = ("nats", "router", "ingress")
 READY_TIMEOUT_S = 30.0
 TICK_MS = 1000.0 / os.sysconf("SC_CLK_TCK")
+
+
+def _inline(value: Any) -> str:  # noqa: ANN401  # any TOML value
+    if isinstance(value, dict):
+        table = cast("dict[str, Any]", value)
+        pairs = (f"{key} = {_inline(inner)}" for key, inner in table.items() if inner is not None)
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_inline(inner) for inner in cast("list[Any]", value)) + "]"
+    return msgspec.json.encode(value).decode()
 
 
 def cores() -> tuple[set[int], set[int]]:
@@ -40,10 +55,18 @@ class Rig:
     """Start with ``with``; everything is killed and removed at the end."""
 
     def __init__(
-        self, *, engine: dict[str, float], gpus: int = 2, log_requests: bool = True
+        self,
+        *,
+        engine: Mapping[str, float] = MappingProxyType({}),
+        gpus: int = 2,
+        log_requests: bool = True,
+        mesh: MeshConfig | None = None,
+        pinned: bool = True,
     ) -> None:
+        """``mesh``: this topology, in place of ``gpus`` small replicas of a modelled engine with
+        the settings ``engine``. Not ``pinned``: every process may use every core."""
         self._folder = Path(tempfile.mkdtemp(prefix="oserve-bench-"))
-        self._engine, self._gpus = engine, gpus
+        self._engine, self._gpus, self._mesh, self._pinned = engine, gpus, mesh, pinned
         self._broker_port, self.port = free_port(), free_port()
         self._level = "INFO" if log_requests else "WARNING"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -61,10 +84,9 @@ class Rig:
         self._spawn("nats", broker, mesh_core)
         for name in ("ingress", "router", *CONTROL):
             self._spawn(name, self._service(name, config), mesh_core)
-        for gpu in range(self._gpus):
-            name = f"worker-{gpu}"
-            command = [*self._service("worker", config), "--set", f"worker.worker_id=n0-g{gpu}"]
-            self._spawn(name, command, engine_core)
+        for worker_id in self._worker_ids():
+            command = [*self._service("worker", config), "--set", f"worker.worker_id={worker_id}"]
+            self._spawn(f"worker-{worker_id}", command, engine_core)
         self._wait_ready()
         return self
 
@@ -100,7 +122,8 @@ class Rig:
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
-        os.sched_setaffinity(process.pid, core)
+        if self._pinned:
+            os.sched_setaffinity(process.pid, core)
         self.processes[name] = process
 
     def _written_config(self) -> Path:
@@ -109,22 +132,35 @@ class Rig:
             f'listen: "127.0.0.1:{self._broker_port}"\nmax_payload: 8MB\n'
             f'jetstream {{ store_dir: "{store}" }}\n'
         )
+        path = self._folder / "bench.toml"
+        path.write_text(
+            f"{self._topology()}"
+            f'[bus]\nurl = "nats://127.0.0.1:{self._broker_port}"\n'
+            f"[ingress]\nport = {self.port}\n"
+            f'[telemetry]\nlog_level = "{self._level}"\n'
+        )
+        return path
+
+    def _worker_ids(self) -> list[str]:
+        if self._mesh is not None:
+            return [gpu.gpu_id for gpu in self._mesh.gpus()]
+        return [f"n0-g{gpu}" for gpu in range(self._gpus)]
+
+    def _topology(self) -> str:
+        if self._mesh is not None:
+            # JSON's strings, numbers and lists are TOML's; an inline table holds the rest.
+            return f"mesh = {_inline(msgspec.to_builtins(self._mesh))}\n"
         settings = "\n".join(f"{key} = {value}" for key, value in self._engine.items())
         nodes = f'[[mesh.nodes]]\nnode_id = "n0"\ngpus = {self._gpus}\n'
         replicas = "".join(
             f'[[mesh.replicas]]\nreplica_id = "r{i}"\ngpus = ["n0-g{i}"]\n'
             for i in range(self._gpus)
         )
-        path = self._folder / "bench.toml"
-        path.write_text(
+        return (
             '[mesh]\nname = "bench"\nmodel = { model_id = "modelled", context_tokens_max = 8192 }\n'
             f'[mesh.engine]\nkind = "modelled"\n[mesh.engine.modelled]\n{settings}\n'
             f"{nodes}{replicas}"
-            f'[bus]\nurl = "nats://127.0.0.1:{self._broker_port}"\n'
-            f"[ingress]\nport = {self.port}\n"
-            f'[telemetry]\nlog_level = "{self._level}"\n'
         )
-        return path
 
     def _wait_ready(self) -> None:
         deadline_s = time.monotonic() + READY_TIMEOUT_S

@@ -1,6 +1,5 @@
 """From options and a topology to a comparison, and from that to files."""
 
-import os
 import time
 from importlib import metadata
 from pathlib import Path
@@ -39,8 +38,8 @@ _COMPARISON, _PAGE = "comparison.json", "report.md"
 def mesh_of(topology: Path, model: str, options: Options) -> MeshConfig:
     """The topology with the models that are asked for; its replicas only if they are of these, and
     then for policy ``static`` alone. A model that it does not name is served as its cost profile
-    of that name says."""
-    settings = load_settings(file=str(topology), environ=dict(os.environ), sets=())
+    of that name says. The file alone counts, no environment: a comparison can be repeated."""
+    settings = load_settings(file=str(topology), environ={}, sets=())
     mesh = settings.section("mesh", MeshConfig).checked()
     if mesh.engine.kind != "modelled":
         raise ConfigInvalid(

@@ -52,6 +52,20 @@ SlowWork = Annotated[
     float | None, typer.Option(help="Virtual seconds of each solve. [default: as measured]")
 ]
 
+Reference = Annotated[
+    str, typer.Option(help="Policy to compare with. [default: static-best, or the first]")
+]
+Warmup = Annotated[
+    float | None, typer.Option(help="Seconds not counted. [default: a tenth, at most 300]")
+]
+ClassName = Annotated[str, typer.Option("--class", help="Of requests whose trace names none.")]
+Forecast = Annotated[
+    str | None, typer.Option(help="oracle, last or ours, where a name does not end in one.")
+]
+Candidates = Annotated[
+    int, typer.Option(help="Static deployments to look at in hindsight, at most.")
+]
+
 
 def compare(  # noqa: PLR0913, PLR0917  # one parameter per option of the command line
     traces: Traces,
@@ -61,27 +75,17 @@ def compare(  # noqa: PLR0913, PLR0917  # one parameter per option of the comman
     policies: Policies = "static-best,static-default,oserve",
     load: Load = "0.5:1.1:0.1",
     seeds: Annotated[int, typer.Option(help="Runs of each policy at each load.")] = 5,
-    reference: Annotated[
-        str, typer.Option(help="Policy to compare with. [default: static-best, or the first]")
-    ] = "",
+    reference: Reference = "",
     start: Annotated[float, typer.Option(help="Begin at this second of the trace.")] = 0.0,
     duration: Annotated[float | None, typer.Option(help="Seconds of it. [default: all]")] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Seconds not counted. [default: a tenth, at most 300]")
-    ] = None,
+    warmup: Warmup = None,
     drain: Annotated[float, typer.Option(help="Seconds for open requests to end in.")] = 600.0,
     slo: Slo = "class",
-    slo_class: Annotated[
-        str, typer.Option("--class", help="Of requests whose trace names none.")
-    ] = "standard",
-    forecast: Annotated[
-        str | None, typer.Option(help="oracle, last or ours, where a name does not end in one.")
-    ] = None,
+    slo_class: ClassName = "standard",
+    forecast: Forecast = None,
     saturation: Given = None,
     saturation_duration: Searched = 3600.0,
-    candidates: Annotated[
-        int, typer.Option(help="Static deployments to look at in hindsight, at most.")
-    ] = 12,
+    candidates: Candidates = 12,
     slow_work: SlowWork = None,
     jobs: Annotated[int, typer.Option(help="Runs at the same time, a process each.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON.")] = False,

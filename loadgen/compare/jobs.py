@@ -18,6 +18,7 @@ import msgspec
 
 from loadgen.compare.metrics import RunMetrics, measure
 from loadgen.compare.workload import Workload, arrivals
+from loadgen.simulator.deployments import wished_words
 from loadgen.simulator.outcome import Forecast, SimulationResult, SimulationSpec
 from loadgen.simulator.policies import Policy
 from loadgen.simulator.run import run
@@ -89,7 +90,11 @@ def perform(job: Job, simulate: Simulate = run) -> RunRecord:
         )
     )
     metrics = measure(
-        result, window_s=workload.window_s, warmup_s=job.warmup_s, targets=job.targets
+        result,
+        window_s=workload.window_s,
+        warmup_s=job.warmup_s,
+        targets=job.targets,
+        began=wished_words(job.mesh),
     )
     return RunRecord(
         format=FORMAT,

@@ -16,13 +16,14 @@ _DEFINITIONS = """\
   endless, and a percentile that falls on one reads "never".
 - **Throughput**: completed requests over the time from the warm-up's end to the window's end,
   or the last completion if that is later.
-- **Switches**: changes of the plan in force; **switch time**: from adoption to the new plan in
-  force, all together. **GPU-hours**: of GPUs that replicas of the plan in force held, the whole
-  run.
+- **Switches**: changes of the plan in force that moved replicas; **reweightings**: those of the
+  routing shares alone; **switch time**: from adoption to the new plan in force, all together.
+  **GPU-hours**: of GPUs that replicas of the plan in force held, the whole run.
 - Brackets hold 95 % intervals: Student's t over the seeds. "vs" compares run by run, same seed
   and same arrivals; a ratio is the geometric mean of the pairs' ratios. A verdict needs the
-  interval of the difference to leave out 0. Intervals are not corrected for their number: of 20
-  verdicts between equal policies, one is wrong by chance.
+  interval of the ratio to leave out 1 (where a value is 0, that of the difference to leave out
+  0). Intervals are not corrected for their number: of 20 verdicts between equal policies, one is
+  wrong by chance.
 """
 
 _SIMULATED = """\

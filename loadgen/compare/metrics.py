@@ -17,13 +17,13 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loadgen.simulator.outcome import Requests, SimulationResult
+from loadgen.simulator.outcome import Requests, SimulationResult, Switch
 from shared.slo import SloTarget
 
 Floats = npt.NDArray[np.float64]
@@ -55,12 +55,13 @@ class TypeMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of the plan in force, in words."""
+    """A change of the plan in force, in words. ``moved``: of its replicas, not of shares alone."""
 
     at_s: float
     took_s: float
     succeeded: bool
     plan: str
+    moved: bool = True
     reason: str = ""
 
 
@@ -77,8 +78,9 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: Latency
     e2e_ms: Latency
     gpu_hours: float
-    switches: int
+    switches: int  # changes of the plan in force that moved replicas
     switches_failed: int
+    reweightings: int  # changes of shares alone
     switch_s: float  # all switches together, from adoption to the new plan in force
     preemptions: int
     settled_s: float | None
@@ -104,8 +106,10 @@ def measure(
     window_s: float,
     warmup_s: float,
     targets: Mapping[str, SloTarget],
+    began: str = "",
 ) -> RunMetrics:
-    """The figures of one run. ``targets`` holds one for each ``type_key`` of the requests."""
+    """The figures of one run. ``targets`` holds one for each ``type_key`` of the requests;
+    ``began``: the words of the plan that the run began with."""
     counted = _counted(result.requests, warmup_s)
     ended_s = counted.arrived_s + counted.e2e_s
     tpot_s = tpot_of(counted)
@@ -113,7 +117,7 @@ def measure(
     met = _met(counted, tpot_s, [targets[key] for key in keys], numbers)
     done = counted.completed
     span_s = max(window_s, float(np.max(ended_s, initial=0.0, where=done))) - warmup_s
-    good = [s for s in result.switches if s.succeeded]
+    moments = tuple(_moments(result.switches, began))
     offered = int(counted.arrived_s.size)
     return RunMetrics(
         offered=offered,
@@ -128,18 +132,14 @@ def measure(
         tpot_ms=latency(_endless(tpot_s, done)[(counted.output_tokens > 1) | ~done]),
         e2e_ms=latency(_endless(counted.e2e_s, done)),
         gpu_hours=result.gpu_seconds / 3600.0,
-        switches=len(good),
-        switches_failed=len(result.switches) - len(good),
+        switches=sum(moment.succeeded and moment.moved for moment in moments),
+        switches_failed=sum(not moment.succeeded for moment in moments),
+        reweightings=sum(moment.succeeded and not moment.moved for moment in moments),
         switch_s=math.fsum(s.took_s for s in result.switches),
         preemptions=result.preemptions,
         settled_s=_settled_s(counted, ended_s, window_s),
         types=_type_metrics(counted, tpot_s, met, keys, numbers, targets),
-        moments=tuple(
-            Moment(
-                at_s=s.at_s, took_s=s.took_s, succeeded=s.succeeded, plan=s.plan, reason=s.reason
-            )
-            for s in result.switches
-        ),
+        moments=moments,
         events=result.events,
         engine_steps=result.engine_steps,
         wall_s=result.wall_s,
@@ -148,6 +148,21 @@ def measure(
         digest=result.digest,
         notes=result.notes,
     )
+
+
+def _moments(switches: Sequence[Switch], began: str) -> Iterator[Moment]:
+    """A change that took no time and kept the plan's words changed shares alone."""
+    standing = began
+    for switch in switches:
+        yield Moment(
+            at_s=switch.at_s,
+            took_s=switch.took_s,
+            succeeded=switch.succeeded,
+            plan=switch.plan,
+            moved=switch.took_s > 0.0 or switch.plan != standing,
+            reason=switch.reason,
+        )
+        standing = switch.plan if switch.succeeded else standing
 
 
 def latency(seconds: Floats) -> Latency:

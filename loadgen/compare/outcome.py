@@ -46,6 +46,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("gpu_hours", "GPU-hours", "h", lambda m: m.gpu_hours, False),
     Metric("completed_share", "completed", "share", lambda m: m.completed_share, True),
     Metric("switches", "switches", "", lambda m: float(m.switches), None),
+    Metric("reweightings", "reweightings", "", lambda m: float(m.reweightings), None),
     Metric("switch_s", "switch time", "s", lambda m: m.switch_s, None),
 )
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
@@ -56,8 +57,9 @@ DECISIVE = ("goodput_rps", "slo_attainment", "ttft_ms_p99", "tpot_ms_p99", "e2e_
 
 class Versus(msgspec.Struct, frozen=True, kw_only=True):
     """One metric of a policy against another's, run by run. ``verdict``: "better" or "worse" if the
-    interval of the difference leaves out 0 (or one of them never ended in any run, the other
-    always), "even" if not, "unknown" for a single run or where some values are missing."""
+    interval of the ratio leaves out 1 (where a value is 0, that of the difference 0; or one of them
+    never ended in any run, the other always), "even" if not, "unknown" for a single run or where
+    some values are missing."""
 
     metric: str
     difference: Estimate | None
@@ -149,13 +151,14 @@ def cells_of(groups: Sequence[Runs], reference: str) -> tuple[Cell, ...]:
 
 def versus(metric: Metric, runs: Sequence[RunMetrics], others: Sequence[RunMetrics]) -> Versus:
     values, references = [metric.of(run) for run in runs], [metric.of(run) for run in others]
-    difference = paired_difference(values, references)
-    return Versus(
-        metric=metric.name,
-        difference=difference,
-        ratio=paired_ratio(values, references),
-        verdict=_verdict(metric, difference, values, references),
-    )
+    difference, ratio = paired_difference(values, references), paired_ratio(values, references)
+    if difference is None and len(values) > 1 and metric.more_is_better is False:
+        verdict = _endless_verdict(values, references)
+    elif ratio is None:
+        verdict = _verdict(metric, difference, neutral=0.0)
+    else:
+        verdict = _verdict(metric, ratio, neutral=1.0)
+    return Versus(metric=metric.name, difference=difference, ratio=ratio, verdict=verdict)
 
 
 def _cell(group: Runs, reference: Runs) -> Cell:
@@ -174,19 +177,12 @@ def _cell(group: Runs, reference: Runs) -> Cell:
     )
 
 
-def _verdict(
-    metric: Metric,
-    difference: Estimate | None,
-    values: Sequence[float | None],
-    references: Sequence[float | None],
-) -> str:
-    if difference is None and len(values) > 1 and metric.more_is_better is False:
-        return _endless_verdict(values, references)
-    if difference is None or difference.low is None or difference.high is None:
+def _verdict(metric: Metric, found: Estimate | None, *, neutral: float) -> str:
+    if found is None or found.low is None or found.high is None:
         return "unknown"
-    if metric.more_is_better is None or difference.low <= 0.0 <= difference.high:
+    if metric.more_is_better is None or found.low <= neutral <= found.high:
         return "even"
-    return "better" if (difference.mean > 0) == metric.more_is_better else "worse"
+    return "better" if (found.mean > neutral) == metric.more_is_better else "worse"
 
 
 def _endless_verdict(values: Sequence[float | None], references: Sequence[float | None]) -> str:

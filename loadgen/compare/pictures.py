@@ -19,6 +19,7 @@ _AGAINST_LOAD = ("goodput_rps", "slo_attainment", "ttft_ms_p99", "tpot_ms_p99", 
                  "gpu_hours")  # fmt: skip
 _SWITCHING_MAX = 8  # timelines in one picture
 _DPI = 130
+_WIDE = 8.0  # a range that shows three ticks of 1, 2, 5
 
 
 def can_draw() -> bool:
@@ -80,7 +81,7 @@ def _draw_load(comparison: Comparison, path: Path) -> None:
         unit = f" ({metric.unit})" if metric.unit else ""
         axes.set_title(metric.title + unit, loc="left", fontsize=10.5)
         if metric.unit == "ms":
-            axes.set_yscale("log")
+            _log_scale(axes)
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("load (1: saturation of the best static deployment)")
@@ -88,6 +89,19 @@ def _draw_load(comparison: Comparison, path: Path) -> None:
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=_DPI)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Plain numbers, and enough of them also where the values span less than a decade."""
+    from matplotlib import ticker  # noqa: PLC0415  # as above
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    wide = high > _WIDE * low
+    locator = ticker.LogLocator(subs=(1.0, 2.0, 5.0)) if wide else ticker.MaxNLocator(nbins=6)
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter("{x:,g}")
 
 
 def _draw_line(
@@ -138,7 +152,7 @@ def _draw_shapes(comparison: Comparison, cells: Sequence[Cell], path: Path) -> N
         colours = [looks[shape]["color"] for shape in shapes]
         axes.stackplot(times, rows, step="post", labels=shapes, colors=colours, alpha=0.8)
         for moment in cell.runs[0].moments:
-            if moment.took_s > 0:
+            if moment.moved:
                 axes.axvspan(moment.at_s, moment.at_s + moment.took_s, color="black", alpha=0.15)
         axes.set_title(f"{cell.policy}: GPUs by shape (grey: switching)", loc="left", fontsize=10)
         axes.set_xlim(0, comparison.about.window_s)

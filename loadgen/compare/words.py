@@ -15,7 +15,9 @@ def is_ours(policy: str) -> bool:
 
 
 def number(value: float, unit: str) -> str:
-    """Three digits that mean something; a share as a percentage."""
+    """Three digits that mean something; a share as a percentage, a count (no unit) as one."""
+    if not unit:
+        return f"{value:,.1f}".removesuffix(".0")
     if unit == "share":
         text = f"{100 * value:.1f} %"
         return "99.9+ %" if text == "100.0 %" and value < 1 else text

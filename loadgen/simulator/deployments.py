@@ -64,7 +64,7 @@ def deployment(site: Site, counts: Counts) -> Deployment | None:
         )
         for spec in placed.replicas
     )
-    return Deployment(_words(site, counts), wishes)
+    return Deployment(_words(site.mesh, counts), wishes)
 
 
 def uniform(site: Site, model_id: str, shape: Parallelism) -> Deployment:
@@ -108,7 +108,7 @@ def default(site: Site, demand: Sequence[Demand]) -> Deployment:
         raise ConfigInvalid(
             field="policy",
             value="static-default",
-            remedy=f"{_words(site, counts)} do not fit the topology's GPUs: add nodes",
+            remedy=f"{_words(site.mesh, counts)} do not fit the topology's GPUs: add nodes",
         )
     return found
 
@@ -133,7 +133,7 @@ def splits(site: Site, demand: Sequence[Demand], *, most: int) -> tuple[Deployme
         for chosen in product(*options):
             counts = {key: count for _, key, count in chosen}
             loads = [load for load, _, _ in chosen]
-            ranked.append((max(loads), sum(loads), _words(site, counts), counts))
+            ranked.append((max(loads), sum(loads), _words(site.mesh, counts), counts))
     found: dict[str, Deployment] = {}
     for _, _, name, counts in sorted(ranked, key=lambda entry: entry[:3]):
         if name not in found and (placed := deployment(site, counts)) is not None:
@@ -150,11 +150,18 @@ def own(site: Site) -> Deployment:
         raise ConfigInvalid(
             field="mesh.replicas", value=(), remedy="policy static needs replicas of these models"
         )
-    counts = Counter(
-        (mesh.model_of(wish.model_id).model_id, Parallelism.parse(wish.parallelism))
-        for wish in mesh.replicas
+    return Deployment(wished_words(mesh), mesh.replicas)
+
+
+def wished_words(mesh: MeshConfig) -> str:
+    """The topology's replicas as a plan in words."""
+    return _words(
+        mesh,
+        Counter(
+            (mesh.model_of(wish.model_id).model_id, Parallelism.parse(wish.parallelism))
+            for wish in mesh.replicas
+        ),
     )
-    return Deployment(_words(site, counts), mesh.replicas)
 
 
 def candidates(site: Site, demand: Sequence[Demand], *, most: int) -> tuple[Deployment, ...]:
@@ -243,8 +250,8 @@ def _shrunk(site: Site, counts: dict[tuple[str, Parallelism], int]) -> Deploymen
         counts = {**counts, key: counts[key] - 1}
 
 
-def _words(site: Site, counts: Counts) -> str:
-    several = len(site.mesh.model_ids) > 1
+def _words(mesh: MeshConfig, counts: Counts) -> str:
+    several = len(mesh.model_ids) > 1
     return ", ".join(
         f"{count} {model_id + ' ' if several else ''}{str(shape).removesuffix('pp1')}"
         for (model_id, shape), count in sorted(counts.items())

@@ -243,8 +243,7 @@ class Router:
         if not options.candidates:
             return self._without_options(request, routes, now_s)
         ask = Ask(request_type, request.prefix_hashes, request.input_tokens)
-        position = self._policy(options, ask, routes.memory)
-        chosen = options.candidates[position]
+        chosen = options.candidates[self._policy(options, ask, routes.memory)]
         load = chosen.load
         reason = (
             f"{self._config.policy}: type {request_type}, weight {shares[chosen.index]:.2f}, "

@@ -10,7 +10,8 @@ Two queues in a row, each with its textbook approximation:
 
 The batch that decodes at the load follows from Little's law and the steady state
 (``shared/cost/steady.py``): more load, larger batch, longer steps. Waits are taken to have an
-exponential tail, as they do near saturation (Kingman, 1961).
+exponential tail, as they do near saturation (Kingman, 1961); the spread of a prompt's own time is
+left out, so that the tail is short at low load.
 """
 
 import math
@@ -20,7 +21,7 @@ from functools import lru_cache
 from shared.cost.limits import DEFAULT_LIMITS, EngineLimits
 from shared.cost.model import CostModel
 from shared.cost.rates import RATES_KEPT_MAX
-from shared.cost.steady import Work, batch_max, prompt_s, prompts_only_per_s, steady
+from shared.cost.steady import Work, batch_max, prompt_s, prompts_only_per_s, steady, sustained_max
 
 TAIL = 0.99
 ROUNDING = 1e-9
@@ -97,7 +98,7 @@ def _operating_point(
     model: CostModel, requests_per_s: float, work: Work, limits: EngineLimits, seats: int
 ) -> _Point:
     """Between the two whole batches around it, as their rates interpolate."""
-    low, high = 1, seats
+    low, high = 1, min(seats, sustained_max(model, work, limits))
     while low < high:
         middle = (low + high) // 2
         if steady(model, middle, work, limits).requests_per_s >= requests_per_s:

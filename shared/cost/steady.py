@@ -4,18 +4,22 @@ whose prompt is computed beside the others (chunked prefill).
 With i input and o output tokens for each request, the prompt's last step gives the first token, so
 a request decodes for o - 1 steps and holds i + o / 2 tokens on average meanwhile. Of ``batch``
 requests a = batch / (o - 1) end in each step, so that a prompts are computed per step. A step has
-room for r = batch_tokens_max - batch prompt tokens, a prompt takes n = ceil(i / r) chunks, and a
-share of q = min(1, a n) steps has prompt tokens, a i / q of them. Then
+room for r = batch_tokens_max - batch prompt tokens, and a prompt takes n = ceil(i / r) chunks.
 
-    ITL      = (1 - q) step(batch) + q step(batch, a i / q prompt tokens)
+Prompts of one chunk come k at a time, k as good as Poisson with mean a: steps with none, with one,
+and with several, for which their mean stands. Prompts of more chunks follow one another: a share
+of min(1, a n) steps has a chunk, or more if need be. With the share q of each kind of step
+
+    ITL      = sum of q step
     TTFT     = rest of the step under way + n steps with a full chunk (the last with what is left)
     requests = a / ITL
 
-If a i / q exceeds r, prompts cannot keep up with ``batch``: it is not sustained, and requests come
-at r / i per step.
+If a i exceeds r, prompts cannot keep up with ``batch``: it is not sustained, and requests come at
+r / i per step.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,21 +68,16 @@ def steady(model: CostModel, batch: int, work: Work, limits: EngineLimits) -> St
     chunks = math.ceil(work.input_tokens / room)
     context = round(batch * (work.input_tokens + work.output_tokens / 2))
     ends = batch / (work.output_tokens - 1)
-    busy = min(1.0, ends * chunks)
-    asked = ends * work.input_tokens / busy
-    sustained = batch < limits.batch_tokens_max and math.ceil(asked) <= room
-    prompts = min(asked, room) / work.input_tokens  # in a step that has some
-    prefill = Prefill(
-        tokens=math.ceil(min(asked, room)),
-        chunks=max(1, round(prompts * chunks)),
-        pairs=round(prompts * pairs(0, work.input_tokens)),
-        ending=max(1, round(prompts)),
-    )
-    step = model.step.step_ps(batch, context) / PS_PER_S
-    mixed = model.step.step_ps(batch, context, prefill) / PS_PER_S
-    full = model.step.step_ps(batch, context, full_prefill(work, room)) / PS_PER_S
-    itl = (1 - busy) * step + busy * mixed
-    rest = ((1 - busy) * step**2 + busy * mixed**2) / (2 * itl)  # inspection paradox
+    most = room / work.input_tokens  # prompts in a step
+    step = itl = model.step.step_ps(batch, context) / PS_PER_S
+    square = step**2
+    for share, prompts in _kinds_of_steps(min(ends, most), chunks, most):
+        prefill = _prefill(work, prompts, chunks)
+        mixed = model.step.step_ps(batch, context, prefill) / PS_PER_S
+        itl += share * (mixed - step)
+        square += share * (mixed**2 - step**2)
+    full = model.step.step_ps(batch, context, _prefill(work, most, chunks)) / PS_PER_S
+    rest = square / (2 * itl)  # whoever arrives finds long steps more often than short ones
     rounding = (limits.block_tokens - 1) / 2
     prefilling = ends * chunks
     return Steady(
@@ -86,12 +85,12 @@ def steady(model: CostModel, batch: int, work: Work, limits: EngineLimits) -> St
         step_s=step,
         itl_s=itl,
         ttft_s=rest + prompt_s(model, work, room=room, batch=batch, context=context),
-        prompt_s=full * work.input_tokens / room,
-        requests_per_s=prompts * busy / itl,
+        prompt_s=full / most,
+        requests_per_s=min(ends, most) / itl,
         running=batch + prefilling,
         kv_tokens=batch * (work.input_tokens + work.output_tokens / 2 + rounding)
         + prefilling * (work.input_tokens * (chunks + 1) / (2 * chunks) + rounding),
-        sustained=sustained,
+        sustained=ends <= most and batch < limits.batch_tokens_max,
     )
 
 
@@ -110,12 +109,29 @@ def prompt_s(model: CostModel, work: Work, *, room: int, batch: int = 0, context
     return total / PS_PER_S
 
 
-def full_prefill(work: Work, room: int) -> Prefill:
-    """A step's worth of prompts, or of parts of one: ``room`` tokens."""
-    prompts = room / work.input_tokens
+def _kinds_of_steps(ends: float, chunks: int, most: float) -> Iterator[tuple[float, float]]:
+    """The steps that have prompts: (share of all steps, prompts in each), ``ends`` prompts per step
+    on average and at most ``most`` in one."""
+    if chunks > 1:
+        busy = min(1.0, ends * chunks)
+        yield busy, min(ends / busy, most)
+        return
+    one = ends * math.exp(-ends)
+    if most > 1:  # steps are too few for many with a single prompt, when most are full
+        one = min(one, (most - ends) / (most - 1))
+    several = ends - one
+    yield one, 1.0
+    if several > 0:
+        share = 1 - math.exp(-ends) - ends * math.exp(-ends)
+        mean = min(several / share, most) if share > 0 else 1.0
+        yield several / max(mean, 1.0), max(mean, 1.0)
+
+
+def _prefill(work: Work, prompts: float, chunks: int) -> Prefill:
+    """The prompt tokens of a step with ``prompts`` prompts, each in ``chunks`` chunks in all."""
     return Prefill(
-        tokens=room,
-        chunks=max(1, round(prompts)),
+        tokens=math.ceil(prompts * work.input_tokens),
+        chunks=max(1, round(prompts * chunks)),
         pairs=round(prompts * pairs(0, work.input_tokens)),
         ending=max(1, round(prompts)),
     )
@@ -123,9 +139,9 @@ def full_prefill(work: Work, room: int) -> Prefill:
 
 def prompts_only_per_s(model: CostModel, work: Work, limits: EngineLimits) -> float:
     """Requests a second if none decodes (one output token): every step is full of prompts."""
-    room = limits.batch_tokens_max
-    step_ps = model.step.step_ps(0, 0, full_prefill(work, room))
-    return room / work.input_tokens * PS_PER_S / step_ps
+    most = limits.batch_tokens_max / work.input_tokens
+    chunks = math.ceil(1 / most)
+    return most * PS_PER_S / model.step.step_ps(0, 0, _prefill(work, most, chunks))
 
 
 @lru_cache(maxsize=BATCHES_KEPT_MAX)
@@ -145,3 +161,16 @@ def batch_max(model: CostModel, work: Work, limits: EngineLimits) -> int:
         else:
             high = middle - 1
     return max(1, low)
+
+
+@lru_cache(maxsize=BATCHES_KEPT_MAX)
+def sustained_max(model: CostModel, work: Work, limits: EngineLimits) -> int:
+    """The largest batch with which prompts keep up, memory and seats aside; at least 1."""
+    low, high = 1, max(1, min(limits.running_max, limits.batch_tokens_max - 1))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if steady(model, middle, work, limits).sustained:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -80,6 +80,7 @@ def metrics_of(
         gpu_hours=gpu_hours,
         switches=1,
         switches_failed=0,
+        reweightings=2,
         switch_s=5.0,
         preemptions=0,
         settled_s=1.0,

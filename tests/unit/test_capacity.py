@@ -1,14 +1,16 @@
 """What may be planned: pools, columns, rates; and from counts to replicas and weights."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from services.scheduler.policies.capacity import Column, build, pools, standing
 from services.scheduler.policies.capacity_plan import brief, place_counts, spread, weights
 from services.scheduler.policies.capacity_rates import CostRates
-from services.scheduler.policies.interface import GpuOffer
+from services.scheduler.policies.interface import GpuOffer, ModelDemand
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
 from shared.slo import SloTarget
@@ -82,6 +84,16 @@ def test_without_demand_models_are_judged_by_nominal_lengths() -> None:
     assert built.rates.any()
 
 
+def test_caution_adds_the_error_that_forecasts_have_had() -> None:
+    """What is forecast badly is planned for with more room; what has no error yet is taken as is."""
+    case = problem({M: [(2.0, 100.0, 100.0), (2.0, 100.0, 100.0)]}, offers(4))
+    sure, unsure = case.models[0].types
+    unsure = structs.replace(unsure, error_rps_mae=0.4)
+    case = replace(case, models=(ModelDemand(model_id=M, types=(sure, unsure)),))
+    assert list(build(case, MadeUpRates(), caution=1.25).demand) == [2.0, 2.5]
+    assert list(build(case, MadeUpRates()).demand) == [2.0, 2.0]
+
+
 def test_replicas_that_lost_a_gpu_do_not_stand() -> None:
     """They are gone, whatever the plan in force says."""
     plan = DeploymentPlan(
@@ -118,7 +130,9 @@ def test_brief_names_what_differs() -> None:
     """It stands in every reason."""
     one = Column(M, "h100", Parallelism(4))
     assert brief({one: 2, Column(M, "h100", Parallelism(2, 2)): 1}) == "1 x tp2pp2, 2 x tp4"
-    assert brief({one: 1, Column(M, "l40s", Parallelism(4)): 1}) == "1 x tp4 on h100, 1 x tp4 on l40s"
+    assert (
+        brief({one: 1, Column(M, "l40s", Parallelism(4)): 1}) == "1 x tp4 on h100, 1 x tp4 on l40s"
+    )
     assert brief({}) == "nothing"
 
 

@@ -83,7 +83,14 @@ def test_switches_and_gpu_hours() -> None:
     found = measure(result, window_s=10.0, warmup_s=0.0, targets=TARGETS)
     assert (found.switches, found.switches_failed, found.switch_s) == (1, 1, 5.0)
     assert found.gpu_hours == pytest.approx(2.0)
-    assert found.moments[0].plan == "2 tp2"
+    assert [moment.plan for moment in found.moments] == ["2 tp2", "4 tp1"]
+    shares = tuple(
+        Switch(at_s=at_s, took_s=0.0, succeeded=True, plan=plan)
+        for at_s, plan in ((1.0, "4 tp1"), (2.0, "3 tp1"), (3.0, "3 tp1"))
+    )
+    kept = result_of([0.0], [0.1], [0.2], [1], [2], switches=shares)
+    found = measure(kept, window_s=10.0, warmup_s=0.0, targets=TARGETS, began="4 tp1")
+    assert (found.switches, found.reweightings) == (1, 2)
 
 
 def test_an_empty_run_is_zeros() -> None:

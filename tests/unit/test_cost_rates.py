@@ -35,16 +35,21 @@ def test_a_prompt_in_chunks() -> None:
 
 
 def test_a_steady_state_by_hand() -> None:
-    """Rates are made of this. 6 requests of 20 + 13 tokens: 0.5 end in each step, so that every
-    second step has a prompt of 20. They hold 6 x 26.5 = 159 tokens.
-    Without prompt: 4 (15 + 3 + 6) + 4 x 15.9 + 5 + 106 = 270.6 us.
-    With it, 26 tokens: 4 (50 + 2 + 9) + 4 x 15.9 + 4 x 10.5 + 5 + 106 + 8 = 468.6 us."""
+    """Rates are made of this. 6 requests of 20 + 13 tokens hold 6 x 26.5 = 159; 0.5 end in each
+    step, so that it has k prompts of 20 with Poisson's probability of k at mean 0.5.
+    None: 4 (15 + 3 + 6) + 4 x 15.9 + 5 + 106 = 270.6 us.
+    One, 26 tokens: 4 (50 + 2 + 9) + 4 x 15.9 + 4 x 10.5 + 5 + 106 + 8 = 468.6 us.
+    Several, 2.18 on average, 44 tokens and 458 pairs, 50 tokens in all: 4 (98 + 4 + 9) + 4 x 15.9
+    + 4 x 22.9 + 5 + 106 + 16 = 726.2 us."""
     state = steady(SMALL, 6, Work(20, 13), LIMITS)
+    none, one = math.exp(-0.5), 0.5 * math.exp(-0.5)
+    kinds = ((none, 270.6), (one, 468.6), (1 - none - one, 726.2))
+    mean = sum(share * step for share, step in kinds)
     assert state.step_s == pytest.approx(270.6 * US)
-    assert state.itl_s == pytest.approx((270.6 + 468.6) / 2 * US)
-    assert state.requests_per_s == pytest.approx(0.5 / (369.6 * US))
+    assert state.itl_s == pytest.approx(mean * US)
+    assert state.requests_per_s == pytest.approx(0.5 / (mean * US))
     # The step under way is longer than most, as who arrives finds the long ones more often.
-    rest = (270.6**2 + 468.6**2) / 2 / (2 * 369.6)
+    rest = sum(share * step**2 for share, step in kinds) / (2 * mean)
     assert state.ttft_s == pytest.approx((rest + 468.6) * US)
     # 20 + 6.5 + 7.5 of rounding for each who decodes, half a prompt of 27.5.
     assert state.kv_tokens == pytest.approx(6 * 34 + 0.5 * 27.5)

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from deploy.measure import ENVIRON, run_measure
 from services.worker.engine.torch_engine.model_config import read_model_config
 from services.worker.engine.vllm_settings import VllmSettings
@@ -156,6 +158,20 @@ def test_the_sweep_runs_in_the_interpreter_asked_for(
     for name, value in ENVIRON.items():
         assert name == "VLLM_LOGGING_LEVEL" or f"{name}={value}\n" in text
     assert text.endswith("-m services.worker.measure --engine vllm\n")
+
+
+def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`oserve profile measure --seconds 5` would be an unknown option, or lost on the way."""
+    seen: list[object] = []
+
+    def run(arguments: list[str], *, python: str) -> int:
+        seen.extend([arguments, python])
+        return 3
+
+    monkeypatch.setattr("deploy.measure.run_measure", run)
+    asked = ["profile", "measure", "--engine", "torch", "--python", "there", "--seconds", "5"]
+    assert CliRunner().invoke(app, asked).exit_code == 3
+    assert seen == [["--engine", "torch", "--seconds", "5"], "there"]
 
 
 @pytest.mark.parametrize(

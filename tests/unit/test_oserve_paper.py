@@ -81,7 +81,7 @@ def test_gpus_move_between_models() -> None:
     """One is idle, the other short of replicas."""
     rates = {(M, "tp1"): (1.0,), (SMALL, "tp1"): (1.0,)}
     case = table(rates, {M: (0.1,), SMALL: (2.5,)}, offers(4))
-    start = Counter({column: 2 for column in case.columns})
+    start = Counter(dict.fromkeys(case.columns, 2))
     found = search(case, start, (M, SMALL))
     assert {column.model_id: n for column, n in found.counts.items()} == {M: 1, SMALL: 3}
 
@@ -121,7 +121,7 @@ def test_policy_switches_whenever_another_deployment_is_better() -> None:
 def test_policy_plans_overload_without_demand_and_without_room(targets: bool) -> None:
     """No exception, and a reason that says what is missing."""
     policy = OServePaper(MadeUpRates(), targets=targets)
-    heavy = policy.plan(problem({M: [(500.0, 600.0, 60.0), (1.0, 900_000, 900_000)]}, offers(16)))
+    heavy = policy.plan(problem({M: [(500.0, 600.0, 60.0), (1.0, 3e6, 3e6)]}, offers(16)))
     assert heavy.plan is not None
     assert "no shape on offer holds" in heavy.reason
     nothing = policy.plan(problem({M: []}, offers(8)))

@@ -134,5 +134,5 @@ def test_the_list_has_every_shape_that_fits(folder: Path) -> None:
 def test_counts_are_shown_in_three_digits() -> None:
     """A column of capacities would not be read at a glance."""
     assert [tokens(n) for n in (324, 9_999, 39_070, 499_133, 999_900, 1_419_258, 12_345_678)] == [
-        "324", "9,999", "39.1k", "499k", "1,000k", "1.42M", "12.3M",
+        "324", "9,999", "39.1k", "499k", "1M", "1.42M", "12.3M",
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from shared.errors import ConfigInvalid
 
 BATCH_MAX, CONTEXT_MAX = 1024, 32768
 """Decode rows beyond are no steps that an engine takes."""
-CHUNKS_MAX, STEP_TOKENS_MAX = 8, 32768
+CHUNKS_MAX, STEP_TOKENS_MAX = 16, 32768
 
 Beside = Callable[[Floats], Floats]
 """Time of all else in a layer by tokens: errors count relative to the whole, not to attention."""

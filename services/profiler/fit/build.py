@@ -1,6 +1,6 @@
 """Profiles of models on GPUs, made from operator tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -126,9 +126,10 @@ class Fitted:
     gpus: Mapping[str, GpuFacts]
 
 
-def fit_all(tables: Tables, kinds: Sequence[GpuKind] = tuple(KINDS.values())) -> Fitted:
-    """Profiles without error bars."""
+def fit_all(tables: Tables, kinds: Collection[GpuKind]) -> Fitted:
+    """Shipped models on ``kinds``, without error bars."""
     overheads = engine_overheads(tables)
+    kinds = sorted(kinds, key=lambda kind: kind.name)
     profiles = {
         (kind.name, name): fit_profile(tables, kind, name, facts, overheads)
         for kind in kinds

@@ -4,6 +4,7 @@ import csv
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from services.profiler.fit.rows import (
     HEAD_DIM,
@@ -68,7 +69,7 @@ class CsvSource:
                 yield row
 
 
-def collective(  # noqa: PLR0913  # the columns of the table
+def collective(
     kind: str, library: str, dtype: str, gpus: int, elements: int, ms: float
 ) -> CollectiveRow | None:
     """None for rows that no step of ours takes: other collectives, 8-bit ones, eager launches."""
@@ -82,10 +83,10 @@ def collective(  # noqa: PLR0913  # the columns of the table
 def read_table(path: Path, columns: tuple[str, ...], **wanted: str) -> Iterator[list[str]]:
     """``columns`` of the rows whose other columns are as ``wanted``; plain or gzipped CSV."""
     try:
-        opened = gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="")
-        with opened as file:
+        with _opened(path) as file:
             reader = csv.reader(file)
-            header = next(reader, [])
+            empty: list[str] = []
+            header = next(reader, empty)
             places = [_place(path, header, name) for name in columns]
             tests = [(_place(path, header, name), value) for name, value in wanted.items()]
             for line in reader:
@@ -97,6 +98,12 @@ def read_table(path: Path, columns: tuple[str, ...], **wanted: str) -> Iterator[
     except IndexError:
         remedy = "a line has fewer columns than the header: the file is cut off"
         raise ConfigInvalid(field="tables", value=str(path), remedy=remedy) from None
+
+
+def _opened(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", newline="")
+    return path.open(newline="")
 
 
 def _place(path: Path, header: list[str], name: str) -> int:

@@ -51,7 +51,9 @@ def curve_at_knots(xs: Floats, ys: Floats, knots: Sequence[int]) -> Floats:
     proportion to x; every knot needs a point at or near it, which the caller adds."""
     places = np.array(knots, dtype=np.float64)
     hats = np.maximum(0.0, _hats(places, xs))
-    values = np.linalg.lstsq(hats / ys[:, None], np.ones(len(ys)), rcond=None)[0]
+    values: Floats = np.linalg.lstsq(hats / ys[:, None], np.ones(len(ys)), rcond=None)[0].astype(
+        np.float64
+    )
     shares = (hats / ys[:, None] ** 2).sum(axis=0)
     return rising(values, np.maximum(shares, 1e-30))
 

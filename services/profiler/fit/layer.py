@@ -37,9 +37,7 @@ class Operators:
     memory_bytes_per_s: float
 
 
-def operators(
-    rows: Measured, *, fp8: bool, nvlink: bool, memory_bytes_per_s: float
-) -> Operators:
+def operators(rows: Measured, *, fp8: bool, nvlink: bool, memory_bytes_per_s: float) -> Operators:
     """Raises ConfigInvalid if this precision was not measured."""
     plain = GemmTable(rows.gemms, "bfloat16")
     return Operators(

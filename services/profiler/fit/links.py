@@ -33,9 +33,7 @@ def measured_links(folder: Path, kind: GpuKind) -> tuple[Link | None, Link | Non
                 devices_per_node=per_node,
             )
         )
-        found.append(
-            fit_link([float(b) for b, _ in rows], [float(ms) / 1e3 for _, ms in rows])
-        )
+        found.append(fit_link([float(b) for b, _ in rows], [float(ms) / 1e3 for _, ms in rows]))
     return found[0], found[1]
 
 

@@ -51,9 +51,7 @@ def predicted_itl_ms(
 ) -> float:
     """By the very predictor that users ask; prompts of requests that follow are mixed in."""
     model = replica_model(profile, gpu, Parallelism(row.tp))
-    found = estimate(
-        model, batch=row.batch, input_tokens=input_tokens, output_tokens=output_tokens
-    )
+    found = estimate(model, batch=row.batch, input_tokens=input_tokens, output_tokens=output_tokens)
     return found.itl_s * 1e3
 
 

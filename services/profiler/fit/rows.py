@@ -25,8 +25,8 @@ class GemmRow:
 
     @property
     def usual(self) -> bool:
-        """Whether steps have so many tokens. Sizes one past a tile were measured, too, and are up to
-        half again as slow in fp8; engines pad batches to even sizes and cut prompts at them."""
+        """Whether steps have so many tokens. Sizes one past a tile were measured, too, and take up
+        to half as long again in fp8; engines pad batches to even sizes, and cut prompts at them."""
         return self.m <= SMALL_M or self.m % 2 == 0
 
     @property

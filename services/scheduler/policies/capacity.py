@@ -186,11 +186,18 @@ def kind_of(column: Column, problem: Problem, known: Mapping[str, Pool]) -> Repl
     return ReplicaKind(pool.kind, profile, column.shape, pool.node_gpus[0])
 
 
-def build(problem: Problem, source: RateSource, *, target: SloTarget | None = None) -> Table:
-    """The table of ``problem``. ``target`` replaces the models' own; shapes in force are columns
-    too, whatever they are, so that keeping them can be judged."""
+def build(
+    problem: Problem,
+    source: RateSource,
+    *,
+    target: SloTarget | None = None,
+    caution: float = 0.0,
+) -> Table:
+    """The table of ``problem``. ``target`` replaces the models' own; ``caution`` times the error of
+    a forecast so far is added to it. Shapes in force are columns too, whatever they are, so that
+    keeping them can be judged."""
     known = pools(problem.offers)
-    types = tuple(kind for model in problem.models for kind in _types(model))
+    types = tuple(kind for model in problem.models for kind in _types(model, caution))
     if not types:
         types = tuple(_nominal(model.model_id) for model in problem.models)
     columns = _columns(problem, source, known)
@@ -229,12 +236,12 @@ def _columns(problem: Problem, source: RateSource, known: Mapping[str, Pool]) ->
     )
 
 
-def _types(model: ModelDemand) -> list[TypeDemand]:
+def _types(model: ModelDemand, caution: float) -> list[TypeDemand]:
     return [
         TypeDemand(
             model_id=model.model_id,
             name=str(kind.request_type),
-            arrivals_rps=kind.arrivals_rps,
+            arrivals_rps=kind.arrivals_rps + caution * max(0.0, kind.error_rps_mae or 0.0),
             input_tokens=kind.input_tokens_mean,
             output_tokens=kind.output_tokens_mean,
         )

@@ -49,9 +49,9 @@ class _Pushing:
 
     def __init__(self, instance: Instance) -> None:
         self._n = instance.rates
-        self._room = (
-            np.where(instance.rates > 0, instance.ceilings, 0.0) * (instance.copies[:, None])
-        )
+        open_ = (instance.rates > 0) & (instance.copies[:, None] > 0)
+        self._room = np.zeros_like(instance.rates)
+        np.multiply(instance.ceilings, instance.copies[:, None], out=self._room, where=open_)
         self._capacity, self._demand = instance.copies, instance.demand
         self.sent: Array = np.zeros_like(instance.rates)
         replicas, self._types = instance.rates.shape

@@ -1,10 +1,10 @@
 """Policy "oserve": the exact joint plan, ranked by predicted tails, and moved to only if that pays.
 
 Each period: solve for counts and shares together (``joint``), choose among near-optimal plans by
-lateness (``joint_choice``), and compare the choice with the replicas in force under the best shares
-for what is expected now. New shares cost nothing and are taken when they differ. Other replicas
-cost a switch: while it lasts, only the replicas that stay serve. With ``late`` as lateness, the
-replicas change if both
+lateness (``joint_choice``, ``joint_refine``), and compare the choice with the replicas in force
+under the best shares for what is expected now. New shares cost nothing and are taken when they
+differ. Other replicas cost a switch: while it lasts, only the replicas that stay serve. With
+``late`` as lateness, the replicas change if both
 
     late(in force) - late(choice) > GAIN_MIN * late(in force)
     (late(in force) - late(choice)) * (payback_s - switch_s)
@@ -33,13 +33,15 @@ from services.scheduler.policies.joint_choice import (
     choose,
     solve_capacity,
 )
+from services.scheduler.policies.joint_refine import refine
 from services.scheduler.policies.weights import planned
 
 PERIOD_S = 30.0
 PAYBACK_S = 300.0  # what a plan is expected to last: HexGen-3's stability window
 GAIN_MIN = 0.1  # of lateness: well within the error of its prediction
 SHARE_MIN = 0.02  # weights that differ less stay
-PROGRAMS = 8  # solved for one decision at most, each in its part of the time limit
+CAUTION = 1.25  # times a forecast's mean absolute error: one standard deviation, were it normal
+PROGRAMS = 16  # solved for one decision at most, each in its part of the time limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ class OServe:
         self._payback_s, self._switch_s = payback_s, switch_s
 
     def plan(self, problem: Problem) -> Planned:
-        every = build(problem, self._source)
+        every = build(problem, self._source, caution=CAUTION)
         table = every.only(every.servable())
         if not table.columns or not table.types:
             return Planned(plan=None, reason=every.shortcomings() or "no GPU is on offer")
@@ -77,7 +79,7 @@ class OServe:
             return Planned(plan=None, reason=f"no plan was found within {limit_s:g} s")
         judge = Judge(problem=problem, table=table, source=self._source, horizon_s=self._payback_s)
         found = candidates(judge, best, wanted, time_limit_s=limit_s)
-        choice = choose(found)
+        choice = refine(judge, choose(found))
         placed = place_counts(table, choice.counts, problem.in_force)
         if placed.dropped and placed.counts:
             choice = judge.dispatched(placed.counts)

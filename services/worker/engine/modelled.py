@@ -30,11 +30,12 @@ from shared.text import Tokenizer, byte_tokenizer
 class _Writer:
     """What a live request's tokens depend on."""
 
-    __slots__ = ("ignore_eos", "logprobs", "root", "stop")
+    __slots__ = ("ignore_eos", "logprobs", "position", "root", "stop")
 
     def __init__(self, request: EngineRequest, stop: StopCheck | None) -> None:
         sampling = request.sampling
         self.root = root_of(request.prompt_tokens, seed=sampling.seed)
+        self.position = len(request.output_tokens)  # of its next token
         self.stop = stop  # only with stop strings: it costs per token
         self.ignore_eos = sampling.ignore_eos
         self.logprobs = sampling.logprobs
@@ -141,6 +142,8 @@ class ModelledEngine:
     def check(self) -> None:
         self._batch.check()
         assert self._writers.keys() == self._batch.sequences.keys(), "requests out of step"
+        for key, sequence in self._batch.sequences.items():
+            assert self._writers[key].position == self._batch.made(sequence), key
         assert not self._ended.keys() & self._writers.keys(), "an ended request is still scheduled"
 
     def close(self) -> None:
@@ -150,7 +153,8 @@ class ModelledEngine:
         """The token that a sequence has just made, and whether that ends it."""
         key = sequence.key
         writer = self._writers[key]
-        position = self._batch.made(sequence) - 1
+        position = writer.position
+        writer.position = position + 1
         mixed = mix(writer.root, position)
         token = self._letters[mixed & LETTER_MASK]
         finish: FinishReason | None = "length" if sequence.phase == ENDED else None

@@ -18,7 +18,7 @@ RAMP_TOKENS_MAX = (2048, 16384)
 there is time."""
 CHUNKS_MAX = (4, 16)
 STEPS_PER_RUNG = 5
-TRACE_STEPS = 60
+TRACE_STEPS = 48
 PROMPT_TOKENS_MIN = 2  # one alone could as well be decoded
 
 _GOLDEN = 0.6180339887  # multiples spread evenly (Weyl): ragged, yet the same each time
@@ -161,7 +161,7 @@ def _with_prompt(bench: Bench, tokens: int) -> None:
 def _trace(target: Target, seed: int) -> Scenario:
     """Requests come at random while others run, and leave after some tokens."""
     random = np.random.default_rng(seed)
-    longest = min(_prompt_tokens_max(target), 2 * target.batch_tokens_max, target.kv_tokens // 16)
+    longest = min(_prompt_tokens_max(target), target.batch_tokens_max, target.kv_tokens // 16)
     running_max = min(24, _requests_max(target, longest))
     arrivals: list[list[tuple[int, int]]] = []  # at each step: prompt and output tokens
     for _ in range(TRACE_STEPS):

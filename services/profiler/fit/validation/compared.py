@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from services.profiler.fit.grid import Floats
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -26,7 +28,9 @@ class Comparison:
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     """Relative errors |predicted / measured - 1|. ``level``: median of measured / predicted;
-    ``level_*`` are the errors once predictions are multiplied by it (None if that is not asked)."""
+    ``level_*`` are the errors once predictions are multiplied by it, ``offset_*`` once the median
+    of measured - predicted is added to them: an older engine has slower kernels, a slower host, or
+    both (None if that is not asked)."""
 
     source: str
     what: str
@@ -39,6 +43,8 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     level: float
     level_median: float | None
     level_p90: float | None
+    offset_median: float | None
+    offset_p90: float | None
     calibrated: str
     notes: tuple[str, ...]
 
@@ -51,7 +57,9 @@ def accuracy(one: Comparison) -> Accuracy:
     ratio = predicted / measured
     level = float(np.median(1 / ratio))
     median, p90 = _quantiles(ratio)
+    offset = float(np.median(measured - predicted))
     levels = _quantiles(ratio * level) if one.levelled else (None, None)
+    offsets = _quantiles(ratio + offset / measured) if one.levelled else (None, None)
     return Accuracy(
         source=one.source,
         what=one.what,
@@ -64,11 +72,13 @@ def accuracy(one: Comparison) -> Accuracy:
         level=round(level, 4),
         level_median=levels[0],
         level_p90=levels[1],
+        offset_median=offsets[0],
+        offset_p90=offsets[1],
         calibrated=one.calibrated,
         notes=tuple(one.notes),
     )
 
 
-def _quantiles(ratio: np.ndarray) -> tuple[float, float]:
+def _quantiles(ratio: Floats) -> tuple[float, float]:
     errors = np.abs(ratio - 1)
     return round(float(np.quantile(errors, 0.5)), 4), round(float(np.quantile(errors, 0.9)), 4)

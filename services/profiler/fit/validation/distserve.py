@@ -64,7 +64,9 @@ def compare_times(fitted: Fitted, folder: Path) -> Iterator[Comparison]:
                     decode.append((found_s * 1e3, known.decode_ms(batch, context)))
             for tokens in PROMPTS:
                 alone = Prefill(tokens=tokens, chunks=1, pairs=pairs(0, tokens), ending=1)
-                prompt.append((model.step_ps(0, 0, alone) / PS_PER_S * 1e3, known.prompt_ms(tokens)))
+                prompt.append(
+                    (model.step_ps(0, 0, alone) / PS_PER_S * 1e3, known.prompt_ms(tokens))
+                )
         for what, rows in (("decode step", decode), ("prompt", prompt)):
             yield Comparison(
                 SOURCE, f"{what}, engine {engine}", GPU, MODEL, rows, "nothing of it",
@@ -85,7 +87,10 @@ def compare_capacities(fitted: Fitted, folder: Path) -> Iterator[Comparison]:
                 error=UNKNOWN,
             )  # fmt: skip
             found = [
-                (float(kv_capacity_tokens(profile, gpu, Parallelism(int(tp), int(pp)))), float(most))
+                (
+                    float(kv_capacity_tokens(profile, gpu, Parallelism(int(tp), int(pp)))),
+                    float(most),
+                )
                 for model, tp, pp, most in rows
                 if model == name
             ]

@@ -1,11 +1,13 @@
-"""Whole engines of today: published ITLs of vLLM, and the end-to-end runs in aiconfigurator-core."""
+"""Whole engines of today: published ITLs of vLLM, and the runs in aiconfigurator-core."""
 
 import csv
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.profiler.fit.build import Fitted
+import msgspec
+
+from services.profiler.fit.build import CALIBRATION_GPU, Fitted, Tables, engine_overheads
 from services.profiler.fit.gpus import KINDS
 from services.profiler.fit.overheads import predicted_itl_ms
 from services.profiler.fit.published import CALIBRATED_ON, INPUT_TOKENS, ITLS, OUTPUT_TOKENS
@@ -23,8 +25,27 @@ QUEUED_MS = 4000.0
 the row says."""
 
 
-def published(fitted: Fitted) -> Iterator[Comparison]:
-    """Each model's rows on their own, since overheads were calibrated on one of them."""
+def published(tables: Tables, fitted: Fitted) -> Iterator[Comparison]:
+    """The rows that overheads were calibrated on, then each model's with the other's overheads."""
+    yield from (one for one in _published(fitted, CALIBRATED_ON) if one.model == CALIBRATED_ON)
+    yield from published_crossed(tables, fitted)
+
+
+def published_crossed(tables: Tables, fitted: Fitted) -> Iterator[Comparison]:
+    """Each model's rows with overheads that were calibrated on the other one's."""
+    for model in sorted({row.model for row in ITLS}):
+        overheads = engine_overheads(tables, model)
+        profiles = {
+            key: msgspec.structs.replace(profile, overheads=overheads)
+            for key, profile in fitted.profiles.items()
+            if key[0] == CALIBRATION_GPU
+        }
+        for one in _published(Fitted(profiles, fitted.gpus), model):
+            if one.model != model:
+                yield one
+
+
+def _published(fitted: Fitted, calibrated_on: str) -> Iterator[Comparison]:
     for model in sorted({row.model for row in ITLS}):
         rows = [row for row in ITLS if row.model == model]
         found = [
@@ -32,14 +53,14 @@ def published(fitted: Fitted) -> Iterator[Comparison]:
              row.itl_ms)
             for row in rows
         ]  # fmt: skip
-        own = model == CALIBRATED_ON
+        own = model == calibrated_on
         yield Comparison(
             PUBLISHED,
             f"ITL, batch {rows[0].batch} to {rows[-1].batch}",
             rows[0].gpu,
             model,
             found,
-            "overheads, on these very rows" if own else f"overheads, on {CALIBRATED_ON}",
+            "overheads, on these very rows" if own else f"overheads, on {calibrated_on}",
             notes=(f"{INPUT_TOKENS} in, {OUTPUT_TOKENS} out assumed",),
         )
 

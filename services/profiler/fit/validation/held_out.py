@@ -12,6 +12,7 @@ from itertools import groupby
 import msgspec
 import numpy as np
 
+from services.profiler.fit.attention import BATCH_MAX, CHUNKS_MAX, CONTEXT_MAX
 from services.profiler.fit.build import FP8_BYTES, Fitted, Tables
 from services.profiler.fit.gpus import KINDS, GpuKind
 from services.profiler.fit.grid import Floats
@@ -26,7 +27,7 @@ from shared.hardware import Parallelism
 
 SOURCE = "operator tables, held out"
 CALIBRATED = "all but these rows"
-BATCH_MAX, CONTEXT_MAX, TOKENS_MAX = 512, 32768, 16384
+TOKENS_MAX = KNOTS[-1]
 GEMM_SIZE_MIN = 512
 """Smaller matrices are in no model that is served."""
 
@@ -73,7 +74,7 @@ def steps(tables: Tables, fitted: Fitted, kind: GpuKind) -> Iterator[Comparison]
 
 def _step(row: AttentionRow) -> bool:
     if row.phase == "prefill":
-        return row.batch * row.tokens <= TOKENS_MAX
+        return row.batch <= CHUNKS_MAX and row.batch * row.tokens <= TOKENS_MAX
     return row.batch <= BATCH_MAX and row.tokens <= CONTEXT_MAX
 
 
@@ -108,5 +109,4 @@ def _predicted_us(model: StepModel, row: AttentionRow) -> float:
         pairs=row.batch * pairs(0, row.tokens),
         ending=row.batch,
     )
-    assert prompts.tokens <= KNOTS[-1]
     return model.step_ps(0, 0, prompts) / PS_PER_US

@@ -30,7 +30,7 @@ def operator_accuracy(tables: Tables, fitted: Fitted) -> Iterator[Accuracy]:
 def engine_accuracy(tables: Tables, fitted: Fitted) -> Iterator[Accuracy]:
     """On whole engines and layers measured by others; what is not at hand is left out, and
     ``missing`` says so."""
-    found: list[Iterable[Comparison]] = [engines.published(fitted)]
+    found: list[Iterable[Comparison]] = [engines.published(tables, fitted)]
     if (package := _package()) is not None:
         found.append(engines.runs(fitted, package))
     if tables.folder is not None:
@@ -69,22 +69,26 @@ def _package() -> Path | None:
 
 def table(rows: Sequence[Accuracy]) -> str:
     """For a terminal; sources as headings."""
-    head = f"{'what':38}{'GPU':9}{'model':22}{'rows':>6}{'median':>9}{'p90':>8}{'bias':>8}"
-    lines = [head + f"{'level':>7}{'median*':>9}{'p90*':>8}  calibrated on"]
+    head = f"{'what':34}{'GPU':9}{'model':20}{'rows':>6}{'median':>8}{'p90':>7}{'bias':>8}"
+    lines = [
+        head + f"{'level':>7}{'median*':>8}{'p90*':>7}{'median+':>8}{'p90+':>7}  calibrated on"
+    ]
     source = ""
     for row in rows:
         if row.source != source:
             source = row.source
             lines += ["", source]
-        levels = f"{_share(row.level_median):>9}{_share(row.level_p90):>8}"
+        levels = f"{_share(row.level_median):>8}{_share(row.level_p90):>7}"
+        levels += f"{_share(row.offset_median):>8}{_share(row.offset_p90):>7}"
         lines.append(
-            f"{row.what:38}{row.gpu:9}{row.model:22}{row.rows:6}{row.median:9.1%}{row.p90:8.1%}"
+            f"{row.what:34}{row.gpu:9}{row.model:20}{row.rows:6}{row.median:8.1%}{row.p90:7.1%}"
             f"{row.bias:+8.1%}{row.level:7.2f}{levels}  {row.calibrated}"
         )
     lines += [
         "",
         "median, p90: of |predicted / measured - 1|; bias: median of predicted / measured - 1;",
-        "level: median of measured / predicted; *: once predictions are multiplied by it",
+        "level: median of measured / predicted; *: once predictions are multiplied by it;",
+        "+: once the median of measured - predicted is added to them instead",
     ]
     return "\n".join(lines)
 

@@ -1,0 +1,70 @@
+"""Predicted tails: what they must rise and fall with for a ranking of plans to make sense."""
+
+from itertools import pairwise
+
+import pytest
+
+from services.scheduler.policies.capacity import ReplicaKind
+from services.scheduler.policies.joint_latency import Load, Tail, tails
+from shared.cost.limits import EngineLimits
+from shared.hardware import Parallelism
+from tests.unit.joint_cases import MadeUpRates
+
+LIMITS = EngineLimits()
+SOURCE = MadeUpRates()
+
+
+def tail(
+    *loads: tuple[float, float, float], tp: int = 4, pp: int = 1, horizon_s: float = 300.0
+) -> list[Tail]:
+    model = SOURCE.model(ReplicaKind("h100", "llama-2-70b", Parallelism(tp, pp), 8))
+    each = [Load(arrivals_rps=a, input_tokens=i, output_tokens=o) for a, i, o in loads]
+    return tails(model, each, LIMITS, horizon_s=horizon_s)
+
+
+def test_more_load_is_never_faster() -> None:
+    """Up to and through saturation, without a jump down or a number that is none."""
+    found = [tail((0.05 * 1.25**step, 800.0, 200.0))[0] for step in range(40)]
+    for less, more in pairwise(found):
+        assert more.ttft_s >= less.ttft_s * 0.999
+        assert more.tpot_s >= less.tpot_s * 0.999
+    assert found[0].utilisation < 0.1
+    assert found[-1].utilisation > 1
+    assert 0 < found[-1].ttft_s < 1e6
+
+
+def test_overload_waits_longer_the_longer_it_lasts() -> None:
+    """By half of what piles up within the horizon."""
+    rate = 40.0
+    short, long = (tail((rate, 800.0, 200.0), horizon_s=s)[0] for s in (60.0, 600.0))
+    assert short.utilisation == long.utilisation > 1
+    piled_s = (600.0 - 60.0) / 2 * (long.utilisation - 1)
+    assert long.ttft_s - short.ttft_s > piled_s
+
+
+def test_a_larger_replica_answers_sooner() -> None:
+    """At the same load: why two tp8 may beat four tp4 that carry more."""
+    small, large = (tail((1.0, 800.0, 200.0), tp=tp)[0] for tp in (4, 8))
+    assert large.tpot_s < small.tpot_s
+    assert large.ttft_s < small.ttft_s
+
+
+def test_a_longer_prompt_waits_longer_for_its_first_token() -> None:
+    """Types on one replica share its queue, and not their prompts."""
+    short, long = tail((1.0, 100.0, 100.0), (1.0, 6000.0, 100.0))
+    assert long.ttft_s > short.ttft_s
+    assert long.tpot_s == short.tpot_s
+
+
+def test_unlike_types_wait_for_each_other() -> None:
+    """The same mean length, once for all and once half short and half long."""
+    (alike,) = tail((3.0, 2000.0, 200.0))
+    short, _ = tail((1.5, 100.0, 200.0), (1.5, 3900.0, 200.0))
+    assert short.utilisation == pytest.approx(alike.utilisation)
+    (only_short,) = tail((3.0, 100.0, 200.0))
+    assert short.ttft_s > only_short.ttft_s
+
+
+def test_one_output_token_has_no_tpot() -> None:
+    """Nothing decodes."""
+    assert tail((2.0, 500.0, 1.0))[0].tpot_s == 0.0

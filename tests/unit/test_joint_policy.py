@@ -1,0 +1,222 @@
+"""Our policy: which plan it takes, when it moves, and what it says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from services.scheduler.policies.capacity import build
+from services.scheduler.policies.interface import Policy, Problem
+from services.scheduler.policies.joint import verify as packs
+from services.scheduler.policies.joint_choice import (
+    Candidate,
+    Judge,
+    candidates,
+    choose,
+    solve_capacity,
+)
+from services.scheduler.policies.joint_policy import OServe
+from services.scheduler.policies.joint_refine import neighbours, refine
+from services.scheduler.policies.verify import verify
+from shared.messages.plans import DeploymentPlan
+from tests.unit.joint_cases import MadeUpRates, offers, problem
+from tests.unit.test_joint import every_plan
+
+M, SMALL = "llama-2-70b", "llama-3.1-8b"
+FOUR = [(4.0, 600.0, 60.0), (2.0, 1500.0, 250.0), (1.0, 3000.0, 30.0), (0.5, 500.0, 900.0)]
+
+
+def four(scale: float) -> dict[str, list[tuple[float, float, float]]]:
+    return {M: [(scale * rate, tokens_in, tokens_out) for rate, tokens_in, tokens_out in FOUR]}
+
+
+def planned(case: Problem, policy: Policy | None = None) -> tuple[DeploymentPlan, str]:
+    """The plan, which must stand up to the check that all plans go through."""
+    answer = (policy or OServe(MadeUpRates())).plan(case)
+    assert answer.plan is not None, answer.reason
+    models = [model.model_id for model in case.models]
+    assert verify(answer.plan, case.offers, models) == []
+    return answer.plan, answer.reason
+
+
+def gpus_of(plan: DeploymentPlan) -> list[int]:
+    return sorted(len(spec.gpus) for spec in plan.replicas)
+
+
+def test_light_load_gets_large_replicas_and_heavy_load_many() -> None:
+    """Capacity that nobody needs is worth less than answers that come sooner."""
+    light, _ = planned(problem(four(0.5), offers(8)))
+    heavy, reason = planned(problem(four(2.6), offers(8)))
+    assert gpus_of(light)[-1] == 8
+    assert len(heavy.replicas) > len(light.replicas)
+    assert "times the demand could be served (proven best)" in reason
+
+
+@pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
+def test_no_plan_at_all_is_predicted_to_be_much_less_late(load: float) -> None:
+    """Candidates come from a few linear programs; every plan of 8 GPUs is judged beside them."""
+    table = build(problem(four(1.0), offers(8)), MadeUpRates())
+    most, _ = solve_capacity(table, [M], time_limit_s=10.0)
+    assert most is not None
+    case = problem(four(load * most.objective), offers(8))
+    table = build(case, MadeUpRates())
+    best, wanted = solve_capacity(table, [M], time_limit_s=10.0)
+    assert best is not None
+    judge = Judge(problem=case, table=table, source=MadeUpRates(), horizon_s=300.0)
+    chosen = refine(judge, choose(candidates(judge, best, wanted, time_limit_s=10.0)))
+    least = min(judge.dispatched(counts).lateness for counts in every_plan(table, (M,)))
+    assert chosen.lateness <= 1.06 * least
+    assert packs(table, chosen.counts, wanted=(M,)) == []
+
+
+def test_neighbours_use_no_more_gpus_and_fit() -> None:
+    """Steps between plans stay among plans."""
+    table = build(problem({M: FOUR, SMALL: FOUR}, offers(16)), MadeUpRates())
+    best, _ = solve_capacity(table, [M, SMALL], time_limit_s=10.0)
+    assert best is not None
+    gpus = sum(column.shape.gpus * count for column, count in best.counts.items())
+    around = list(neighbours(table, best.counts))
+    assert around
+    for counts in around:
+        assert packs(table, counts, wanted=(M, SMALL)) == []
+        assert sum(column.shape.gpus * count for column, count in counts.items()) <= gpus
+
+
+def test_of_plans_that_are_about_as_late_the_roomier_is_taken() -> None:
+    """GPUs that idle help nobody."""
+
+    def candidate(headroom: float, lateness: float) -> Candidate:
+        return Candidate(
+            counts={}, shares=np.zeros((0, 0)), headroom=headroom, lateness=lateness
+        )  # fmt: skip
+
+    tight, roomy, late = candidate(1.0, 0.50), candidate(2.0, 0.52), candidate(9.0, 0.6)
+    assert choose([tight, roomy, late]) is roomy
+
+
+def test_it_stays_with_what_it_planned() -> None:
+    """The same demand again: nothing moves, not even a weight."""
+    case = problem(four(2.0), offers(16))
+    plan, _ = planned(case)
+    again, reason = planned(replace(case, in_force=plan))
+    assert again is plan
+    assert "its weights still fit" in reason
+
+
+def test_new_weights_cost_nothing_and_are_taken() -> None:
+    """The replicas in force stay under another mix, and are told the new shares."""
+    case = problem(four(2.0), offers(16))
+    plan, _ = planned(case)
+    skewed = {name: dict.fromkeys(row, 0.0) for name, row in plan.weights.items()}
+    for row in skewed.values():
+        row[plan.replicas[0].replica_id] = 1.0
+    bent = replace_weights(plan, skewed)
+    answer, reason = planned(replace(case, in_force=bent))
+    if len(plan.replicas) > 1:
+        assert "weights change by up to" in reason
+    assert answer.replicas == plan.replicas
+    assert answer.weights == plan.weights
+
+
+def replace_weights(plan: DeploymentPlan, weights: dict[str, dict[str, float]]) -> DeploymentPlan:
+    return DeploymentPlan(plan_id="bent", replicas=plan.replicas, weights=weights)
+
+
+def test_it_moves_when_the_demand_outgrows_the_plan() -> None:
+    """Two large replicas that answered soonest cannot carry the rush."""
+    light, _ = planned(problem(four(0.3), offers(16)))
+    rush = problem(four(5.0), offers(16), in_force=light)
+    plan, reason = planned(rush, OServe(MadeUpRates(), switch_s=5.0))
+    assert plan.replicas != light.replicas
+    assert "pays back" in reason
+    assert "does not pay back" not in reason
+
+
+def test_it_does_not_move_when_the_switch_costs_more_than_it_brings() -> None:
+    """The gain is there and the time to earn it back is not; the reason has both sums."""
+    light, _ = planned(problem(four(0.3), offers(16)))
+    rush = problem(four(5.0), offers(16), in_force=light)
+    plan, reason = planned(rush, OServe(MadeUpRates(), switch_s=299.0))
+    assert plan.replicas == light.replicas
+    assert "does not pay back" in reason
+    assert "for 1 s against" in reason
+    assert "while switching for 299.0 s" in reason
+
+
+def test_a_gain_within_the_error_of_prediction_is_no_reason() -> None:
+    """Or the plan would flap with the noise of the forecast."""
+    case = problem(four(2.0), offers(16))
+    plan, _ = planned(case)
+    for wobble in (0.97, 1.03):
+        again, _ = planned(replace(problem(four(2.0 * wobble), offers(16)), in_force=plan))
+        assert again.replicas == plan.replicas
+
+
+def test_switch_time_is_that_of_the_slowest_new_replica() -> None:
+    """Unless the operator's switcher is faster and says so."""
+    light, _ = planned(problem(four(0.3), offers(16)))
+    _, reason = planned(problem(four(5.0), offers(16), in_force=light))
+    assert "switching for" in reason
+    shown = float(reason.split("while switching for ")[1].split(" s")[0])
+    assert shown > 20.0  # the made-up engine starts in 20 s and then reads its weights
+
+
+def test_lost_gpus_are_planned_around_at_once() -> None:
+    """No payback test holds back the repair of what is gone."""
+    case = problem(four(1.0), offers(16))
+    plan, _ = planned(case)
+    left = case.offers[1:]
+    answer, _ = planned(replace(case, offers=left, in_force=plan))
+    assert {gpu for spec in answer.replicas for gpu in spec.gpus} <= {o.gpu_id for o in left}
+
+
+def test_two_models_share_by_need() -> None:
+    """The one that needs more gets more, and the idle one keeps a replica."""
+    case = problem({M: FOUR, SMALL: []}, offers(16))
+    plan, _ = planned(case)
+    own: dict[str, int] = {}
+    for spec in plan.replicas:
+        own[spec.model_id] = own.get(spec.model_id, 0) + len(spec.gpus)
+    assert own[M] > own[SMALL] > 0
+
+
+def test_two_kinds_of_gpu_are_planned_side_by_side() -> None:
+    """A replica never mixes them."""
+    gpus = (*offers(8), *offers(4, kind="other"))
+    plan, _ = planned(problem({M: FOUR}, gpus))
+    for spec in plan.replicas:
+        assert len({gpu.split("-")[0] for gpu in spec.gpus}) == 1
+
+
+def test_more_models_than_gpus_serves_what_it_can_and_says_so() -> None:
+    """On two GPUs the large model or the small one, not both."""
+    plan, reason = planned(problem({M: [(1.0, 100, 100)], SMALL: [(1.0, 100, 100)]}, offers(2)))
+    assert {spec.model_id for spec in plan.replicas} < {M, SMALL}
+    assert "no GPUs for " in reason
+
+
+def test_overload_zero_demand_and_no_room_are_no_exceptions() -> None:
+    """Each has a plan or a reason, also with one type only."""
+    policy = OServe(MadeUpRates())
+    plan, reason = planned(problem({M: [(500.0, 600.0, 60.0)]}, offers(8)), policy)
+    assert plan.replicas
+    assert "at most 0." in reason
+    plan, _ = planned(problem({M: [], SMALL: []}, offers(8)), policy)
+    assert {spec.model_id for spec in plan.replicas} == {M, SMALL}
+    lone = policy.plan(problem(four(1.0), offers(1)))
+    assert lone.plan is None
+    assert lone.reason == f"{M} fits no shape on the GPUs on offer"
+    assert policy.plan(problem(four(1.0), ())).plan is None
+    partly = policy.plan(problem({M: [(1.0, 100, 100), (0.1, 3e6, 3e6)]}, offers(8)))
+    assert partly.plan is not None
+    assert "no shape on offer holds llama-2-70b type 1" in partly.reason
+
+
+def test_same_problem_same_plan() -> None:
+    """A replayed run must not differ because the solver was in another mood."""
+    case = problem({M: FOUR, SMALL: [(3.0, 200.0, 200.0)]}, offers(16))
+    first, second = OServe(MadeUpRates()).plan(case), OServe(MadeUpRates()).plan(case)
+    assert first == second
+    assert first.plan is not None
+    for row in first.plan.weights.values():
+        assert sum(row.values()) == pytest.approx(1.0, abs=1e-9)
