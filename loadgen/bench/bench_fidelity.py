@@ -38,6 +38,7 @@ from shared.models import ModelSpec
 TRACES = Path(os.environ.get("OSERVE_TRACES", "../shared/traces"))
 TRACE = "azure2023_code_conv.csv.gz"
 SETTLE_S = 3.0
+READY_S = 180.0  # big models load for more than a minute, in real time
 Floats = npt.NDArray[np.float64]
 
 
@@ -92,7 +93,7 @@ def compared(real: Latencies, simulation: Latencies) -> dict[str, Any]:
 
 def real_time(mesh: MeshConfig, records: list[TraceRecord]) -> Latencies:
     """Replay the records against a mesh of real processes."""
-    with Rig(mesh=mesh, pinned=False, log_requests=False) as rig:
+    with Rig(mesh=mesh, pinned=False, log_requests=False, ready_timeout_s=READY_S) as rig:
         options = ClientOptions(url=rig.url, model=mesh.model.model_id)
 
         async def replay() -> list[RequestResult]:

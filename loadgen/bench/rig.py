@@ -62,9 +62,11 @@ class Rig:
         log_requests: bool = True,
         mesh: MeshConfig | None = None,
         pinned: bool = True,
+        ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         """``mesh``: this topology, in place of ``gpus`` small replicas of a modelled engine with
         the settings ``engine``. Not ``pinned``: every process may use every core."""
+        self._ready_timeout_s = ready_timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="oserve-bench-"))
         self._engine, self._gpus, self._mesh, self._pinned = engine, gpus, mesh, pinned
         self._broker_port, self.port = free_port(), free_port()
@@ -163,7 +165,7 @@ class Rig:
         )
 
     def _wait_ready(self) -> None:
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        deadline_s = time.monotonic() + self._ready_timeout_s
         while time.monotonic() < deadline_s:
             for name, process in self.processes.items():
                 if process.poll() is not None:
@@ -175,4 +177,4 @@ class Rig:
                         return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)
-        raise RuntimeError(f"the mesh was not ready within {READY_TIMEOUT_S} s")
+        raise RuntimeError(f"the mesh was not ready within {self._ready_timeout_s} s")

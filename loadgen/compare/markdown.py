@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from loadgen.compare.outcome import METRICS, Cell, Comparison
-from loadgen.compare.words import LOSES, NOTHING, number, ratio_words, with_interval
+from loadgen.compare.words import LOSES, NOTHING, number, ratio_words, summary, with_interval
 from loadgen.report_table import milliseconds
 
 _DEFINITIONS = """\
@@ -41,6 +41,8 @@ def report_page(comparison: Comparison, pictures: Mapping[str, str], note: str =
     parts = (
         "# Comparison of policies\n",
         *_about(comparison),
+        "\n## In short\n",
+        *(f"- {sentence}" for sentence in summary(comparison.cells)),
         "\n## Findings\n",
         *_findings(comparison),
         "\n## Results\n",

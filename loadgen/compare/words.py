@@ -6,6 +6,12 @@ from loadgen.compare.outcome import BY_NAME, DECISIVE, OURS, Cell, Metric, Versu
 from loadgen.compare.statistics import Estimate
 
 NOTHING = "-"
+_HEADLINES = ("goodput_rps", "e2e_ms_p99")
+_STANDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("worse than", ("worse",)),
+    ("better than", ("better",)),
+    ("not to be told apart from", ("even", "unknown")),
+)
 LOSES = "LOSES"
 
 
@@ -63,6 +69,31 @@ def findings(cells: Sequence[Cell]) -> tuple[str, ...]:
     losses = [sentence for sentence in sentences if LOSES in sentence]
     others = [sentence for sentence in sentences if LOSES not in sentence]
     return (*(losses or [_no_loss(cells)]), *others)
+
+
+def summary(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """One sentence for each load, policy of ours and headline metric: better than whom, worse."""
+    sentences: list[str] = []
+    for cell in cells:
+        others = [o for o in cells if o.load == cell.load and not is_ours(o.policy)]
+        if not is_ours(cell.policy) or not others:
+            continue
+        for name in _HEADLINES:
+            pairs = [(o.policy, versus(BY_NAME[name], cell.runs, o.runs)) for o in others]
+            parts = [
+                f"{words} {', '.join(_named(policy, pair) for policy, pair in found)}"
+                for words, verdicts in _STANDINGS
+                if (found := [entry for entry in pairs if entry[1].verdict in verdicts])
+            ]
+            title = BY_NAME[name].title
+            sentences.append(
+                f"At load {cell.load:g}, {cell.policy} on {title}: {'; '.join(parts)}."
+            )
+    return tuple(sentences)
+
+
+def _named(policy: str, pair: Versus) -> str:
+    return policy if pair.ratio is None else f"{policy} (x{pair.ratio.mean:.3f})"
 
 
 def _no_loss(cells: Sequence[Cell]) -> str:

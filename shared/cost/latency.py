@@ -9,7 +9,11 @@ Two queues in a row, each with its textbook approximation:
   (1 - u) * (1 + cv2) / 2`` at utilisation ``u`` (Sakasegawa, 1977; Allen and Cunneen).
 
 The batch that decodes at the load follows from Little's law and the steady state
-(``shared/cost/steady.py``): more load, larger batch, longer steps. Waits are taken to have an
+(``shared/cost/steady.py``): more load, larger batch, longer steps. That batch fluctuates, and since
+its rate flattens as it grows, fluctuations lengthen the mean step: by c / D to second order, where
+ITL grows by c with each request and D is the step of a lone one (the batch's variance being
+B ITL / D, van Kampen's linear noise approximation). Only backlogs of prompts let it drift so far,
+hence the share of time in which there are prompts as a weight. Waits are taken to have an
 exponential tail, as they do near saturation (Kingman, 1961); the spread of a prompt's own time is
 left out, so that the tail is short at low load.
 """
@@ -70,7 +74,10 @@ def _latency(
     busier = max(load, used)
     if busier >= 1:
         return _overloaded(busier)
-    decode_s = (work.output_tokens - 1) * state.itl_s
+    lone_s = steady(model, 1, work, limits).step_s
+    slope_s = max(0.0, state.itl_s - lone_s) / max(1.0, state.batch)
+    tpot_s = state.itl_s * (1 + load * slope_s / lone_s)
+    decode_s = (work.output_tokens - 1) * tpot_s
     wait_s = _prompt_wait_s(load, state.prompt_s, cv2) + _seat_wait_s(used, seats, decode_s, cv2)
     ttft_s = state.ttft_s + wait_s
     return Latency(
@@ -78,7 +85,7 @@ def _latency(
         batch=state.batch,
         ttft_s=ttft_s,
         ttft_s_p99=state.ttft_s + _tail_s(wait_s, busier),
-        tpot_s=state.itl_s,
+        tpot_s=tpot_s,
         e2e_s=ttft_s + decode_s,
     )
 

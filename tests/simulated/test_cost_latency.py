@@ -71,7 +71,7 @@ def simulate(model: CostModel, per_s: float, *, prompt_tokens: int, output_token
         ("tp4", 200, 150, 0.10),
         ("tp4pp2", 200, 150, 0.10),
         # Long prompts come in bursts, which who decodes feels more than the mean step shows.
-        ("tp4", 4000, 60, 0.25),
+        ("tp4", 4000, 60, 0.20),
     ],
 )
 def test_estimates_are_what_the_batch_scheduler_does(

@@ -85,7 +85,7 @@ def test_without_demand_models_are_judged_by_nominal_lengths() -> None:
 
 
 def test_caution_adds_the_error_that_forecasts_have_had() -> None:
-    """What is forecast badly is planned for with more room; what has no error yet is taken as is."""
+    """What is forecast badly is planned for with more room; what has no error yet, as is."""
     case = problem({M: [(2.0, 100.0, 100.0), (2.0, 100.0, 100.0)]}, offers(4))
     sure, unsure = case.models[0].types
     unsure = structs.replace(unsure, error_rps_mae=0.4)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loadgen.simulator.llumnix import (
     PAUSE_S,
@@ -88,3 +90,38 @@ def test_order_of_replicas_does_not_matter() -> None:
         view("b", [("q", 5)], kv_free=3),
     ]
     assert migrations(loads, 1.0) == migrations(loads[::-1], 1.0)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 2000), max_size=6),
+            st.integers(0, 5000),
+            st.integers(0, 3),
+            st.booleans(),
+        ),
+        max_size=8,
+    )
+)
+def test_whatever_the_loads(drawn: list[tuple[list[int], int, int, bool]]) -> None:
+    """A request would be sent twice, to its own replica, or to one without room for it."""
+    loads = {
+        f"r{i}": view(
+            f"r{i}",
+            [(f"r{i}-{n}", tokens) for n, tokens in enumerate(held)],
+            kv_free=free, waiting=waiting, kv_waiting=50 * waiting, busy=busy,
+        )
+        for i, (held, free, waiting, busy) in enumerate(drawn)
+    }  # fmt: skip
+    moves = migrations(list(loads.values()), 0.0)
+    ends = [end for move in moves for end in (move.from_id, move.to_id)]
+    assert len(ends) == len(set(ends))
+    for move in moves:
+        giver, taker = loads[move.from_id], loads[move.to_id]
+        assert not giver.busy
+        assert not taker.busy
+        assert (move.key, move.kv_tokens) in giver.requests
+        assert move.kv_tokens == min(tokens for _, tokens in giver.requests)
+        assert giver.remaining_tokens < REMAINING_TOKENS_MIN
+        left = taker.kv_free - taker.kv_waiting - move.kv_tokens
+        assert left >= REMAINING_TOKENS_MIN * (taker.running + taker.waiting + 1)

@@ -12,7 +12,7 @@ from loadgen.compare.markdown import report_page
 from loadgen.compare.outcome import BY_NAME, METRICS, Comparison, versus
 from loadgen.compare.pictures import can_draw, draw_all, picture_load
 from loadgen.compare.table import comparison_tables
-from loadgen.compare.words import number, with_interval
+from loadgen.compare.words import number, summary, with_interval
 from tests.support.comparisons import comparison_of, metrics_of
 
 NOISE = (-0.1, 0.0, 0.1)
@@ -49,6 +49,7 @@ def test_a_tail_that_never_ended_is_a_loss() -> None:
     (pair,) = [p for p in found.cell("oserve", 1.0).versus if p.metric == "e2e_ms_p99"]
     assert pair.verdict == "worse"
     assert "E2E P99 never ended against 900 ms" in found.findings[0]
+    assert summary(found.cells)[1] == "At load 0.5, oserve on E2E P99: worse than static-best."
     back = versus(
         BY_NAME["e2e_ms_p99"],
         found.cell("static-best", 1.0).runs,

@@ -16,7 +16,7 @@ from shared.cost.files import (
     write_gpu,
     write_profile,
 )
-from shared.cost.library import gpu_facts, known, known_gpus, load_profile
+from shared.cost.library import SHIPPED, gpu_facts, known, known_gpus, load_profile
 from shared.cost.model import cost_model
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
@@ -230,3 +230,14 @@ def test_one_replica_has_one_cost_model(library: Path) -> None:
     assert one.kv_tokens == 746
     assert one.start_s == pytest.approx(11.7416)
     assert cost_model("toy", "small", Parallelism(tp=2), nodes=2, folders=[library]) is not one
+
+
+def test_shipped_profiles_are_whole() -> None:
+    """A user would be the first to find that a profile cannot be read, or stands in the wrong
+    place; or a text edited by hand would change when it is fitted again."""
+    for gpu in known_gpus():
+        assert dump_gpu(gpu_facts(gpu)) == (SHIPPED / gpu / "gpu.toml").read_text(encoding="utf-8")
+    for gpu, model in known():
+        path = SHIPPED / gpu / f"{model}.toml"
+        assert dump_profile(load_profile(gpu, model)) == path.read_text(encoding="utf-8")
+        assert gpu in known_gpus(), f"{gpu} has profiles, but no gpu.toml"

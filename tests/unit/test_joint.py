@@ -10,7 +10,7 @@ import pytest
 from services.scheduler.policies.capacity import Column, Pool, Table
 from services.scheduler.policies.flow import best_flow
 from services.scheduler.policies.interface import GpuOffer
-from services.scheduler.policies.joint import Solution, Terms, best_joint, verify
+from services.scheduler.policies.joint import GAP_MAX, Solution, Terms, best_joint, verify
 from shared.hardware import Parallelism
 from tests.unit.joint_cases import offers, table
 
@@ -55,7 +55,7 @@ def test_two_types_get_the_two_shapes_that_suit_them() -> None:
     assert shapes(found) == {f"{M} tp1pp1": 4, f"{M} tp4pp1": 1}
     assert found.objective == pytest.approx(1.0)
     assert found.optimal
-    assert found.bound == pytest.approx(found.objective, rel=1e-5)
+    assert found.bound == pytest.approx(found.objective, rel=2 * GAP_MAX)
     assert found.shares.sum(axis=0) == pytest.approx([1.0, 1.0])
 
 
@@ -80,7 +80,7 @@ def test_no_plan_on_eight_gpus_has_more_headroom(seed: int) -> None:
         best = max(best, flow.headroom)
     found = solved(case, wanted=models)
     assert best > 0
-    assert found.objective == pytest.approx(best, rel=1e-5)
+    assert found.objective == pytest.approx(best, rel=2 * GAP_MAX)
 
 
 def test_a_replica_never_straddles_nodes_with_its_tensor_ranks() -> None:

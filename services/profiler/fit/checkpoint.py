@@ -52,10 +52,14 @@ class _Config:
         return ConfigInvalid(field=f"{self._path}: {field}", value=value, remedy=remedy)
 
     def architectures(self) -> list[str]:
-        found = cast("object", self._fields.get("architectures"))
-        if not isinstance(found, list) or not found:
-            raise self.invalid("architectures", found, 'name one, such as ["LlamaForCausalLM"]')
-        return [str(name) for name in cast("list[object]", found)]
+        found: object = self._fields.get("architectures")
+        names = (
+            [str(name) for name in cast("list[object]", found)] if isinstance(found, list) else []
+        )
+        if not names:
+            remedy = 'name one, such as ["LlamaForCausalLM"]'
+            raise self.invalid("architectures", cast("object", found), remedy)
+        return names
 
     def count(self, field: str, default: int | None = None) -> int:
         value = self._fields.get(field, default)

@@ -36,7 +36,7 @@ from services.scheduler.policies.costs import RANKS, STAGES
 from services.scheduler.policies.flow import Array
 
 Goal = Literal["headroom", "gentle", "served"]
-GAP_MAX = 1e-6
+GAP_MAX = 1e-4
 NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the machine's speed
 ROUNDING = 1e-9
 

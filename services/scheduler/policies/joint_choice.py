@@ -37,7 +37,7 @@ from services.scheduler.policies.joint_latency import Load, Tail, tails
 from shared.cost.model import CostModel
 
 LOAD_MAX = 0.9  # beyond, waiting grows faster than any shape can make up for
-LOADS = 6  # steps from the load at greatest headroom to ``LOAD_MAX``
+LOADS = 4  # steps from the load at greatest headroom to ``LOAD_MAX``
 TIE = 0.05  # lateness that differs less is a tie: its prediction is no better
 NOTHING = 1e-9  # headroom or requests/s: a solver's zero
 SLACK = 1.02  # of the first step: at exactly 1 / t* rounding may leave nothing feasible

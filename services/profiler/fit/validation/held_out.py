@@ -4,6 +4,9 @@ A held-out attention row is put into a whole step: projections, all-reduces and 
 have them with nothing held out, the attention as this row measured it, no overheads. The profile
 predicts the same step. So what is judged is the form of the model (curves through knots, attention
 linear in requests and tokens) and its coefficients, on rows that they were not fitted to.
+
+Matrices of sizes between those measured are interpolated on both sides; ``gemms_between`` judges
+that.
 """
 
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from services.profiler.fit.gpus import KINDS, GpuKind
 from services.profiler.fit.grid import Floats
 from services.profiler.fit.layer import KNOTS, Shard, collective_us, dense_us, head_us
 from services.profiler.fit.overheads import NONE
-from services.profiler.fit.rows import AttentionRow, GemmRow
+from services.profiler.fit.rows import AttentionRow, GemmRow, chosen
 from services.profiler.fit.tables import GemmTable
 from services.profiler.fit.validation.compared import Comparison
 from shared.cost.profile import Profile
@@ -42,16 +45,42 @@ def gemms(tables: Tables, kind: GpuKind) -> Comparison:
             (row for row in rows.gemms if row.precision == precision and _counts(row)),
             key=lambda row: (row.n, row.k, row.m),
         )
-        for (n, k), group in groupby(held_out, key=lambda row: (row.n, row.k)):
-            ones = list(group)
-            ms: Floats = np.array([row.m for row in ones], dtype=np.float64)
-            predicted = table.us(ms, n, k).tolist()
-            found += [(us, row.us) for us, row in zip(predicted, ones, strict=True)]
+        found += _against(table, held_out)
     return Comparison(SOURCE, "one GEMM", kind.name, "", found, CALIBRATED)
 
 
+def gemms_between(tables: Tables, kind: GpuKind) -> Comparison:
+    """Whole matrix sizes left out, and interpolated from others: what models of other sizes get."""
+    found: list[tuple[float, float]] = []
+    for precision in ("bfloat16", "fp8") if kind.fp8 else ("bfloat16",):
+        rows = [row for row in tables.rows(kind).gemms if row.precision == precision]
+        left_out = [row for row in rows if chosen("matrix", row.n, row.k)]
+        table = GemmTable((row for row in rows if not chosen("matrix", row.n, row.k)), precision)
+        counted = sorted(
+            (row for row in left_out if min(row.n, row.k) >= GEMM_SIZE_MIN and _step_size(row)),
+            key=lambda row: (row.n, row.k, row.m),
+        )
+        found += _against(table, counted)
+    return Comparison(
+        SOURCE, "one GEMM of unmeasured size", kind.name, "", found, "all but these sizes"
+    )
+
+
+def _against(table: GemmTable, rows: list[GemmRow]) -> Iterator[tuple[float, float]]:
+    """``rows`` sorted by matrix."""
+    for (n, k), group in groupby(rows, key=lambda row: (row.n, row.k)):
+        ones = list(group)
+        ms: Floats = np.array([row.m for row in ones], dtype=np.float64)
+        for row, us in zip(ones, table.us(ms, n, k).tolist(), strict=True):
+            yield us, row.us
+
+
+def _step_size(row: GemmRow) -> bool:
+    return row.m <= TOKENS_MAX
+
+
 def _counts(row: GemmRow) -> bool:
-    return row.held_out and min(row.n, row.k) >= GEMM_SIZE_MIN and row.m <= TOKENS_MAX
+    return row.held_out and min(row.n, row.k) >= GEMM_SIZE_MIN and _step_size(row)
 
 
 def steps(tables: Tables, fitted: Fitted, kind: GpuKind) -> Iterator[Comparison]:

@@ -1,5 +1,5 @@
 """Whole engines that are not vLLM of today: prompts of Llama-3.1-8B by the authors of SageServe,
-and TGI under closed-loop users by IBM. Levels are theirs; what can be compared is how times grow."""
+and TGI under closed-loop users by IBM. What can be compared is how times grow, not their level."""
 
 from collections import defaultdict
 from collections.abc import Iterator

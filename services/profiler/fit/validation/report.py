@@ -23,6 +23,7 @@ def operator_accuracy(tables: Tables, fitted: Fitted) -> Iterator[Accuracy]:
     for name in sorted(fitted.gpus):
         kind = KINDS[name]
         yield accuracy(held_out.gemms(tables, kind))
+        yield accuracy(held_out.gemms_between(tables, kind))
         for one in held_out.steps(tables, fitted, kind):
             yield accuracy(one)
 
