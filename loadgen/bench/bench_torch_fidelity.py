@@ -1,9 +1,10 @@
 """Whether a measured profile tells what the engine does.
 
-``python -m loadgen.bench.bench_torch_fidelity`` sweeps the torch engine on a made checkpoint, then runs the same Poisson arrivals through that
-engine in real time and through the modelled engine with the measured profile in virtual time, and
-prints mean and p99 of TTFT, TPOT and E2E of both. Times in which the thread waited for a CPU that
-others had are taken off the real run, as they are in the sweep.
+``python -m loadgen.bench.bench_torch_fidelity`` sweeps the torch engine on a made checkpoint, then
+runs the same Poisson arrivals through that engine in real time and through the modelled engine with
+the measured profile in virtual time. Prints mean and p99 of TTFT, TPOT and E2E of both, and the
+errors. Times in which the thread waited for a CPU that others had are taken off the real run, as
+they are in the sweep.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from shared.slo import SloTarget
 
 Floats = npt.NDArray[np.float64]
 SETTLED_SHARE = 0.99
+MESSAGES_S = 0.1  # what a switch that moves nothing takes at most
 QUANTILES = tuple(round(i / 100, 2) for i in range(1, 101))
 """Of the distributions kept for pictures."""
 
@@ -151,7 +152,8 @@ def measure(
 
 
 def _moments(switches: Sequence[Switch], began: str) -> Iterator[Moment]:
-    """A change that took no time and kept the plan's words changed shares alone."""
+    """A change that kept the plan's words, and took no longer than its messages, changed shares
+    alone: a replica takes longer to start anywhere."""
     standing = began
     for switch in switches:
         yield Moment(
@@ -159,7 +161,7 @@ def _moments(switches: Sequence[Switch], began: str) -> Iterator[Moment]:
             took_s=switch.took_s,
             succeeded=switch.succeeded,
             plan=switch.plan,
-            moved=switch.took_s > 0.0 or switch.plan != standing,
+            moved=switch.took_s > MESSAGES_S or switch.plan != standing,
             reason=switch.reason,
         )
         standing = switch.plan if switch.succeeded else standing

@@ -13,7 +13,13 @@ from loadgen.report_table import milliseconds
 
 _LOSSES_MAX = 20
 _COLOURS = {"better": "green", "worse": "red"}
-_RESOURCES = ("throughput_rps", "completed_share", "gpu_hours", "switches", "switch_s")
+_RESOURCES = {
+    "throughput_rps": "requests/s",
+    "completed_share": "completed",
+    "gpu_hours": "GPU-hours",
+    "switches": "switches",
+    "switch_s": "switching s",
+}
 
 
 def comparison_tables(comparison: Comparison) -> RenderableType:
@@ -81,11 +87,8 @@ def _milliseconds(cell: Cell, name: str) -> str:
 def _resources(cells: Sequence[Cell]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy", overflow="fold", min_width=14)
-    for name in _RESOURCES:
-        unit = BY_NAME[name].unit
-        title = BY_NAME[name].title
-        shown = f"{title}, {unit}" if unit not in ("", "share") else title
-        table.add_column(shown, justify="right")
+    for title in _RESOURCES.values():
+        table.add_column(title, justify="right")
     for cell in cells:
         values = (
             NOTHING if (value := cell.values[name]) is None

@@ -14,6 +14,7 @@ from loadgen.simulator import source as ingress
 from loadgen.simulator.engines import Engines
 from loadgen.simulator.faults import Weather
 from loadgen.simulator.jobs import slow_job
+from loadgen.simulator.migration import Migrator
 from loadgen.simulator.observer import INPUTS as OBSERVED
 from loadgen.simulator.observer import Observer
 from loadgen.simulator.oracle import INPUTS as FORESEEN
@@ -66,6 +67,8 @@ class Cluster:
     def __init__(self, spec: SimulationSpec) -> None:
         self.spec = spec
         self.mesh = spec.mesh.checked()
+        for traffic in spec.traffic:
+            self.mesh.model_of(traffic.model_id)
         self.arrivals = list(_merged(spec.traffic))
         self.paces = paces(spec)
         self.observer = Observer()
@@ -81,6 +84,7 @@ class Cluster:
         self.limits = limits_of(self.mesh.engine.modelled)
         self.fleet: list[Engines] = []
         self._model_ids = tuple(model.model_id for model in self.mesh.models)
+        self.migrator: Migrator | None = None
         self._booted = False
         self._add_services()
         for host in self.mesh.nodes:
@@ -94,8 +98,7 @@ class Cluster:
         assert in_force is not None, "no plan came into force"
         assert in_force.replicas, f"the first plan has no replica: {in_force.reason}"
         self._booted = True
-        self.observer.account(BOOT_S)
-        self.observer.gpu_seconds = 0.0
+        self.observer.begin(BOOT_S)
         self.world.plan([dataclasses.replace(i, at_s=i.at_s + BOOT_S) for i in self.spec.incidents])
 
     def serve(self) -> float:

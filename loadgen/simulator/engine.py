@@ -8,6 +8,7 @@ from services.worker.engine.batching import Batch
 from services.worker.engine.batching_types import Sequence as Running
 from services.worker.engine.interface import EngineLoad
 from services.worker.events import EndedAttempt, RequestsEnded
+from shared.errors import Rejected
 from shared.messages.plans import ReplicaSpec
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
 from shared.subjects import TOKEN_CHUNKS
@@ -21,6 +22,10 @@ class Owner(Protocol):
 
     @property
     def incarnation(self) -> str: ...
+
+    def resume(self, engine: "Engine") -> None: ...
+    def refuse(self, request: SubmitRequest, error: Rejected) -> None: ...
+    def show(self, engine: "Engine", run: "Run", out: "Outgoing", *, done: int = 0) -> None: ...
 
 
 @dataclass(slots=True)
@@ -51,6 +56,7 @@ class Engine:
     requests_total: int = 0
     step_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict[str, Run])
+    away: dict[str, "Engine"] = field(default_factory=dict[str, "Engine"])  # ours that run there
 
     @property
     def replica_id(self) -> str:
@@ -58,14 +64,14 @@ class Engine:
 
     def done(self, now_ps: int) -> int:
         """Steps of the leap under way that have ended by now, and of which the batch will only
-        hear at the leap's end."""
+        hear at the leap's end. The last one, in which requests may end, it hears of itself."""
         if self.steps <= 1:
             return 0
         plan = self.batch.plan()
         assert plan is not None, "a leap without a plan"
         elapsed_ps = now_ps - self.since_ps
         steps, end_ps = plan.steps_until(elapsed_ps)
-        return min(self.steps, steps if end_ps <= elapsed_ps else steps - 1)
+        return min(self.steps - 1, steps if end_ps <= elapsed_ps else steps - 1)
 
     def load(self, now_ps: int) -> EngineLoad:
         """As the engine would report it now."""
@@ -110,3 +116,12 @@ class Outgoing:
             owner.port.publish(TOKEN_CHUNKS.send(message, ingress_id=ingress_id))
         for home, ended in self.ended.items():
             home.owner.port.feed(RequestsEnded(ended=tuple(ended)))
+
+
+def recall(home: Engine) -> None:
+    """Nobody speaks for its requests any more: end those that run elsewhere."""
+    for key, place in home.away.items():
+        if place.runs.pop(key, None) is not None:
+            place.owner.resume(place)
+            place.batch.abort(key)
+    home.away.clear()

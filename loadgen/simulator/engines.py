@@ -3,15 +3,16 @@
 Each replica runs the production batching core (services/worker/engine/batching.py) under the cost
 model's step times. Steps in which nothing but counts changes are taken in one leap, and a request's
 tokens leave in two chunks, the first token and the rest: nothing happens per token. Whoever could
-notice gets the truth in time: before a replica is drained, stopped or dies, and before an abort,
-``flush`` sends every token that was made until then. With ``streaming`` each step is taken by
-itself and its tokens leave at once, as in production, for worlds in which messages get lost.
+notice gets the truth in time: before a replica is drained, stopped, cut off, stalled or dies, and
+before an abort, ``flush`` sends every token that was made until then. With ``streaming`` each step
+is taken by itself and its tokens leave at once, as in production, for worlds in which messages get
+lost.
 """
 
 import random
 from collections.abc import Mapping
 
-from loadgen.simulator.engine import Engine, Outgoing, Run
+from loadgen.simulator.engine import Engine, Outgoing, Run, recall
 from loadgen.simulator.process import Job, Port
 from loadgen.simulator.pulse import Pulse
 from loadgen.simulator.workshop import Workshop
@@ -39,6 +40,8 @@ from shared.errors import Rejected
 from shared.messages.requests import FailureCode, SubmitRequest, TokenChunk
 
 STEP_WEIGHT = 0.1  # of the newest step in the mean step time, as in production
+LATE_PS = PS_PER_S // 1_000_000
+"""An engine that hears of a step's end later than this was standing still, and not computing."""
 
 
 class Engines:
@@ -58,7 +61,7 @@ class Engines:
         self.steps = self.preemptions = 0  # of engines that have ended
         self._port, self._incarnation = port, incarnation
         self._workshop, self._rng, self._pulse = workshop, rng, pulse
-        port.last_words = self.flush
+        port.before_trouble = self._before_trouble
 
     def jobs(self) -> Mapping[str, Job]:
         return {
@@ -79,8 +82,21 @@ class Engines:
             done = engine.done(round(self._port.now_s * PS_PER_S))
             out = Outgoing()
             for run in engine.runs.values():
-                self._show(engine, run, out, done=done)
+                self.show(engine, run, out, done=done)
             out.send()
+
+    def _before_trouble(self) -> None:
+        """Nothing may be heard of this process for a while: what it has made until now has left,
+        and the leaps end with the steps under way."""
+        self.flush()
+        for engine in self.engines.values():
+            if engine.steps > 1:
+                self.resume(engine)
+
+    def _die(self) -> None:
+        self.flush()
+        for engine in self.engines.values():
+            recall(engine)
 
     def _start(self, start: EngineStart) -> None:
         spec = start.spec
@@ -108,6 +124,7 @@ class Engines:
 
     def _forget(self, engine: Engine) -> None:
         del self.engines[engine.replica_id]
+        recall(engine)
         self.steps += engine.batch.steps_total
         self.preemptions += engine.batch.preemptions
 
@@ -129,13 +146,13 @@ class Engines:
                 hash_tokens=facts.hash_tokens,
             )
         except Rejected as error:
-            self._refuse(request, error)
+            self.refuse(request, error)
             return
         engine.requests_total += 1
         engine.runs[admission.key] = Run(request, sequence, earlier, facts.output_tokens, engine)
         self.resume(engine)
 
-    def _refuse(self, request: SubmitRequest, error: Rejected) -> None:
+    def refuse(self, request: SubmitRequest, error: Rejected) -> None:
         code: FailureCode = "too_long" if error.code == "too_long" else "overloaded"
         refused = RequestRefused(
             request_id=request.request_id,
@@ -148,6 +165,7 @@ class Engines:
     def _abort(self, abort: EngineAbort) -> None:
         """The step under way still takes the time that it takes."""
         engine = self.engines.get(abort.replica_id)
+        engine = engine and engine.away.pop(abort.key, engine)
         run = None if engine is None else engine.runs.pop(abort.key, None)
         if engine is None or run is None:
             return
@@ -223,22 +241,24 @@ class Engines:
         changed = bool(progress.ended)
         if self._workshop.streaming:
             for run in engine.runs.values():
-                self._show(engine, run, out)
+                self.show(engine, run, out)
         else:
             for sequence in progress.first:
                 run = engine.runs.get(sequence.key)
                 if run is not None and run.shown < run.output_tokens:
-                    self._show(engine, run, out)
+                    self.show(engine, run, out)
         for sequence in progress.ended:
             run = engine.runs.pop(sequence.key, None)
             if run is not None:
-                self._show(engine, run, out, ended=True)
+                run.home.away.pop(sequence.key, None)
+                self.show(engine, run, out, ended=True)
         out.send()
         if changed and self._pulse is not None:
             self._pulse.quicken()
-        self._plan(engine, at_ps)
+        now_ps = round(self._port.now_s * PS_PER_S)
+        self._plan(engine, now_ps if now_ps > at_ps + LATE_PS else at_ps)
 
-    def _show(
+    def show(
         self, engine: Engine, run: Run, out: "Outgoing", *, done: int = 0, ended: bool = False
     ) -> None:
         """Chunk the tokens of ``run`` that have not left yet; ``done`` steps of the leap under way
@@ -267,6 +287,7 @@ class Engines:
     def _break(self, engine: Engine, detail: str) -> None:
         engine.ready, engine.broken, engine.steps = False, True, 0
         engine.number += 1
+        recall(engine)
         engine.runs.clear()
         for key in list(engine.batch.sequences):
             engine.batch.abort(key)

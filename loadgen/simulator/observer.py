@@ -10,13 +10,11 @@ from shared.messages.plans import (
     PlanInForce,
     PlanProposed,
     SwitchEnded,
-    SwitchStarted,
 )
 
 INPUTS = (
     subjects.PLAN_IN_FORCE,
     subjects.PLAN_PROPOSED,
-    subjects.SWITCH_STARTED,
     subjects.SWITCH_ENDED,
 )
 PROPOSALS_MAX = 64
@@ -31,12 +29,11 @@ class Observer:
         self.epoch = -1
         self.in_force: DeploymentPlan | None = None
         self._since_s = 0.0
-        self._started_s: dict[str, float] = {}
         self._proposed: dict[str, DeploymentPlan] = {}
 
     def step(
         self,
-        event: PlanInForce | PlanProposed | SwitchStarted | SwitchEnded | Started,
+        event: PlanInForce | PlanProposed | SwitchEnded | Started,
         now_s: float,
     ) -> list[Effect]:
         match event:
@@ -48,8 +45,6 @@ class Observer:
                 self._proposed[event.plan.plan_id] = event.plan
                 while len(self._proposed) > PROPOSALS_MAX:
                     del self._proposed[next(iter(self._proposed))]
-            case SwitchStarted():
-                self._started_s.setdefault(event.plan_id, now_s)
             case SwitchEnded():
                 self._on_ended(event, now_s)
             case Started():
@@ -66,8 +61,13 @@ class Observer:
             self.gpu_seconds += gpus * (now_s - self._since_s)
         self._since_s = now_s
 
+    def begin(self, now_s: float) -> None:
+        """What is reported begins now: how the first plan came up is no part of it."""
+        self.account(now_s)
+        self.gpu_seconds = 0.0
+        self.switches.clear()
+
     def _on_ended(self, ended: SwitchEnded, now_s: float) -> None:
-        self._started_s.clear()
         plan = self._proposed.get(ended.plan_id)
         self.switches.append(
             Switch(

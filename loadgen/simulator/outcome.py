@@ -1,10 +1,7 @@
-"""One simulated run of a trace, from its specification to its figures.
-
-result = run(SimulationSpec(mesh=..., traffic=..., policy=policy_named("oserve")))
-"""
+"""What a simulated run of a trace is given, and what comes of it; run.py runs it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -63,7 +60,7 @@ class Switch:
     at_s: float
     took_s: float
     succeeded: bool
-    plan: str  # its shapes in words: "tp4*2 tp2*4"
+    plan: str  # its shapes in words: "2 tp4, 4 tp2"
     reason: str = ""
 
 
@@ -80,4 +77,4 @@ class SimulationResult:
     cpu_s: float
     peak_rss_bytes: int
     digest: str  # equal for equal runs
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()  # what the figures alone do not say

@@ -20,6 +20,7 @@ from services.worker.config import WorkerConfig
 
 HUSH_S = 30.0
 PATIENT_S = 4 * HUSH_S
+HUSHED_SWEEP_S = 5.0  # while no request waits to be routed again
 OPEN_MAX = 1_000_000  # a trace's backlog is measured, not refused
 
 
@@ -61,7 +62,9 @@ def paces(spec: SimulationSpec) -> Paces:
     static = policy.scheduler.policy == "static"
     period_s = 10.0 if static else policy.scheduler.plan_period_s
     return Paces(
-        ingress=replace(ingress, stall_s=PATIENT_S, probe_s=ingress.request_s),
+        ingress=replace(
+            ingress, stall_s=PATIENT_S, probe_s=ingress.request_s, sweep_s=HUSHED_SWEEP_S
+        ),
         router=replace(policy.router, report_stale_s=PATIENT_S, report_dead_s=2 * PATIENT_S),
         profiler=policy.profiler,
         forecaster=forecaster,

@@ -22,7 +22,7 @@ class WorldPort:
 
     def __init__(self, world: Surroundings, node: Node, number: int) -> None:
         self._world, self._node, self._number = world, node, number
-        self.last_words: Callable[[], None] | None = None
+        self.before_trouble: Callable[[], None] | None = None
         self.alarm: Alarm | None = None
 
     @property

@@ -17,10 +17,11 @@ Alarm = Callable[[float, Message], bool]
 
 
 class Port(Protocol):
-    """What the adapters of one process may do. All of it ends with the process. ``last_words`` is
-    called when the process dies: what it had sent by then and only the adapter knows of."""
+    """What the adapters of one process may do. All of it ends with the process.
+    ``before_trouble`` is called when the process is about to die, to stall, to be cut off or heard
+    again: what it had sent by then and only the adapter knows of."""
 
-    last_words: Callable[[], None] | None
+    before_trouble: Callable[[], None] | None
     alarm: Alarm | None
 
     @property
@@ -70,6 +71,13 @@ class Node:
     @property
     def newest(self) -> Process | None:
         return self.processes[max(self.processes)] if self.processes else None
+
+    def warn(self, now_s: float) -> None:
+        """Trouble begins here, or ends. Who stands still already has nothing to say."""
+        for process in self.processes.values():
+            before_trouble = process.port.before_trouble
+            if before_trouble is not None and now_s >= process.stalled_until_s:
+                before_trouble()
 
     def slowness(self, now_s: float) -> float:
         """What a message's delay is multiplied by."""

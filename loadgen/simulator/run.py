@@ -1,4 +1,4 @@
-"""One simulated run of a trace, from its specification to its figures.
+"""Runs a trace through a simulated mesh.
 
 result = run(SimulationSpec(mesh=..., traffic=..., policy=policy_named("oserve")))
 """
@@ -6,6 +6,7 @@ result = run(SimulationSpec(mesh=..., traffic=..., policy=policy_named("oserve")
 import hashlib
 import resource
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def run(spec: SimulationSpec) -> SimulationResult:
             plan=switch.plan,
             reason=switch.reason,
         )
-        for switch in observer.switches[1:]  # the first brought up the plan it began with
+        for switch in observer.switches
     )
     return SimulationResult(
         requests=requests,
@@ -62,6 +63,7 @@ def run(spec: SimulationSpec) -> SimulationResult:
         cpu_s=time.process_time() - cpu_s,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         digest=_digest(requests, switches),
+        notes=tuple(_notes(cluster, ended_s)),
     )
 
 
@@ -84,6 +86,23 @@ def _requests(cluster: Cluster) -> Requests:
         models=models,
         labels=labels,
     )
+
+
+def _notes(cluster: Cluster, ended_s: float) -> Iterator[str]:
+    """What the figures alone do not say."""
+    for code, count in sorted(cluster.source.columns.failed.items()):
+        yield f"{count:,} requests failed: {code}"
+    if cluster.source.open_requests:
+        yield (
+            f"{cluster.source.open_requests:,} requests were still open "
+            f"{cluster.spec.drain_s:g} s after the last arrival"
+        )
+    for incident in cluster.spec.incidents:
+        if BOOT_S + incident.at_s > ended_s:
+            yield (
+                f"{incident.kind} of {incident.node} at {incident.at_s:g} s never came: "
+                "all had ended before"
+            )
 
 
 def _digest(requests: Requests, switches: tuple[Switch, ...]) -> str:

@@ -29,8 +29,10 @@ from shared.messages.requests import (
     TokenChunks,
 )
 
-SWEEP_S = 5.0
+ANXIOUS_S = IngressConfig().sweep_s  # between looks while a request waits to be routed again
+FORGET_S = 5.0
 NONE = float("nan")
+ID = "q"  # of a request, before its row
 
 
 class NextArrival(Message, frozen=True, kw_only=True):
@@ -41,11 +43,20 @@ class SweepTick(Message, frozen=True, kw_only=True):
     """Timer: look what is overdue."""
 
 
+class AnxiousTick(Message, frozen=True, kw_only=True):
+    """Timer: the same, between the others, since a request has found no replica."""
+
+
+class ForgetTick(Message, frozen=True, kw_only=True):
+    """Timer: let go of what is of no use any more."""
+
+
 class CompletedTick(Message, frozen=True, kw_only=True):
     """Timer: publish what has ended since."""
 
 
-SourceEvent = Started | NextArrival | SweepTick | CompletedTick | RouteReply | TokenChunks
+Tick = SweepTick | AnxiousTick | ForgetTick | CompletedTick
+SourceEvent = Started | NextArrival | Tick | RouteReply | TokenChunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ class Source:
         self._rows: dict[str, int] = {}
         self._effects: list[Effect] = []  # of the step in progress
         self._completed: list[RequestCompleted] = []
+        self._anxious = False
         self.now_s = self.last_end_s = 0.0
         self.columns = Columns()
         self.columns.grow(len(arrivals))
@@ -150,14 +162,22 @@ class Source:
                 self._intake.on_chunks(event, now_s)
             case RouteReply():
                 self._intake.step(event, now_s)
+                if event.failure is not None:
+                    self._worry(now_s)
             case NextArrival():
                 self._on_arrival(now_s)
             case CompletedTick():
                 effects.append(self._publish_completed())
             case SweepTick():
                 self._intake.sweep(now_s)
+                effects.append(SetTimer(now_s + self._config.sweep_s, event))
+            case AnxiousTick():
+                self._anxious = False
+                self._intake.sweep(now_s)
+                self._worry(now_s)
+            case ForgetTick():
                 self._intake.forget(now_s)
-                effects.append(SetTimer(now_s + SWEEP_S, event))
+                effects.append(SetTimer(now_s + FORGET_S, event))
             case Started():
                 effects.extend(self._on_started(now_s))
             case _:
@@ -170,7 +190,8 @@ class Source:
         assert core.open_requests == len(self._intake.choices) == len(self._rows)
 
     def facts(self, request_id: str) -> Facts:
-        record = self._arrivals[self._rows[request_id]].record
+        """Of a request that may have ended elsewhere meanwhile."""
+        record = self._arrivals[int(request_id.removeprefix(ID))].record
         if not record.hash_ids:
             return Facts(record.output_tokens)
         return Facts(record.output_tokens, record.hash_ids, record.hash_block_tokens)
@@ -188,6 +209,19 @@ class Source:
 
     def perform(self, effect: Publish | Ask | Log) -> None:
         self._effects.append(effect)
+        if type(effect) is Log:  # an attempt was given up
+            self._worry(self.now_s)
+
+    def _worry(self, now_s: float) -> None:
+        """Whoever waits to be routed again waits as long as in production, however rarely the
+        ingress looks at the others."""
+        if self._anxious or self._config.sweep_s <= ANXIOUS_S:
+            return
+        due_s = [j.due_s for j in self._intake.core.journeys() if j.phase == "backing_off"]
+        if due_s:
+            self._anxious = True
+            at_s = max(now_s + ANXIOUS_S, min(due_s))
+            self._effects.append(SetTimer(at_s, AnxiousTick()))
 
     def on_ended(self, request_id: str) -> None:
         """The gateway lets go of trace headers here."""
@@ -199,7 +233,8 @@ class Source:
         assert self._next == 0, "the source outlives every fault"
         if self._arrivals:
             yield SetTimer(max(now_s, self._arrivals[0].at_s), NextArrival())
-        yield SetTimer(now_s + SWEEP_S, SweepTick())
+        yield SetTimer(now_s + self._config.sweep_s, SweepTick())
+        yield SetTimer(now_s + FORGET_S, ForgetTick())
 
     def _on_arrival(self, now_s: float) -> None:
         row = self._next
@@ -208,7 +243,7 @@ class Source:
         if self._next < len(self._arrivals):
             self._effects.append(SetTimer(self._arrivals[self._next].at_s, NextArrival()))
         record = arrival.record
-        request_id = f"q{row}"
+        request_id = f"{ID}{row}"
         self._rows[request_id] = row
         journey = Journey(
             request_id=request_id,

@@ -10,6 +10,7 @@ answers how long things take (``checked=False``) does neither: it is several tim
 """
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -245,12 +246,17 @@ class World:
                 self._end(node)
                 self.at(until_s, lambda: self._settle(name))
             case "stall" if newest is not None:
+                node.warn(self.now_s)
                 newest.stalled_until_s = max(newest.stalled_until_s, until_s)
             case "twin" if newest is not None:
+                node.warn(self.now_s)
                 newest.stalled_until_s = self.now_s + incident.for_s / 2
                 self._start(name)
                 self.at(until_s, lambda: self._settle(name))
             case "partition":
+                node.warn(self.now_s)
+                end_s = math.nextafter(until_s, 0.0)  # what it says until then is lost
+                self.at(end_s, lambda: node.warn(end_s))
                 node.cut_until_s = max(node.cut_until_s, until_s)
                 self._trouble_until_s = max(self._trouble_until_s, until_s)
             case "slow":
@@ -280,9 +286,7 @@ class World:
 
     def _end(self, node: Node) -> None:
         """End what runs there. What it had sent before is on its way."""
-        for process in node.processes.values():
-            if process.port.last_words is not None and self.now_s >= process.stalled_until_s:
-                process.port.last_words()
+        node.warn(self.now_s)
         node.processes = {}
 
     def push(self, at_s: float, node: Node | None, number: int, event: Any) -> None:  # noqa: ANN401

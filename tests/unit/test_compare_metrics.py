@@ -85,7 +85,7 @@ def test_switches_and_gpu_hours() -> None:
     assert found.gpu_hours == pytest.approx(2.0)
     assert [moment.plan for moment in found.moments] == ["2 tp2", "4 tp1"]
     shares = tuple(
-        Switch(at_s=at_s, took_s=0.0, succeeded=True, plan=plan)
+        Switch(at_s=at_s, took_s=0.01, succeeded=True, plan=plan)
         for at_s, plan in ((1.0, "4 tp1"), (2.0, "3 tp1"), (3.0, "3 tp1"))
     )
     kept = result_of([0.0], [0.1], [0.2], [1], [2], switches=shares)

@@ -143,15 +143,18 @@ def _write(out: Path, profiles: Iterable[Profile]) -> None:
         )
 
 
-def _validate(options: Namespace) -> None:
-    """Of the profiles that are shipped."""
-    tables = _tables(options)
+def shipped() -> Fitted:
+    """The profiles beside ``shared/cost``, of the GPUs that fits know."""
     pairs = [(gpu, model) for gpu, model in known() if gpu in KINDS]
-    shipped = Fitted(
+    return Fitted(
         {pair: load_profile(*pair) for pair in pairs},
         {gpu: gpu_facts(gpu) for gpu in sorted({gpu for gpu, _ in pairs})},
     )
-    rows = [*operator_accuracy(tables, shipped), *engine_accuracy(tables, shipped)]
+
+
+def _validate(options: Namespace) -> None:
+    tables, judged = _tables(options), shipped()
+    rows = [*operator_accuracy(tables, judged), *engine_accuracy(tables, judged)]
     left_out = missing(tables)
     if options.json:
         found = Validation(rows=rows, missing=list(left_out))

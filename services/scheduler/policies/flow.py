@@ -55,8 +55,8 @@ class Instance:
 class Program:
     """min cost @ v with upper @ v <= upper_bounds, equal @ v = equal_bounds, 0 <= v <= ceilings.
 
-    Variables are the shares z = x / d of the arcs in ``arcs`` (rows of k and j where n > 0),
-    then for "headroom" t / ``scale``: shares and loads are of the order of 1 whatever the rates.
+    Variables are the shares z = x / d of the arcs in ``arcs`` (rows of k and j where n > 0) and, for
+    "headroom", t; both divided by ``scale``, so that all numbers are of the order of 1.
     """
 
     objective: Objective
@@ -92,12 +92,16 @@ def formulate(instance: Instance, objective: Objective, *, load: float = 1.0) ->
     k, j = np.nonzero((n > 0) & (y[:, None] > 0) & (e > 0))
     arcs = len(k)
     extra = 1 if objective == "headroom" else 0
-    time = d[j] / n[k, j]
+    scale = _headroom_bound(instance) if extra else 1.0
+    time = scale * d[j] / n[k, j]
+    if objective == "lean":
+        time = time / load
     share = np.zeros((len(y), arcs + extra))
     share[k, np.arange(arcs)] = time
     sums = np.zeros((len(d), arcs + extra))
     sums[j, np.arange(arcs)] = 1.0
-    ceilings = np.append(e[k, j] * y[k] / d[j], [np.inf] * extra)
+    sums[:, arcs:] = -1.0
+    ceilings = np.append(e[k, j] * y[k] / (scale * d[j]), [np.inf] * extra)
     none: Array = np.zeros((0, arcs + extra))
     empty: Array = np.zeros(0)
     ones: Array = np.ones_like(d)
@@ -106,12 +110,11 @@ def formulate(instance: Instance, objective: Objective, *, load: float = 1.0) ->
         return Program(objective, -d[j], upper, bounds, none, empty, ceilings, (k, j))
     if objective == "lean":
         ceilings = ceilings * max(1.0, load)
-        return Program(objective, time, share, load * y, sums, ones, ceilings, (k, j))
-    scale = _headroom_bound(instance)
-    sums[:, -1] = -scale
+        return Program(objective, time, share, y, sums, ones, ceilings, (k, j))
     cost = np.zeros(arcs + 1)
     cost[-1] = -1.0
-    return Program(objective, cost, share, y, sums, np.zeros_like(d), ceilings, (k, j), scale)
+    zeros = np.zeros_like(d)
+    return Program(objective, cost, share, y, sums, zeros, ceilings, (k, j), scale)
 
 
 def solve(program: Program) -> Array | None:
@@ -135,7 +138,7 @@ def extract(instance: Instance, program: Program, variables: Array) -> Flow:
     the demand of the worst-off type."""
     k, j = program.arcs
     sent = np.zeros_like(instance.rates)
-    sent[k, j] = np.maximum(variables[: len(k)], 0.0) * instance.demand[j]
+    sent[k, j] = np.maximum(variables[: len(k)], 0.0) * program.scale * instance.demand[j]
     return measured(instance, sent)
 
 

@@ -55,7 +55,7 @@ class Terms:
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Joint:
     """min cost @ v with lower <= rows @ v <= upper and floor <= v <= ceiling. Variables are the
-    counts y, the shares z of the arcs in ``arcs``, and for "headroom" t / ``scale``."""
+    counts y, and divided by ``scale`` the shares z of the arcs in ``arcs`` and, for "headroom", t."""
 
     goal: Goal
     cost: Array
@@ -93,14 +93,16 @@ def formulate(table: Table, goal: Goal, terms: Terms) -> Joint:
     columns, arcs = len(table.columns), len(s)
     extra = 1 if goal == "headroom" else 0
     scale = _scale(table) if goal == "headroom" else 1.0
+    load = terms.load if goal == "gentle" else 1.0
 
+    # Demand in multiples that are of the order of what fits, so that all numbers are of that of 1.
     share = np.zeros((columns, columns + arcs + extra))
-    share[s, columns + np.arange(arcs)] = table.demand[j] / table.rates[s, j]
-    share[np.arange(columns), np.arange(columns)] = -(terms.load if goal == "gentle" else 1.0)
+    share[s, columns + np.arange(arcs)] = scale / load * table.demand[j] / table.rates[s, j]
+    share[np.arange(columns), np.arange(columns)] = -1.0
 
     types = np.zeros((len(table.types), columns + arcs + extra))
     types[j, columns + np.arange(arcs)] = 1.0
-    types[:, columns + arcs :] = -scale
+    types[:, columns + arcs :] = -1.0
     least, most = {"headroom": (0.0, 0.0), "gentle": (1.0, 1.0), "served": (-np.inf, 1.0)}[goal]
 
     packing, room = _packing(table)
@@ -147,7 +149,7 @@ def extract(
     s, j = program.arcs
     counts = np.rint(variables[:columns])
     shares = np.zeros_like(table.rates)
-    shares[s, j] = np.maximum(variables[columns : columns + len(s)], 0.0)
+    shares[s, j] = program.scale * np.maximum(variables[columns : columns + len(s)], 0.0)
     shares[counts == 0] = 0.0  # the solver's tolerance leaves crumbs
     unit = {"headroom": -program.scale, "gentle": 1.0, "served": -float(table.demand.sum())}
     return Solution(

@@ -58,9 +58,11 @@ class Batch(BatchState):
         earlier_tokens: int = 0,
         hashes: SequenceOf[int] = (),
         hash_tokens: int = 0,
+        copied_tokens: int = 0,
     ) -> Sequence:
         """Queue a request that makes ``output_tokens`` in all, of which an earlier attempt made
-        ``earlier_tokens``. ``hashes`` are of consecutive pieces of ``hash_tokens`` tokens (0: of
+        ``earlier_tokens``. The KV of its first ``copied_tokens`` comes with it, as by a live
+        migration; the last token known is computed here in any case. ``hashes`` are of consecutive pieces of ``hash_tokens`` tokens (0: of
         one KV block each), each hash standing for everything up to its end.
 
         Raises Rejected with code ``too_long``, ``overloaded`` or ``invalid`` (the key is live
@@ -86,6 +88,7 @@ class Batch(BatchState):
         )
         if self._caching and hashes:
             self._set_hashes(sequence, hashes, hash_tokens)
+        sequence.copied = min(copied_tokens, sequence.known - 1)
         self.sequences[key] = self.waiting[key] = sequence
         self._pending += tokens_max
         return sequence
@@ -237,6 +240,10 @@ class Batch(BatchState):
             sequence.computed = found
             self.hit_tokens_total += found
             self._pending -= found
+        if sequence.copied > sequence.computed:
+            self._pending -= sequence.copied - sequence.computed
+            sequence.computed = sequence.copied
+        sequence.copied = 0  # once: a preemption loses it like all the rest
         kv.take(blocks - sequence.shared)
         del self.waiting[sequence.key]
         self.running[sequence.key] = self._partial = sequence
