@@ -6,7 +6,8 @@ import msgspec
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A served model. ``path`` is a local checkpoint folder; the modelled engine needs none and
     then speaks the built-in byte-level tokenizer. ``profile`` names the model in the cost profiles
-    (shared/cost/profiles); empty: as ``model_id``."""
+    (shared/cost/profiles), with a folder before it (``FOLDER/NAME``) in that folder's; empty: as
+    ``model_id``."""
 
     model_id: str
     path: str = ""

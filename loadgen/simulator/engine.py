@@ -7,7 +7,8 @@ from loadgen.simulator.process import Port
 from services.worker.engine.batching import Batch
 from services.worker.engine.batching_types import Sequence as Running
 from services.worker.engine.interface import EngineLoad
-from services.worker.events import EndedAttempt, RequestsEnded
+from services.worker.events import EndedAttempt, MeasuredEngine, RequestsEnded
+from shared.cost.limits import EngineLimits
 from shared.errors import Rejected
 from shared.messages.plans import ReplicaSpec
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
@@ -85,6 +86,18 @@ class Engine:
             tokens_pending=load.tokens_pending - done * batch.decoding,
             kv_blocks_used=load.kv_blocks_used + grown,
             kv_blocks_total=load.kv_blocks_total,
+        )
+
+    def measured(self, limits: EngineLimits, now_ps: int) -> MeasuredEngine:
+        return MeasuredEngine(
+            replica_id=self.replica_id,
+            generation=self.generation,
+            load=self.load(now_ps),
+            running_max=limits.running_max,
+            waiting_max=limits.waiting_max,
+            output_tokens_total=self.batch.output_tokens_total,
+            requests_total=self.requests_total,
+            step_s=self.step_s,
         )
 
 

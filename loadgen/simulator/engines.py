@@ -32,7 +32,6 @@ from services.worker.events import (
     EngineStart,
     EngineStop,
     EngineStopped,
-    MeasuredEngine,
     RequestRefused,
 )
 from shared.cost.step import PS_PER_S
@@ -173,24 +172,9 @@ class Engines:
         engine.batch.abort(abort.key)
 
     def _measure(self, _: None) -> None:
-        limits = self._workshop.limits
-        measured: list[MeasuredEngine] = []
-        for engine in self.engines.values():
-            if not engine.ready:
-                continue
-            measured.append(
-                MeasuredEngine(
-                    replica_id=engine.replica_id,
-                    generation=engine.generation,
-                    load=engine.load(round(self._port.now_s * PS_PER_S)),
-                    running_max=limits.running_max,
-                    waiting_max=limits.waiting_max,
-                    output_tokens_total=engine.batch.output_tokens_total,
-                    requests_total=engine.requests_total,
-                    step_s=engine.step_s,
-                )
-            )
-        self._port.feed(EngineLoads(engines=tuple(measured)))
+        now_ps, limits = round(self._port.now_s * PS_PER_S), self._workshop.limits
+        measured = tuple(e.measured(limits, now_ps) for e in self.engines.values() if e.ready)
+        self._port.feed(EngineLoads(engines=measured))
 
     def resume(self, engine: Engine) -> None:
         """Something has changed: start the next steps, or end a leap with the step under way."""

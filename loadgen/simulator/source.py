@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from msgspec.structs import replace
+
 from loadgen.simulator.workshop import Facts
 from loadgen.workload.records import TraceRecord
 from services.ingress.completed import completed
@@ -26,6 +28,7 @@ from shared.messages.requests import (
     RequestsCompleted,
     RouteReply,
     SamplingParams,
+    SubmitRequest,
     TokenChunks,
 )
 
@@ -208,9 +211,16 @@ class Source:
             self._on_done()
 
     def perform(self, effect: Publish | Ask | Log) -> None:
-        self._effects.append(effect)
-        if type(effect) is Log:  # an attempt was given up
-            self._worry(self.now_s)
+        """Hand it to the world, as it would leave the process: later tokens of the journey are no
+        part of a submission that was sent before they came."""
+        match effect:
+            case Publish(subject=subject, message=SubmitRequest() as submit):
+                sent = replace(submit, output_tokens=list(submit.output_tokens))
+                self._effects.append(Publish(subject, sent))
+            case Log():  # an attempt was given up
+                self._worry(self.now_s)
+            case _:
+                self._effects.append(effect)
 
     def _worry(self, now_s: float) -> None:
         """Whoever waits to be routed again waits as long as in production, however rarely the

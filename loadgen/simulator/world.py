@@ -36,6 +36,8 @@ from shared.core import (
     Store,
 )
 
+NEXT_WORD_S = 0.05
+"""So long after a partition whoever speaks now and then only is made to speak."""
 Action = Callable[[], None]
 _Due = tuple[float, int, Node | None, int, Any]
 """When, in which order, and an event for one process of a node (by its number), for all that run
@@ -255,8 +257,9 @@ class World:
                 self.at(until_s, lambda: self._settle(name))
             case "partition":
                 node.warn(self.now_s)
-                end_s = math.nextafter(until_s, 0.0)  # what it says until then is lost
-                self.at(end_s, lambda: node.warn(end_s))
+                # What it says until the end is lost, and what it says next shows that.
+                for at_s in (math.nextafter(until_s, 0.0), until_s + NEXT_WORD_S):
+                    self.at(at_s, lambda at_s=at_s: node.warn(at_s))
                 node.cut_until_s = max(node.cut_until_s, until_s)
                 self._trouble_until_s = max(self._trouble_until_s, until_s)
             case "slow":

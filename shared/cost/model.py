@@ -41,12 +41,20 @@ def cost_model(  # noqa: PLR0913  # what makes a replica's times
     speedup: float = 1.0,
     folders: Folders = (),
 ) -> CostModel:
-    """The cost model of a replica, one object for the same question however often it is asked.
+    """The cost model of a replica, one object for the same question however often it is asked. A
+    ``model_name`` with a folder before it (``FOLDER/NAME``) is looked up there first.
     Raises ConfigInvalid for what is unknown, was not measured, or does not fit; ``speedup``
     divides step times only."""
-    places = tuple(Path(folder) for folder in folders)
+    name, own = named_folder(model_name)
+    places = (*own, *(Path(folder) for folder in folders))
     split = tuple(stages)
-    return _cached(gpu_kind.lower(), model_name.lower(), shape, nodes, split, speedup, places)
+    return _cached(gpu_kind.lower(), name.lower(), shape, nodes, split, speedup, places)
+
+
+def named_folder(model_name: str) -> tuple[str, tuple[Path, ...]]:
+    """``FOLDER/NAME`` as a profile's name, and the folder to look in first, if there is one."""
+    folder, slash, name = model_name.rpartition("/")
+    return name, (Path(folder or "/"),) if slash else ()
 
 
 def replica_model(

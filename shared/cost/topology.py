@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from shared.cost.files import ProfileInvalid
 from shared.cost.library import gpu_facts, load_profile
-from shared.cost.model import CostModel, cost_model
+from shared.cost.model import CostModel, cost_model, named_folder
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.mesh import MeshConfig, NodeSpec, ReplicaWish
@@ -81,8 +81,9 @@ def _nodes_of(mesh: MeshConfig, gpus: Sequence[str]) -> list[NodeSpec]:
 def _known(mesh: MeshConfig, node: NodeSpec, model_id: str) -> None:
     """Raises ConfigInvalid, naming node or model, if there is no profile for the two."""
     with _fields_named(mesh, node, model_id):
-        gpu_facts(node.gpu_kind)
-        load_profile(node.gpu_kind, mesh.model_of(model_id).profile_name)
+        name, folders = named_folder(mesh.model_of(model_id).profile_name)
+        gpu_facts(node.gpu_kind, folders)
+        load_profile(node.gpu_kind, name, folders)
 
 
 def _cost(  # what makes a replica's cost

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.profiler.fit.grid import bracket, curve_at_knots, log_log, non_negative, rising
+from services.profiler.fit.grid import (
+    Floats,
+    bracket,
+    curve_at_knots,
+    log_log,
+    non_negative,
+    rising,
+)
 
 times = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=30)
 KNOTS = (1, 2, 4, 8, 16, 32, 64)
@@ -40,7 +47,7 @@ def test_a_straight_line_is_its_own_curve(floor: float, slope: float) -> None:
 @given(times, st.floats(0.5, 1e4))
 def test_between_points_stays_between(ys: list[float], at: float) -> None:
     """An interpolation that overshoots makes up times that nobody measured."""
-    xs = 2.0 ** np.arange(len(ys))
+    xs: Floats = 2.0 ** np.arange(len(ys), dtype=np.float64)
     values = log_log(xs, np.array(ys), np.array([at]))
     assert log_log(xs, np.array(ys), xs) == pytest.approx(ys)
     if at <= xs[-1]:

@@ -18,8 +18,11 @@ from shared.cost.files import (
 )
 from shared.cost.library import SHIPPED, gpu_facts, known, known_gpus, load_profile
 from shared.cost.model import cost_model
+from shared.cost.topology import check_profiles
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
+from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings, NodeSpec
+from shared.models import ModelSpec
 from tests.support.costs import small_gpu, small_profile
 
 
@@ -230,6 +233,20 @@ def test_one_replica_has_one_cost_model(library: Path) -> None:
     assert one.kv_tokens == 746
     assert one.start_s == pytest.approx(11.7416)
     assert cost_model("toy", "small", Parallelism(tp=2), nodes=2, folders=[library]) is not one
+
+
+def test_a_profile_of_ones_own_is_named_with_its_folder(library: Path) -> None:
+    """What ``oserve fit`` and ``oserve profile measure`` write could be shown, but not served."""
+    name = f"{library}/small"
+    assert cost_model("toy", name, Parallelism()) is cost_model(
+        "toy", "small", Parallelism(), folders=(library,)
+    )
+    mesh = MeshConfig(
+        model=ModelSpec(model_id="m", profile=name),
+        engine=EngineSpec(modelled=ModelledEngineSettings(timing="profile")),
+        nodes=(NodeSpec(node_id="n0", gpu_kind="toy"),),
+    )
+    check_profiles(mesh)
 
 
 def test_shipped_profiles_are_whole() -> None:

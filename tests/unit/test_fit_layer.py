@@ -16,6 +16,7 @@ from services.profiler.fit.layer import (
 )
 from services.profiler.fit.models import LLAMA_30B, LLAMA_70B, OPT_66B, QWEN_32B
 from services.profiler.fit.tables import AttentionTable
+from shared.cost.profile import ModelFacts
 from shared.errors import ConfigInvalid
 from tests.unit.fit_cases import SMALL, gemm_us, made_up, made_up_operators
 
@@ -116,9 +117,9 @@ def test_heads_unlike_any_that_were_measured() -> None:
         (OPT_66B, [1, 2, 4, 8]),
     ],
 )
-def test_where_a_model_splits(facts: object, tps: list[int]) -> None:
+def test_where_a_model_splits(facts: ModelFacts, tps: list[int]) -> None:
     """Plans would hold shapes that no engine starts in."""
-    assert [tp for tp in (1, 2, 4, 8, 16) if splits(facts, tp)] == tps  # pyright: ignore[reportArgumentType]
+    assert [tp for tp in (1, 2, 4, 8, 16) if splits(facts, tp)] == tps
 
 
 def test_a_model_that_does_not_split_is_refused() -> None:

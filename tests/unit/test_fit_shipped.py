@@ -68,8 +68,6 @@ def test_seventy_billion_on_two_gpus_of_80_gb() -> None:
     assert 10_000 < few < 50_000
     assert kv_capacity_tokens(profile, gpu, Parallelism(4)) > 10 * few
     eight_bit = load_profile("h100", "llama-3.1-70b-fp8")
-    assert fits(eight_bit, gpu, Parallelism(1)) == (kv_capacity_tokens(
-        eight_bit, gpu, Parallelism(1)) > 0)  # fmt: skip
     assert kv_capacity_tokens(eight_bit, gpu, Parallelism(2)) > 5 * few
 
 

@@ -1,6 +1,7 @@
 """Readers of operator tables, and what tables answer between and beyond their rows."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,72 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(installed_source, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigInvalid, match=r"oserve\[profile\].*--tables FOLDER"):
         InstalledSource()
+
+
+class MadeUpParquet:
+    """Stands in for ``pyarrow.parquet``: each file's rows by its name and version."""
+
+    def __init__(self, rows: dict[str, list[dict[str, Any]]]) -> None:
+        self._rows = rows
+
+    def read_table(self, path: Path) -> "MadeUpParquet":
+        return MadeUpParquet({"": self._rows[f"{path.parent.name}/{path.stem}"]})
+
+    def to_pylist(self) -> list[dict[str, Any]]:
+        return self._rows[""]
+
+
+def test_the_package_has_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles would depend on where the tables came from, or on tables of an old version."""
+    attention = {
+        "batch_size": 2, "num_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "kv_cache_dtype": "bfloat16",
+    }  # fmt: skip
+    reduce = {"op_name": "all_reduce", "num_gpus": 4, "message_size": 4096}
+    decode, prompt = {"isl": 1, "step": 1023, "latency": 0.03}, {"isl": 8, "step": 0, "latency": 1}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "0.10.0/gemm_perf": [
+            {"gemm_dtype": "bfloat16", "m": 8, "n": 512, "k": 1024, "latency": 0.02}
+        ],
+        "1/context_attention_perf": [
+            attention | prompt | {"window_size": 0},
+            attention | prompt | {"window_size": 512},
+            attention | prompt | {"head_dim": 64},
+        ],
+        "1/generation_attention_perf": [
+            attention | decode,
+            attention | decode | {"kv_cache_dtype": "fp8"},
+        ],
+        "1/nccl_perf": [reduce | {"nccl_dtype": "half", "latency": 0.01}],
+        "1/custom_allreduce_perf": [
+            reduce | {"allreduce_dtype": "bfloat16", "backend": "vllm_graph", "latency": 0.005}
+        ],
+    }
+    for place in (
+        "gemm/vllm/0.9.0/gemm_perf", "gemm/vllm/0.10.0/gemm_perf", "comm/nccl/1/nccl_perf",
+        "attention/vllm/1/context_attention_perf", "attention/vllm/1/generation_attention_perf",
+        "comm/vllm/1/custom_allreduce_perf",
+    ):  # fmt: skip
+        path = tmp_path / "systems" / "data" / "x" / f"{place}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(installed_source, "package_folder", lambda: tmp_path)
+    monkeypatch.setattr(installed_source.metadata, "version", lambda _: "9")
+    monkeypatch.setattr(installed_source, "import_module", lambda _: MadeUpParquet(rows))
+    source = InstalledSource()
+    found = measured(source, "x")
+    assert found.gemms == (GemmRow("bfloat16", 8, 512, 1024, 20.0),)
+    assert found.attentions == (
+        AttentionRow("prefill", 2, 8, 32, 8, 1000.0),
+        AttentionRow("decode", 2, 1024, 32, 8, 30.0),
+    )
+    assert found.collectives == (
+        CollectiveRow("all_reduce", "nccl", 4, 4096, 10.0),
+        CollectiveRow("all_reduce", "vllm", 4, 4096, 5.0),
+    )
+    assert "aiconfigurator-core 9" in source.words
+    with pytest.raises(ConfigInvalid, match="gemm/vllm/gemm_perf of it.*--tables FOLDER"):
+        measured(source, "y")
 
 
 def test_gemms_between_and_beyond_those_measured() -> None:

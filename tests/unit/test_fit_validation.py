@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from services.profiler.fit import command
@@ -11,7 +12,7 @@ from services.profiler.fit.csv_source import CsvSource
 from services.profiler.fit.gpus import KINDS
 from services.profiler.fit.models import SHIPPED
 from services.profiler.fit.overheads import predicted_itl_ms
-from services.profiler.fit.published import CALIBRATED_ON, ITLS
+from services.profiler.fit.published import CALIBRATED_ON, ITLS, PublishedItl
 from services.profiler.fit.validation.compared import Accuracy, Comparison, accuracy
 from services.profiler.fit.validation.report import table
 from shared.cost.library import gpu_facts, load_profile
@@ -54,13 +55,11 @@ def test_nothing_to_compare_is_no_perfect_score() -> None:
         accuracy(Comparison("s", "w", "g", "m", [], "c"))
 
 
-@pytest.mark.parametrize("row", [r for r in ITLS if r.model != CALIBRATED_ON], ids=str)
-def test_published_itl_of_the_model_that_overheads_were_not_fitted_to(row: object) -> None:
+@pytest.mark.parametrize("row", [one for one in ITLS if one.model != CALIBRATED_ON], ids=str)
+def test_published_itl_of_the_model_that_overheads_were_not_fitted_to(row: PublishedItl) -> None:
     """Batch 8 to 256 within 15 %: plans at high load would be made of wishes."""
-    assert row in ITLS
-    one = next(itl for itl in ITLS if itl == row)
-    found = predicted_itl_ms(load_profile(one.gpu, one.model), gpu_facts(one.gpu), one)
-    assert found == pytest.approx(one.itl_ms, rel=0.15)
+    found = predicted_itl_ms(load_profile(row.gpu, row.model), gpu_facts(row.gpu), row)
+    assert found == pytest.approx(row.itl_ms, rel=0.15)
 
 
 @measured_tables
@@ -132,8 +131,10 @@ def test_shipped_profiles_are_what_the_fit_makes() -> None:
     for name in ("llama-3.1-8b", "opt-66b"):
         made = fit_profile(tables, KINDS["h100"], name, SHIPPED[name], overheads)
         found = load_profile("h100", name)
-        assert made.times == found.times
-        assert made.overheads == found.overheads
+        assert len(made.times) == len(found.times)
+        for one, other in zip(made.times, found.times, strict=True):
+            assert msgspec.to_builtins(one) == approximately(other)
+        assert msgspec.to_builtins(made.overheads) == approximately(found.overheads)
         assert made.source == found.source
 
 
@@ -176,6 +177,16 @@ def test_a_local_model_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert command.run([*arguments, "--tables", str(FOLDER)]) == 0
     assert "mine.toml" in capsys.readouterr().out
     found = load_profile("h100", "mine", [out])
-    assert found.times == load_profile("h100", "llama-3.1-8b").times
+    wanted = load_profile("h100", "llama-3.1-8b").times
+    for one, other in zip(found.times, wanted, strict=True):
+        assert msgspec.to_builtins(one) == approximately(other)
     assert found.error.step_p90 > 0
     assert gpu_facts("h100", [out]) == gpu_facts("h100")
+
+
+def approximately(struct: msgspec.Struct) -> dict[str, object]:
+    """Another machine's linear algebra rounds the last digit otherwise."""
+    return {
+        name: pytest.approx(value, rel=1e-3, abs=0.02)
+        for name, value in msgspec.to_builtins(struct).items()
+    }

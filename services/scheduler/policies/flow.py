@@ -55,7 +55,7 @@ class Instance:
 class Program:
     """min cost @ v with upper @ v <= upper_bounds, equal @ v = equal_bounds, 0 <= v <= ceilings.
 
-    Variables are the shares z = x / d of the arcs in ``arcs`` (rows of k and j where n > 0) and, for
+    Variables are the shares z = x / d of the arcs in ``arcs`` (k and j where n > 0) and, for
     "headroom", t; both divided by ``scale``, so that all numbers are of the order of 1.
     """
 

@@ -39,6 +39,7 @@ Goal = Literal["headroom", "gentle", "served"]
 GAP_MAX = 1e-4
 NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the machine's speed
 ROUNDING = 1e-9
+TIME_MIN = 1e-6  # of a replica, that a type takes: less would be lost in the solver's tolerance
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -55,7 +56,8 @@ class Terms:
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Joint:
     """min cost @ v with lower <= rows @ v <= upper and floor <= v <= ceiling. Variables are the
-    counts y, and divided by ``scale`` the shares z of the arcs in ``arcs`` and, for "headroom", t."""
+    counts y and, divided by ``scale``, the shares z of the arcs in ``arcs`` and, for "headroom",
+    t."""
 
     goal: Goal
     cost: Array
@@ -97,7 +99,8 @@ def formulate(table: Table, goal: Goal, terms: Terms) -> Joint:
 
     # Demand in multiples that are of the order of what fits, so that all numbers are of that of 1.
     share = np.zeros((columns, columns + arcs + extra))
-    share[s, columns + np.arange(arcs)] = scale / load * table.demand[j] / table.rates[s, j]
+    time = scale / load * table.demand[j] / table.rates[s, j]
+    share[s, columns + np.arange(arcs)] = np.maximum(time, TIME_MIN)
     share[np.arange(columns), np.arange(columns)] = -1.0
 
     types = np.zeros((len(table.types), columns + arcs + extra))
