@@ -7,10 +7,6 @@ each would be most of what the broker carries.
 from shared.messages.replicas import ReplicaReport
 
 KV_SHARE_NOTICED = 0.02  # of the KV blocks; below, it moves no router's choice
-_EXACT = (
-    "epoch", "phase", "running", "waiting", "requests_total", "running_max", "waiting_max",
-    "kv_blocks_total",
-)  # fmt: skip
 
 
 def noticeable(report: ReplicaReport, told: ReplicaReport) -> bool:
@@ -19,7 +15,16 @@ def noticeable(report: ReplicaReport, told: ReplicaReport) -> bool:
     ``requests_total`` counts too: a request that ended while another began changes no load, but
     the router still counts its own decision on top of it.
     """
-    if any(getattr(report, field) != getattr(told, field) for field in _EXACT):
+    if (
+        report.requests_total != told.requests_total
+        or report.running != told.running
+        or report.waiting != told.waiting
+        or report.phase != told.phase
+        or report.epoch != told.epoch
+        or report.running_max != told.running_max
+        or report.waiting_max != told.waiting_max
+        or report.kv_blocks_total != told.kv_blocks_total
+    ):
         return True
     moved_blocks = abs(report.kv_blocks_used - told.kv_blocks_used)
     return moved_blocks > KV_SHARE_NOTICED * report.kv_blocks_total

@@ -159,6 +159,24 @@ class StepModel:
             decode = self.decode(batch)
             return decode.fixed_ps + decode.slope_ps * context
         assert prefill.chunks > 0, "prompt tokens come in chunks"
+        if self._pp == 1:
+            return self._single_ps(batch, context, prefill)
+        return self._pipelined_ps(batch, context, prefill)
+
+    def _single_ps(self, batch: int, context: int, prefill: Prefill) -> int:
+        """``_pipelined_ps`` for one stage, which most replicas have, at a third of the work."""
+        chunks, sampled = prefill.chunks, batch + prefill.ending
+        layer = self._dense.at(batch + prefill.tokens) + self._chunk * chunks
+        total = self._step_overhead + self._request_overhead * (batch + chunks)
+        total += self._chunk_overhead * chunks + round(self._layers * self._pair * prefill.pairs)
+        if batch:
+            layer += self._decode + self._request * batch
+            total += self.decode(batch).slope_ps * context
+        if sampled:
+            total += self._head.at(sampled)
+        return total + self._layers * layer
+
+    def _pipelined_ps(self, batch: int, context: int, prefill: Prefill) -> int:
         pieces, heaviest = self._cut(prefill)
         slope = self.decode(batch).slope_ps if batch else 0
         share = max(self._layers * heaviest / prefill.tokens, self._longest)

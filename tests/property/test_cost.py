@@ -75,6 +75,18 @@ batches = st.integers(1, 300)
 contexts = st.integers(0, 4000)  # tokens of one request
 
 
+@given(profiles(), st.integers(0, 300), contexts, st.integers(1, 4000), st.integers(1, 8))
+def test_one_stage_is_a_pipeline_of_one(
+    profile: Profile, batch: int, context: int, tokens: int, chunks: int
+) -> None:
+    """The short cut for the usual shape would be another model."""
+    model = step_model(profile, small_gpu(), Parallelism())
+    count = min(chunks, tokens)
+    work = Prefill(tokens, count, pairs(7, tokens), count // 2)
+    held = batch * context
+    assert model.step_ps(batch, held, work) == model._pipelined_ps(batch, held, work)  # pyright: ignore[reportPrivateUsage]
+
+
 @given(models(), batches, contexts, st.integers(0, 100))
 def test_a_leap_equals_single_steps(model: StepModel, batch: int, context: int, steps: int) -> None:
     """A simulation would depend on where its leaps end."""

@@ -152,9 +152,16 @@ def test_the_package_has_the_same_rows(tmp_path: Path, monkeypatch: pytest.Monke
         path = tmp_path / "systems" / "data" / "x" / f"{place}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+
+    def version(_: str) -> str:
+        return "9"
+
+    def parquet(_: str) -> MadeUpParquet:
+        return MadeUpParquet(rows)
+
     monkeypatch.setattr(installed_source, "package_folder", lambda: tmp_path)
-    monkeypatch.setattr(installed_source.metadata, "version", lambda _: "9")
-    monkeypatch.setattr(installed_source, "import_module", lambda _: MadeUpParquet(rows))
+    monkeypatch.setattr(installed_source.metadata, "version", version)
+    monkeypatch.setattr(installed_source, "import_module", parquet)
     source = InstalledSource()
     found = measured(source, "x")
     assert found.gemms == (GemmRow("bfloat16", 8, 512, 1024, 20.0),)
@@ -167,7 +174,7 @@ def test_the_package_has_the_same_rows(tmp_path: Path, monkeypatch: pytest.Monke
         CollectiveRow("all_reduce", "vllm", 4, 4096, 5.0),
     )
     assert "aiconfigurator-core 9" in source.words
-    with pytest.raises(ConfigInvalid, match="gemm/vllm/gemm_perf of it.*--tables FOLDER"):
+    with pytest.raises(ConfigInvalid, match=r"gemm/vllm/gemm_perf of it.*--tables FOLDER"):
         measured(source, "y")
 
 

@@ -45,13 +45,11 @@ def predicted_itl_ms(
     profile: Profile,
     gpu: GpuFacts,
     row: PublishedItl,
-    *,
-    input_tokens: int = INPUT_TOKENS,
-    output_tokens: int = OUTPUT_TOKENS,
+    lengths: tuple[int, int] = (INPUT_TOKENS, OUTPUT_TOKENS),
 ) -> float:
     """By the very predictor that users ask; prompts of requests that follow are mixed in."""
     model = replica_model(profile, gpu, Parallelism(row.tp))
-    found = estimate(model, batch=row.batch, input_tokens=input_tokens, output_tokens=output_tokens)
+    found = estimate(model, batch=row.batch, input_tokens=lengths[0], output_tokens=lengths[1])
     return found.itl_s * 1e3
 
 

@@ -7,6 +7,9 @@ INPUT_TOKENS, OUTPUT_TOKENS = 400, 800
 prompt is not known. A context that grows from 400 to 1,200 tokens is one way to have 800; the more
 of it was prompt, the more of the measured time is that of prompts, and the less overhead."""
 
+OTHER_LENGTHS = ((533, 533), (1, 1600))
+"""Two more ways to have 800 tokens on average, for the report: half prompt, and none of it."""
+
 WORDS = "published end-to-end runs of vLLM on H100, median ITL by requests in flight"
 
 

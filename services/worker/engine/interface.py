@@ -8,6 +8,8 @@ exactly one chunk that has ``finish`` set, or is handed back by ``drop_all``.
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from shared.messages.requests import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -49,8 +51,7 @@ class StepResult:
     duration_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLoad:
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     tokens_pending: int = 0  # prompt tokens to prefill + output tokens still allowed

@@ -10,7 +10,13 @@ import msgspec
 from services.profiler.fit.build import CALIBRATION_GPU, Fitted, Tables, engine_overheads
 from services.profiler.fit.gpus import KINDS
 from services.profiler.fit.overheads import predicted_itl_ms
-from services.profiler.fit.published import CALIBRATED_ON, INPUT_TOKENS, ITLS, OUTPUT_TOKENS
+from services.profiler.fit.published import (
+    CALIBRATED_ON,
+    INPUT_TOKENS,
+    ITLS,
+    OTHER_LENGTHS,
+    OUTPUT_TOKENS,
+)
 from services.profiler.fit.validation.compared import Comparison
 from shared.cost.estimate import estimate
 from shared.cost.model import replica_model
@@ -29,6 +35,8 @@ def published(tables: Tables, fitted: Fitted) -> Iterator[Comparison]:
     """The rows that overheads were calibrated on, then each model's with the other's overheads."""
     yield from (one for one in _published(fitted, CALIBRATED_ON) if one.model == CALIBRATED_ON)
     yield from published_crossed(tables, fitted)
+    for lengths in OTHER_LENGTHS:
+        yield from _published(fitted, CALIBRATED_ON, lengths)
 
 
 def published_crossed(tables: Tables, fitted: Fitted) -> Iterator[Comparison]:
@@ -45,23 +53,29 @@ def published_crossed(tables: Tables, fitted: Fitted) -> Iterator[Comparison]:
                 yield one
 
 
-def _published(fitted: Fitted, calibrated_on: str) -> Iterator[Comparison]:
+def _published(
+    fitted: Fitted, calibrated_on: str, lengths: tuple[int, int] = (INPUT_TOKENS, OUTPUT_TOKENS)
+) -> Iterator[Comparison]:
     for model in sorted({row.model for row in ITLS}):
         rows = [row for row in ITLS if row.model == model]
         found = [
-            (predicted_itl_ms(fitted.profiles[row.gpu, row.model], fitted.gpus[row.gpu], row),
-             row.itl_ms)
+            (
+                predicted_itl_ms(
+                    fitted.profiles[row.gpu, row.model], fitted.gpus[row.gpu], row, lengths
+                ),
+                row.itl_ms,
+            )
             for row in rows
-        ]  # fmt: skip
+        ]
         own = model == calibrated_on
         yield Comparison(
             PUBLISHED,
-            f"ITL, batch {rows[0].batch} to {rows[-1].batch}",
+            f"ITL, were it {lengths[0]} in, {lengths[1]} out",
             rows[0].gpu,
             model,
             found,
             "overheads, on these very rows" if own else f"overheads, on {calibrated_on}",
-            notes=(f"{INPUT_TOKENS} in, {OUTPUT_TOKENS} out assumed",),
+            notes=(f"batch {rows[0].batch} to {rows[-1].batch}",),
         )
 
 
