@@ -25,6 +25,7 @@ class Observer:
 
     def __init__(self) -> None:
         self.switches: list[Switch] = []
+        self.reroutes = 0  # plans adopted that changed nothing but routing weights
         self.gpu_seconds = 0.0
         self.epoch = -1
         self.in_force: DeploymentPlan | None = None
@@ -68,7 +69,11 @@ class Observer:
         self.switches.clear()
 
     def _on_ended(self, ended: SwitchEnded, now_s: float) -> None:
-        plan = self._proposed.get(ended.plan_id)
+        plan, before = self._proposed.get(ended.plan_id), self.in_force
+        # It is told before the plan that it has put in force.
+        if plan is not None and before is not None and plan.replicas == before.replicas:
+            self.reroutes += ended.succeeded
+            return
         self.switches.append(
             Switch(
                 at_s=now_s - ended.took_s,

@@ -97,6 +97,8 @@ def _notes(cluster: Cluster, ended_s: float) -> Iterator[str]:
             f"{cluster.source.open_requests:,} requests were still open "
             f"{cluster.spec.drain_s:g} s after the last arrival"
         )
+    if cluster.observer.reroutes:
+        yield f"{cluster.observer.reroutes:,} plans changed only the routing weights"
     for incident in cluster.spec.incidents:
         if BOOT_S + incident.at_s > ended_s:
             yield (

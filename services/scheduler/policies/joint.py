@@ -137,7 +137,7 @@ def solve(program: Joint, *, time_limit_s: float) -> tuple[Array, float, bool] |
         integrality=program.integrality,
         bounds=Bounds(program.floor, program.ceiling),
         constraints=LinearConstraint(program.rows, program.lower, program.upper),
-        options={"mip_rel_gap": GAP_MAX, "presolve": False, "node_limit": NODES_MAX, "time_limit": time_limit_s},
+        options={"mip_rel_gap": GAP_MAX, "node_limit": NODES_MAX, "time_limit": time_limit_s},
     )
     if found.x is None:
         return None

@@ -1,0 +1,164 @@
+"""A simulated cluster with incidents: GPUs and services that die, stall, are cut off or slow."""
+
+import numpy as np
+import pytest
+
+from loadgen.simulator.cluster import INGRESS, Cluster
+from loadgen.simulator.faults import Incident, IncidentKind
+from loadgen.simulator.outcome import SimulationSpec
+from loadgen.simulator.run import run
+from loadgen.simulator.workshop import token_at
+from services.ingress.journey import Journey
+from shared.core import Publish
+from shared.messages.requests import SubmitRequest
+from tests.support.clusters import NEVER, mesh_of, poisson, spec_of
+
+AT_S = 15.0
+REQUESTS, RPS = 600, 20.0
+
+
+def a_spec(*incidents: Incident) -> SimulationSpec:
+    mesh = mesh_of(gpus=4, kv_blocks=1200, running_max=32)
+    return spec_of(mesh, poisson(REQUESTS, rps=RPS), incidents=incidents or NEVER)
+
+
+def incident(kind: IncidentKind, node: str, for_s: float) -> Incident:
+    return Incident(kind=kind, node=node, at_s=AT_S, for_s=for_s, factor=300.0)
+
+
+class Watched(Cluster):
+    """Its engines say tokens that tell lost, repeated and foreign ones from right ones."""
+
+    def __init__(self, spec: SimulationSpec) -> None:
+        super().__init__(spec)
+        self.attempts = 0
+        self.resumed = 0  # attempts that went on behind tokens made elsewhere
+        self.ended = 0
+        self.world.taps.append(self._see)
+        self._completed = self.source.on_completed
+        self.source.on_completed = self._on_completed  # type: ignore[method-assign]
+
+    def tokens(self, request_id: str, position: int, count: int) -> list[int]:
+        return [token_at(request_id, position + i) for i in range(count)]
+
+    def _see(self, sender: str, effect: Publish) -> None:
+        if isinstance(effect.message, SubmitRequest) and sender == INGRESS:
+            self.attempts += 1
+            self.resumed += bool(effect.message.output_tokens)
+
+    def _on_completed(self, journey: Journey) -> None:
+        self.ended += 1
+        wanted = journey.sampling.output_tokens_max
+        right = [token_at(journey.request_id, position) for position in range(wanted)]
+        assert journey.tokens == right, f"{journey.request_id} after {journey.moves} moves"
+        self._completed(journey)
+
+
+class Stepping(Watched):
+    """Its engines take each step by itself and say each token at once, as in production."""
+
+    streaming = True
+
+
+def served(cluster: Watched) -> tuple[np.ndarray, np.ndarray]:
+    """TTFT and E2E after everything was served."""
+    cluster.boot()
+    cluster.serve()
+    found = cluster.source.columns
+    assert (found.ended, cluster.ended, found.failed) == (REQUESTS, REQUESTS, {})
+    ttft_s, e2e_s = np.array(found.ttft_s), np.array(found.e2e_s)
+    assert (ttft_s <= e2e_s).all()
+    assert list(found.output_tokens) == [a.record.output_tokens for a in cluster.arrivals]
+    return ttft_s, e2e_s
+
+
+@pytest.mark.parametrize(
+    ("struck", "moves"),
+    [
+        (incident("crash", "n0-g1", 12.0), True),
+        (incident("crash", "n0-g1", 1e6), True),
+        (incident("stall", "n0-g1", 0.5), False),
+        (incident("stall", "n0-g1", 12.0), True),
+        (incident("partition", "n0-g1", 0.5), True),
+        (incident("partition", "n0-g1", 12.0), True),
+        (incident("slow", "n0-g1", 12.0), False),
+        (incident("crash", "router", 3.0), False),
+        (incident("crash", "switcher", 12.0), False),
+        (incident("partition", "scheduler", 12.0), False),
+    ],
+    ids=lambda value: (
+        f"{value.kind}-{value.node}-{value.for_s:g}s" if isinstance(value, Incident) else ""
+    ),
+)
+def test_whatever_happens_every_token_comes_once(struck: Incident, *, moves: bool) -> None:
+    """Incidents would lose or double what they interrupt, or wake up requests that have ended; or
+    nothing would be interrupted, and incidents be no test of a policy. Whoever leaps is held to
+    those who step: what an incident costs must not depend on how the simulator counts."""
+    leaping, stepping = Watched(a_spec(struck)), Stepping(a_spec(struck))
+    leapt, stepped = served(leaping), served(stepping)
+    assert (leaping.resumed > 0) is moves
+    assert leaping.resumed == pytest.approx(stepping.resumed, rel=0.2, abs=2)
+    for one, other in zip(leapt, stepped, strict=True):
+        assert one.mean() == pytest.approx(other.mean(), rel=0.01)
+        assert np.quantile(one, 0.99) == pytest.approx(np.quantile(other, 0.99), rel=0.05)
+
+
+def test_what_was_seen_before_a_crash_is_kept() -> None:
+    """The first token of a request that is moved would be counted anew, or its E2E end early."""
+    calm, struck = (
+        run(a_spec(*incidents)).requests
+        for incidents in ((), (incident("crash", "n0-g1", 12.0),))
+    )
+    seen = calm.arrived_s + calm.ttft_s < AT_S - 0.001
+    assert struck.ttft_s[seen].tolist() == calm.ttft_s[seen].tolist()
+    over = calm.arrived_s + calm.e2e_s < AT_S - 0.001
+    assert struck.e2e_s[over].tolist() == calm.e2e_s[over].tolist()
+    hit = seen & ~over & (struck.e2e_s > calm.e2e_s + 1.0)
+    assert hit.any(), "requests of the dead GPU wait until its silence is noticed"
+    assert struck.e2e_s.mean() > calm.e2e_s.mean()
+
+
+def test_a_stalled_engine_does_not_compute() -> None:
+    """A worker that was stopped for half a second would find its steps done when it wakes up."""
+    calm, struck = (
+        run(a_spec(*incidents)).requests
+        for incidents in ((), (incident("stall", "n0-g1", 0.5),))
+    )
+    late_s = struck.e2e_s - calm.e2e_s
+    open_ = (calm.arrived_s + calm.ttft_s < AT_S) & (calm.arrived_s + calm.e2e_s > AT_S + 0.6)
+    held = late_s[open_][late_s[open_] > 0.3]
+    assert len(held) >= 3, "about a quarter of those that were running"
+    assert held == pytest.approx(0.5, abs=0.15)
+
+
+def test_incidents_bring_the_heartbeats_of_production() -> None:
+    """A GPU's death would be noticed after minutes, as runs without incidents would have it."""
+    cluster = Cluster(a_spec(incident("crash", "n0-g1", 1e6)))
+    assert cluster.paces.pulse_s is None
+    cluster.boot()
+    cluster.serve()
+    dead = [switch for switch in cluster.observer.switches if "n0-g1" in switch.reason]
+    plan = cluster.observer.in_force
+    assert plan is not None
+    assert all("n0-g1" not in spec.gpus for spec in plan.replicas), "the rest is planned for"
+    assert len(cluster.observer.switches) == 1, dead
+    assert cluster.observer.switches[0].at_s - 20.0 - AT_S < 5.0
+
+
+def test_a_request_without_a_replica_is_routed_again_as_soon_as_in_production() -> None:
+    """Requests would wait for an ingress that rarely looks, whenever there is no replica."""
+    mesh = mesh_of(start_s=2.0)
+    records = poisson(60, rps=5.0)
+    hurt = incident("crash", "n0-g0", 1.0)
+    result = run(spec_of(mesh, records, incidents=[hurt]))
+    assert result.requests.completed.all()
+    first_s = result.requests.arrived_s + result.requests.ttft_s
+    back_s = first_s[first_s > AT_S].min() if (first_s > AT_S).any() else np.inf
+    assert AT_S + 3.0 < back_s + 5.0
+    assert result.notes == () or "never came" in result.notes[0]
+
+
+def test_an_incident_that_never_came_is_said() -> None:
+    """A run would count as one with a fault that it never had."""
+    (note,) = run(a_spec()).notes
+    assert note == "slow of profiler at 1e+09 s never came: all had ended before"
