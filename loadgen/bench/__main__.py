@@ -3,7 +3,15 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("loadgen.bench.bench_router", "loadgen.bench.bench_data_plane")
+BENCHMARKS = (
+    "loadgen.bench.bench_router",
+    "loadgen.bench.bench_data_plane",
+    "loadgen.bench.bench_planners",
+    "loadgen.bench.bench_simulator",
+    "loadgen.bench.bench_fidelity",
+    "loadgen.bench.bench_torch_fidelity",
+    "loadgen.bench.bench_compare",
+)
 
 
 def main() -> int:

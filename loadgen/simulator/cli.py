@@ -48,7 +48,8 @@ RateScale = Annotated[
     float, typer.Option(help="Below 1 drop requests at random, above 1 add copies.")
 ]
 SlowWork = Annotated[
-    float | None, typer.Option(help="Virtual seconds of each solve. [default: as measured]")
+    float | None,
+    typer.Option(min=0.0, help="Virtual seconds of each solve. [default: as measured]"),
 ]
 Incidents = Annotated[
     list[str] | None,
@@ -60,7 +61,7 @@ Incidents = Annotated[
 ]
 OutputLimit = Annotated[
     int | None,
-    typer.Option(help="What clients allow as output. [default: just what they will get]"),
+    typer.Option(min=1, help="What clients allow as output. [default: just what they will get]"),
 ]
 
 
@@ -79,8 +80,12 @@ def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the comma
     slo_class: Annotated[
         str, typer.Option("--class", help="Of requests whose trace names none.")
     ] = "standard",
-    drain: Annotated[float, typer.Option(help="Seconds for open requests to end in.")] = 600.0,
-    network_ms: Annotated[float, typer.Option(help="A message's way between services.")] = 0.3,
+    drain: Annotated[
+        float, typer.Option(min=0.0, help="Seconds for open requests to end in.")
+    ] = 600.0,
+    network_ms: Annotated[
+        float, typer.Option(min=0.0, help="A message's way between services.")
+    ] = 0.3,
     output_limit: OutputLimit = None,
     slow_work: SlowWork = None,
     incident: Incidents = None,
@@ -225,6 +230,8 @@ def _show(metrics: RunMetrics, policy: Policy, console: Console) -> None:
             markup=False,
             highlight=False,
         )
+    for note in metrics.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False)
 
 
 def _latencies(metrics: RunMetrics) -> Table:

@@ -41,6 +41,7 @@ def estimate(
     ``batch`` counts for nothing, and there is no ITL (0)."""
     if batch < 1:
         raise ConfigInvalid(field="batch", value=batch, remedy="use at least 1")
+    limits = limits.in_stages(model.shape.pp)
     work = Work.of(input_tokens, output_tokens)
     idle_s = prompt_s(model, work, room=limits.batch_tokens_max)
     most = batch_max(model, work, limits)

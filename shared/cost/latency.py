@@ -55,6 +55,7 @@ def latency(
 ) -> Latency:
     """Latency at Poisson arrivals of ``requests_per_s``; ``cv2`` is the squared coefficient of
     variation of the lengths (0: all alike; 1: as an exponential distribution)."""
+    limits = limits.in_stages(model.shape.pp)
     return _latency(model, requests_per_s, Work.of(input_tokens, output_tokens), limits, cv2)
 
 

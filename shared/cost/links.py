@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shared.cost.memory import weight_bytes
 from shared.cost.profile import GpuFacts, Link, Profile
-from shared.cost.step import stages_of
+from shared.cost.stages import stages_of
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 

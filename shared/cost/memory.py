@@ -9,7 +9,7 @@ any model in use, and what the runtime takes, which is ``GpuFacts.reserved_bytes
 from collections.abc import Sequence
 
 from shared.cost.profile import GpuFacts, ModelFacts, Profile
-from shared.cost.step import stages_of
+from shared.cost.stages import stages_of
 from shared.hardware import Parallelism
 
 EMBEDDING_BYTES_MIN = 2  # quantised checkpoints keep embeddings and head in 16 bits

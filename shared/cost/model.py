@@ -9,7 +9,8 @@ from shared.cost.library import Folders, gpu_facts, load_profile
 from shared.cost.links import start_s
 from shared.cost.memory import fits, kv_capacity_tokens, weight_bytes
 from shared.cost.profile import GpuFacts, Profile
-from shared.cost.step import StepModel, stages_of, step_model
+from shared.cost.stages import stages_of
+from shared.cost.step import StepModel, step_model
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 

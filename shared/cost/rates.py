@@ -47,6 +47,7 @@ def rate(
     limits: EngineLimits = DEFAULT_LIMITS,
 ) -> Rate:
     """Sustainable requests/s of one replica; lengths are means, and are rounded."""
+    limits = limits.in_stages(model.shape.pp)
     return _rate(model, Work.of(input_tokens, output_tokens), ttft_s, tpot_s, limits)
 
 

@@ -7,11 +7,12 @@ together (the new ones included), and ``Prefill`` beside them. On one stage of `
 
 with m tokens in all. With p pipeline stages the requests of a step form k = min(p, requests)
 micro-batches that follow each other through the stages: decoding requests spread evenly over them,
-prompts over as many as there are chunks, a chunk being cut only where it exceeds a p-th of the
-usual step's tokens (engines bound each micro-batch, and send the pieces of a prompt in a row). The
-micro-batches go round, so a step (a token for everyone) takes the longest of
+prompts over as many as there are chunks, a chunk being cut only where it exceeds the usual budget
+of a micro-batch (engines send the pieces of a prompt in a row). The micro-batches go round, so a
+step (a token for everyone) takes the longest of
 
-    the heaviest micro-batch's way through all layers, then the head
+    the heaviest micro-batch's way through all layers, then the head; where a prompt that was cut
+    ends, after the time that the longest stage needs for each of its other pieces
     all k micro-batches, one after the other, in the stage with most layers
     all k micro-batches, one after the other, in the last stage, which has the head, too
 
@@ -32,7 +33,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from shared.cost.limits import DEFAULT_LIMITS
-from shared.cost.profile import GpuFacts, Link, ModelFacts, Profile, TensorTimes
+from shared.cost.profile import GpuFacts, Link, Profile, TensorTimes
+from shared.cost.stages import stages_of
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 
@@ -119,7 +121,7 @@ class StepModel:
 
         dense = [a + b for a, b in zip(times.dense_us, collective_us, strict=True)]
         self._pp = len(stages)
-        self._piece_tokens = -(-DEFAULT_LIMITS.batch_tokens_max // self._pp)
+        self._piece_tokens = DEFAULT_LIMITS.batch_tokens_max
         self._layers, self._longest, self._last = sum(stages), max(stages), stages[-1]
         self._dense = Curve(times.tokens, [scaled(us) for us in dense])
         self._head = Curve(times.tokens, [scaled(us) for us in times.head_us])
@@ -191,6 +193,11 @@ class StepModel:
         whole = -(-prefill.tokens // min(self._pp, prefill.chunks))
         return pieces, max(-(-prefill.tokens // self._pp), min(whole, self._piece_tokens))
 
+    def _cuts(self, prefill: Prefill) -> int:
+        """Into how many pieces a prompt of the step is cut, all prompts being taken as alike."""
+        tokens = -(-prefill.tokens // prefill.chunks)
+        return min(self._pp, -(-tokens // self._piece_tokens))
+
     def _fixed_ps(self, batch: int, parts: int, prefill: Prefill) -> int:
         """All but what each token of context and each pair of prefill adds."""
         decoding = -(-batch // parts)  # in one micro-batch
@@ -203,8 +210,11 @@ class StepModel:
         sampled = decoding + ending
         head = self._head.at(sampled) if sampled else 0
         row = pieces * heavy + (parts - pieces) * small  # one layer, all micro-batches in a row
+        way = self._layers
+        if ending:
+            way += (self._cuts(prefill) - 1) * self._longest
         slowest = max(
-            self._layers * heavy + head,
+            way * heavy + head,
             self._longest * row,
             self._last * row + parts * head,
         )
@@ -272,23 +282,6 @@ def step_model(
         hops=hops,
         speedup=speedup,
     )
-
-
-def even_stages(layers: int, pp: int) -> tuple[int, ...]:
-    """``layers`` in ``pp`` stages that differ by at most one; raises ConfigInvalid."""
-    if not 1 <= pp <= layers:
-        raise ConfigInvalid(field="pp", value=pp, remedy=f"use 1 to {layers} stages")
-    short, longer = divmod(layers, pp)
-    return (short + 1,) * longer + (short,) * (pp - longer)
-
-
-def stages_of(facts: ModelFacts, shape: Parallelism, stages: Sequence[int] = ()) -> tuple[int, ...]:
-    """Layers of each stage: ``stages`` checked, or the even split. Raises ConfigInvalid."""
-    split = tuple(stages) or even_stages(facts.layers, shape.pp)
-    if len(split) != shape.pp or sum(split) != facts.layers or min(split) < 1:
-        remedy = f"give {shape.pp} numbers of at least 1 that sum to {facts.layers}"
-        raise ConfigInvalid(field="stages", value=split, remedy=remedy)
-    return split
 
 
 def _network_collective_us(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loadgen.simulator.cluster import INGRESS, Cluster
+from loadgen.simulator.cluster import BOOT_S, Cluster
 from loadgen.simulator.faults import Incident, IncidentKind
 from loadgen.simulator.outcome import SimulationSpec
 from loadgen.simulator.run import run
@@ -23,7 +23,8 @@ def a_spec(*incidents: Incident) -> SimulationSpec:
 
 
 def incident(kind: IncidentKind, node: str, for_s: float) -> Incident:
-    return Incident(kind=kind, node=node, at_s=AT_S, for_s=for_s, factor=300.0)
+    factor = 300.0 if kind == "slow" else 1.0
+    return Incident(kind=kind, node=node, at_s=AT_S, for_s=for_s, factor=factor)
 
 
 class Watched(Cluster):
@@ -41,8 +42,8 @@ class Watched(Cluster):
     def tokens(self, request_id: str, position: int, count: int) -> list[int]:
         return [token_at(request_id, position + i) for i in range(count)]
 
-    def _see(self, sender: str, effect: Publish) -> None:
-        if isinstance(effect.message, SubmitRequest) and sender == INGRESS:
+    def _see(self, _: str, effect: Publish) -> None:
+        if isinstance(effect.message, SubmitRequest):
             self.attempts += 1
             self.resumed += bool(effect.message.output_tokens)
 
@@ -97,7 +98,9 @@ def test_whatever_happens_every_token_comes_once(struck: Incident, *, moves: boo
     leaping, stepping = Watched(a_spec(struck)), Stepping(a_spec(struck))
     leapt, stepped = served(leaping), served(stepping)
     assert (leaping.resumed > 0) is moves
-    assert leaping.resumed == pytest.approx(stepping.resumed, rel=0.2, abs=2)
+    # When a slow link is fast again, what is sent then overtakes what was sent before, which costs
+    # those that say each token by itself a few moves more.
+    assert leaping.resumed == pytest.approx(stepping.resumed, abs=12 if struck.factor > 1.0 else 2)
     for one, other in zip(leapt, stepped, strict=True):
         assert one.mean() == pytest.approx(other.mean(), rel=0.01)
         assert np.quantile(one, 0.99) == pytest.approx(np.quantile(other, 0.99), rel=0.05)
@@ -120,15 +123,17 @@ def test_what_was_seen_before_a_crash_is_kept() -> None:
 
 def test_a_stalled_engine_does_not_compute() -> None:
     """A worker that was stopped for half a second would find its steps done when it wakes up."""
+    mesh = mesh_of(gpus=4)
+    records = poisson(REQUESTS, rps=RPS, output_tokens_max=800)
     calm, struck = (
-        run(a_spec(*incidents)).requests
-        for incidents in ((), (incident("stall", "n0-g1", 0.5),))
+        run(spec_of(mesh, records, incidents=incidents)).requests
+        for incidents in (NEVER, (incident("stall", "n0-g1", 0.5),))
     )
-    late_s = struck.e2e_s - calm.e2e_s
-    open_ = (calm.arrived_s + calm.ttft_s < AT_S) & (calm.arrived_s + calm.e2e_s > AT_S + 0.6)
-    held = late_s[open_][late_s[open_] > 0.3]
-    assert len(held) >= 3, "about a quarter of those that were running"
-    assert held == pytest.approx(0.5, abs=0.15)
+    running = (calm.arrived_s + calm.ttft_s < AT_S) & (calm.arrived_s + calm.e2e_s > AT_S + 0.6)
+    late_s = (struck.e2e_s - calm.e2e_s)[running]
+    held_s = late_s[late_s > 0.25]
+    assert len(held_s) > len(late_s) / 8, "about a quarter runs there"
+    assert held_s == pytest.approx(0.5, abs=0.25)
 
 
 def test_incidents_bring_the_heartbeats_of_production() -> None:
@@ -142,20 +147,22 @@ def test_incidents_bring_the_heartbeats_of_production() -> None:
     assert plan is not None
     assert all("n0-g1" not in spec.gpus for spec in plan.replicas), "the rest is planned for"
     assert len(cluster.observer.switches) == 1, dead
-    assert cluster.observer.switches[0].at_s - 20.0 - AT_S < 5.0
+    assert cluster.observer.switches[0].at_s - BOOT_S - AT_S < 5.0
 
 
-def test_a_request_without_a_replica_is_routed_again_as_soon_as_in_production() -> None:
-    """Requests would wait for an ingress that rarely looks, whenever there is no replica."""
-    mesh = mesh_of(start_s=2.0)
-    records = poisson(60, rps=5.0)
-    hurt = incident("crash", "n0-g0", 1.0)
-    result = run(spec_of(mesh, records, incidents=[hurt]))
-    assert result.requests.completed.all()
-    first_s = result.requests.arrived_s + result.requests.ttft_s
-    back_s = first_s[first_s > AT_S].min() if (first_s > AT_S).any() else np.inf
-    assert AT_S + 3.0 < back_s + 5.0
-    assert result.notes == () or "never came" in result.notes[0]
+def test_whoever_finds_no_replica_is_routed_again_as_soon_as_in_production() -> None:
+    """While the only replica of a model is started anew its requests would wait for an ingress
+    that rarely looks, and a short outage would count as a long one."""
+    records = poisson(200, rps=5.0)
+    crash = run(spec_of(mesh_of(), records, incidents=[incident("crash", "n0-g0", 1.0)])).requests
+    assert crash.completed.all()
+    first_s = np.sort((crash.arrived_s + crash.ttft_s)[crash.arrived_s > AT_S])
+    up_s = first_s[0]
+    assert AT_S + 1.0 + 3.0 < up_s < AT_S + 1.0 + 3.0 + 3.0, "restarted, noticed, loaded in 3 s"
+    waited = (crash.arrived_s > AT_S) & (crash.arrived_s < up_s - 1.0)
+    served_s = (crash.arrived_s + crash.ttft_s)[waited]
+    assert waited.sum() > 10
+    assert served_s.max() < up_s + 1.5, "pauses grow to a second at most"
 
 
 def test_an_incident_that_never_came_is_said() -> None:

@@ -9,7 +9,8 @@ Hops: 2 us, and 16 bytes a token at 1 GB/s: 0.016 us. Four layers.
 import msgspec
 import pytest
 
-from shared.cost.step import Curve, Prefill, StepModel, even_stages, pairs, step_model
+from shared.cost.stages import even_stages
+from shared.cost.step import Curve, Prefill, StepModel, pairs, step_model
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from tests.support.costs import small_gpu, small_profile
@@ -118,19 +119,27 @@ def test_two_chunks_fill_two_stages() -> None:
 
 
 def test_a_long_chunk_is_cut_into_micro_batches() -> None:
-    """Long prompts would gain nothing from stages: 2,048 tokens go as 2 x 1,024, and
-    take half of what they take in one piece, but for overheads and hops."""
+    """Long prompts would gain nothing from stages: 4,096 tokens go as 2 x 2,048, and take half of
+    what they take in one piece, but for overheads and hops."""
     one, two = model(), model("tp1pp2")
-    prefill = Prefill(tokens=2048, chunks=1, pairs=pairs(0, 2048))
+    prefill = Prefill(tokens=4096, chunks=1, pairs=pairs(0, 4096))
     in_one_piece = one.step_ps(0, 0, prefill) - 108 * US
-    hops = 12 * US + 2 * 1024 * 16_000
+    hops = 12 * US + 2 * 2048 * 16_000
     cut = two.step_ps(0, 0, prefill) - 108 * US - hops
-    # 4 (20 + 2 (1024 - 11) + 2) for 4 (20 + 2 (2048 - 11) + 2), and half the pairs.
-    assert cut == 4 * 2048 * US + 2 * pairs(0, 2048) * 50_000
-    assert in_one_piece == 4 * 4096 * US + 4 * pairs(0, 2048) * 50_000
-    # Up to a piece's size the chunk stays whole.
-    short = Prefill(tokens=1024, chunks=1)
-    assert two.step_ps(0, 0, short) > one.step_ps(0, 0, short)
+    # 4 (20 + 2 (2048 - 11) + 2) for 4 (20 + 2 (4096 - 11) + 2), and half the pairs.
+    assert cut == 4 * 4096 * US + 2 * pairs(0, 4096) * 50_000
+    assert in_one_piece == 4 * 8192 * US + 4 * pairs(0, 4096) * 50_000
+
+
+def test_a_first_token_waits_for_all_pieces_of_its_prompt() -> None:
+    """A lone long prompt would seem as fast as one of many: its last piece starts one piece late,
+    and has all layers before it."""
+    one, two = model(), model("tp1pp2")
+    going_on = two.step_ps(0, 0, Prefill(tokens=4096, chunks=1))
+    ending = two.step_ps(0, 0, Prefill(tokens=4096, chunks=1, ending=1))
+    single = Prefill(tokens=1, chunks=1)
+    head = one.step_ps(0, 0, Prefill(tokens=1, chunks=1, ending=1)) - one.step_ps(0, 0, single)
+    assert ending - going_on == 2 * 4096 * US + head
 
 
 def test_hops_between_nodes_are_dearer() -> None:

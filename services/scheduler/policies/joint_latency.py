@@ -60,6 +60,7 @@ def tails(
         limits=limits,
         cv2=1.0 + 2.0 * _spread_between(loads, arrivals),
     )
+    limits = limits.in_stages(model.shape.pp)
     seats = max(1, batch_max(model, mean, limits))
     stable = isfinite(found.ttft_s)
     busy = min(seats, ceil(found.batch + Z99 * sqrt(found.batch))) if stable else seats

@@ -49,7 +49,7 @@ class Batch(BatchState):
         super().__init__(limits, kv_blocks=kv_blocks, prefix_caching=prefix_caching)
         self._times = step_times
 
-    def add(
+    def add(  # noqa: PLR0913  # what makes a request
         self,
         key: str,
         *,
@@ -62,8 +62,9 @@ class Batch(BatchState):
     ) -> Sequence:
         """Queue a request that makes ``output_tokens`` in all, of which an earlier attempt made
         ``earlier_tokens``. The KV of its first ``copied_tokens`` comes with it, as by a live
-        migration; the last token known is computed here in any case. ``hashes`` are of consecutive pieces of ``hash_tokens`` tokens (0: of
-        one KV block each), each hash standing for everything up to its end.
+        migration; the last token known is computed here in any case. ``hashes`` are of consecutive
+        pieces of ``hash_tokens`` tokens (0: of one KV block each), each hash standing for
+        everything up to its end.
 
         Raises Rejected with code ``too_long``, ``overloaded`` or ``invalid`` (the key is live
         already), and ConfigInvalid for ``hash_tokens`` shorter than a KV block.

@@ -29,8 +29,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "computed", "copied", "end_step", "hash_tokens", "hashes", "held", "key", "known", "number", "offset",
-        "phase", "prompt_tokens", "serial", "shared", "started", "tokens_max",
+        "computed", "copied", "end_step", "hash_tokens", "hashes", "held", "key", "known",
+        "number", "offset", "phase", "prompt_tokens", "serial", "shared", "started", "tokens_max",
     )  # fmt: skip
 
     def __init__(self, key: str, *, number: int, prompt: int, known: int, tokens_max: int) -> None:

@@ -90,7 +90,7 @@ def modelled_replica(mesh: MeshConfig, spec: ReplicaSpec) -> ModelledReplica:
         return replica_by_settings(settings, gpus=Parallelism.parse(spec.parallelism).gpus)
     cost = replica_cost(mesh, spec)
     return ModelledReplica(
-        limits=limits_of(settings),
+        limits=limits_of(settings).in_stages(cost.shape.pp),
         times=cost.step,
         kv_blocks=cost.kv_tokens // settings.block_tokens,
         start_s=cost.start_s / settings.speedup,
