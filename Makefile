@@ -69,8 +69,8 @@ mesh: $(STAMP) ## Every service of the Procfile under honcho, on nats://127.0.0.
 	@test -f .oserve/models/tiny/config.json || oserve make-model .oserve/models/tiny --size tiny
 	@OSERVE_CONFIG=$(OSERVE_CONFIG) honcho start || [ $$? -eq 130 ] # Ctrl-C is how it ends
 
-sim: $(STAMP) ## One simulated mesh: make sim SEED=123
-	@python -m loadgen.simulator --seed $(SEED)
+sim: $(STAMP) ## Simulated meshes under faults: make sim SEEDS=5000, or one: make sim SEED=123
+	@python -m loadgen.simulator --seed $(SEED) $(if $(SEEDS),--runs $(SEEDS) --quiet)
 
 bench: $(STAMP) ## Every benchmark, as JSON
 	@python -m loadgen.bench

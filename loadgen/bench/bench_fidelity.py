@@ -1,18 +1,16 @@
 """How true the simulator is: ``python -m loadgen.bench.bench_fidelity``.
 
 The same arrivals go to a mesh of real processes whose engines are modelled and run in real time,
-and to the simulator with the same topology. Then the same with the torch engine on CPU, and the
-profile that ``oserve profile measure`` made of it just before. For TTFT, TPOT and E2E it prints mean
-and p99 of both, and how far the simulator is off. One JSON line each, and a table on stderr.
+and to the simulator with the same topology. For TTFT, TPOT and E2E it prints mean and p99 of both,
+and how far the simulator is off: a JSON line, and a table on stderr. ``bench_torch_fidelity`` does
+the same with a real engine.
 """
 
 import argparse
 import asyncio
 import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,10 @@ TRACE = "azure2023_code_conv.csv.gz"
 SETTLE_S = 3.0
 READY_S = 180.0  # big models load for more than a minute, in real time
 Floats = npt.NDArray[np.float64]
+STATISTICS: dict[str, Callable[[Floats], float]] = {
+    "mean": lambda seconds: float(np.mean(seconds)),
+    "p99": lambda seconds: float(np.quantile(seconds, 0.99)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ def compared(real: Latencies, simulation: Latencies) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         measured, predicted = getattr(real, name), getattr(simulation, name)
-        for statistic, of in (("mean", np.mean), ("p99", lambda v: np.quantile(v, 0.99))):
-            a, b = float(of(measured)), float(of(predicted))
+        for statistic, of in STATISTICS.items():
+            a, b = of(measured), of(predicted)
             figures[f"{name.removesuffix('_s')}_{statistic}"] = {
                 "real_ms": round(1e3 * a, 2),
                 "simulated_ms": round(1e3 * b, 2),
@@ -151,16 +153,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180.0, help="of the trace")
     parser.add_argument("--rate-scale", type=float, default=0.5)
     parser.add_argument("--network-s", type=float, default=0.0006)
-    parser.add_argument("--only", choices=("modelled", "torch"))
     arguments = parser.parse_args()
     if not (TRACES / TRACE).exists():
         sys.stderr.write(f"bench_fidelity: skipped, no {TRACE} in {TRACES} (OSERVE_TRACES)\n")
         return 0
-    if arguments.only in (None, "modelled"):
-        line = {"benchmark": "fidelity_modelled", **measure_modelled(arguments)}
-        show("modelled", line["latency"])
-        line["environment"] = msgspec.to_builtins(environment())
-        sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+    figures = measure_modelled(arguments)
+    show("modelled", figures["latency"])
+    line: dict[str, Any] = {"benchmark": "fidelity_modelled", **figures}
+    line["environment"] = msgspec.to_builtins(environment())
+    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
     return 0
 
 

@@ -2,8 +2,9 @@
 
 CPU seconds and memory of whole runs, each in a process of its own: the Azure 2023 hour on eight
 replicas, ten days of ServeGen's m-large pool on 32 GPUs, and the hour at several rates with a line
-through CPU seconds against requests, which shows what a request costs and that nothing grows faster.
-The policy is ``static``: what is measured is the serving of requests. Prints one JSON line each.
+through CPU seconds against requests, which shows what a request costs and that nothing grows
+faster. The policy is ``static``: what is measured is the serving of requests. Prints one JSON line
+each.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import correlation, linear_regression
 from typing import Any
 
 import msgspec
@@ -112,14 +114,12 @@ def in_process_of_its_own(name: str) -> dict[str, Any]:
 
 def line_through(points: list[tuple[float, float]]) -> dict[str, float]:
     """Least squares: CPU seconds = start + slope * requests, and how much of it a line explains."""
-    requests, cpu_s = np.array(points).T
-    slope, start = np.polyfit(requests, cpu_s, 1)
-    left = float(((cpu_s - (start + slope * requests)) ** 2).sum())
-    spread = float(((cpu_s - cpu_s.mean()) ** 2).sum())
+    requests, cpu_s = zip(*points, strict=True)
+    slope, start = linear_regression(requests, cpu_s)
     return {
-        "start_s": round(float(start), 3),
-        "us_per_request": round(1e6 * float(slope), 1),
-        "r_squared": round(1.0 - left / spread, 5),
+        "start_s": round(start, 3),
+        "us_per_request": round(1e6 * slope, 1),
+        "r_squared": round(correlation(requests, cpu_s) ** 2, 5),
     }
 
 

@@ -24,6 +24,7 @@ from loadgen.compare.options import (
 )
 from loadgen.compare.table import comparison_tables
 from loadgen.simulator.policies import names
+from loadgen.stdout import reserved_stdout
 from shared.errors import ConfigInvalid, OServeError
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
@@ -115,7 +116,7 @@ def compare(  # noqa: PLR0913, PLR0917  # one parameter per option of the comman
         ).checked()
         mesh = mesh_of(topology, model, options)
         runs = Runs(report / "runs", processes=parse_jobs(jobs))
-        with _Bar(console) as bar:
+        with reserved_stdout(), _Bar(console) as bar:
             runs.told = bar.tell
             outcome = compared(
                 options, mesh, runs=runs, topology=str(topology), command=shlex.join(sys.argv)

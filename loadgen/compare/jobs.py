@@ -18,7 +18,6 @@ import msgspec
 
 from loadgen.compare.metrics import RunMetrics, measure
 from loadgen.compare.workload import Workload, arrivals
-from loadgen.simulator.deployments import wished_words
 from loadgen.simulator.outcome import Forecast, SimulationResult, SimulationSpec
 from loadgen.simulator.policies import Policy
 from loadgen.simulator.run import run
@@ -94,7 +93,6 @@ def perform(job: Job, simulate: Simulate = run) -> RunRecord:
         window_s=workload.window_s,
         warmup_s=job.warmup_s,
         targets=job.targets,
-        began=wished_words(job.mesh),
     )
     return RunRecord(
         format=FORMAT,
@@ -138,6 +136,10 @@ class Runs:
         missing = [job for digest, job in wanted.items() if digest not in records]
         self._tell(what, len(records), len(wanted))
         for record in self._performed(missing):
+            if record.digest not in wanted:
+                raise RunFailed(
+                    f"{record.name}: the source was changed while runs were under way; start again"
+                )
             self._keep(record)
             records[record.digest] = record
             self.done += 1

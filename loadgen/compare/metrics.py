@@ -28,7 +28,6 @@ from shared.slo import SloTarget
 
 Floats = npt.NDArray[np.float64]
 SETTLED_SHARE = 0.99
-MESSAGES_S = 0.1  # what a switch that moves nothing takes at most
 QUANTILES = tuple(round(i / 100, 2) for i in range(1, 101))
 """Of the distributions kept for pictures."""
 
@@ -107,10 +106,8 @@ def measure(
     window_s: float,
     warmup_s: float,
     targets: Mapping[str, SloTarget],
-    began: str = "",
 ) -> RunMetrics:
-    """The figures of one run. ``targets`` holds one for each ``type_key`` of the requests;
-    ``began``: the words of the plan that the run began with."""
+    """The figures of one run. ``targets`` holds one for each ``type_key`` of the requests."""
     counted = _counted(result.requests, warmup_s)
     ended_s = counted.arrived_s + counted.e2e_s
     tpot_s = tpot_of(counted)
@@ -118,7 +115,7 @@ def measure(
     met = _met(counted, tpot_s, [targets[key] for key in keys], numbers)
     done = counted.completed
     span_s = max(window_s, float(np.max(ended_s, initial=0.0, where=done))) - warmup_s
-    moments = tuple(_moments(result.switches, began))
+    moments = tuple(_moments(result.switches))
     offered = int(counted.arrived_s.size)
     return RunMetrics(
         offered=offered,
@@ -151,20 +148,16 @@ def measure(
     )
 
 
-def _moments(switches: Sequence[Switch], began: str) -> Iterator[Moment]:
-    """A change that kept the plan's words, and took no longer than its messages, changed shares
-    alone: a replica takes longer to start anywhere."""
-    standing = began
+def _moments(switches: Sequence[Switch]) -> Iterator[Moment]:
     for switch in switches:
         yield Moment(
             at_s=switch.at_s,
             took_s=switch.took_s,
             succeeded=switch.succeeded,
             plan=switch.plan,
-            moved=switch.took_s > MESSAGES_S or switch.plan != standing,
+            moved=switch.moved,
             reason=switch.reason,
         )
-        standing = switch.plan if switch.succeeded else standing
 
 
 def latency(seconds: Floats) -> Latency:

@@ -27,6 +27,7 @@ from loadgen.simulator.deployments import Site, begun
 from loadgen.simulator.incidents import parse_incident
 from loadgen.simulator.policies import Policy, names, policy_named
 from loadgen.simulator.run import SimulationSpec, run
+from loadgen.stdout import reserved_stdout
 from shared.config import load_settings
 from shared.errors import ConfigInvalid, OServeError
 from shared.mesh import MeshConfig
@@ -110,7 +111,8 @@ def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the comma
             output_tokens_limit=output_limit,
             incidents=tuple(parse_incident(text, mesh) for text in incident or ()),
         )
-        metrics = simulated(spec, workload)
+        with reserved_stdout():
+            metrics = simulated(spec, workload)
     except OServeError as error:
         console.print(f"oserve simulate: {error}", style="red", markup=False)
         code = _EXIT_USAGE if isinstance(error, ConfigInvalid) else _EXIT_FAILED

@@ -263,6 +263,11 @@ def simulate(seed: int) -> Outcome:
     return Mesh(seed).run()
 
 
+def replay_command(seed: int) -> str:
+    """What shows that run again, with its trace if it fails."""
+    return f"python -m loadgen.simulator --seed {seed}"
+
+
 def _router(name: str) -> Core:
     config = RouterConfig(epoch_reset_s=5.0)
     return router.Router(config, models=(MODEL.model_id,), instance_id=name)

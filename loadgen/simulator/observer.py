@@ -25,7 +25,6 @@ class Observer:
 
     def __init__(self) -> None:
         self.switches: list[Switch] = []
-        self.reroutes = 0  # plans adopted that changed nothing but routing weights
         self.gpu_seconds = 0.0
         self.epoch = -1
         self.in_force: DeploymentPlan | None = None
@@ -71,9 +70,7 @@ class Observer:
     def _on_ended(self, ended: SwitchEnded, now_s: float) -> None:
         plan, before = self._proposed.get(ended.plan_id), self.in_force
         # It is told before the plan that it has put in force.
-        if plan is not None and before is not None and plan.replicas == before.replicas:
-            self.reroutes += ended.succeeded
-            return
+        kept = plan is not None and before is not None and plan.replicas == before.replicas
         self.switches.append(
             Switch(
                 at_s=now_s - ended.took_s,
@@ -81,6 +78,7 @@ class Observer:
                 succeeded=ended.succeeded,
                 plan=words(plan) if plan is not None else ended.plan_id,
                 reason=ended.detail or (plan.reason if plan is not None else ""),
+                moved=not kept,
             )
         )
 

@@ -55,13 +55,15 @@ class Requests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
-    """One change of the plan in force. ``took_s``: from adoption to the new plan in force."""
+    """One change of the plan in force. ``took_s``: from adoption to the new plan in force;
+    ``moved``: it touched replicas, not only routing weights."""
 
     at_s: float
     took_s: float
     succeeded: bool
     plan: str  # its shapes in words: "2 tp4, 4 tp2"
     reason: str = ""
+    moved: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 result = run(SimulationSpec(mesh=..., traffic=..., policy=policy_named("oserve")))
 """
 
+import dataclasses
 import hashlib
 import resource
 import time
@@ -42,14 +43,7 @@ def run(spec: SimulationSpec) -> SimulationResult:
     requests = _requests(cluster)
     observer = cluster.observer
     switches = tuple(
-        Switch(
-            at_s=switch.at_s - BOOT_S,
-            took_s=switch.took_s,
-            succeeded=switch.succeeded,
-            plan=switch.plan,
-            reason=switch.reason,
-        )
-        for switch in observer.switches
+        dataclasses.replace(switch, at_s=switch.at_s - BOOT_S) for switch in observer.switches
     )
     return SimulationResult(
         requests=requests,
@@ -97,8 +91,6 @@ def _notes(cluster: Cluster, ended_s: float) -> Iterator[str]:
             f"{cluster.source.open_requests:,} requests were still open "
             f"{cluster.spec.drain_s:g} s after the last arrival"
         )
-    if cluster.observer.reroutes:
-        yield f"{cluster.observer.reroutes:,} plans changed only the routing weights"
     for incident in cluster.spec.incidents:
         if BOOT_S + incident.at_s > ended_s:
             yield (

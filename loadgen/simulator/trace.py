@@ -30,9 +30,11 @@ class Trace:
 
     def lines(self) -> list[str]:
         """The newest happenings, formatted only now since most are never read."""
-        return [
-            f"{now_s:9.4f}  {node}: {what}"
-            if isinstance(what, str)
-            else f"{now_s:9.4f}  {node} <- {what!r}"
-            for now_s, node, what in self._newest
-        ]
+        return [f"{now_s:9.4f}  {node}{_words(what)}" for now_s, node, what in self._newest]
+
+
+def _words(what: Any) -> str:  # noqa: ANN401  # any core's event
+    """The same in every run: a function's address is not."""
+    if isinstance(what, str):
+        return f": {what}"
+    return f" <- {what.__qualname__}" if callable(what) else f" <- {what!r}"

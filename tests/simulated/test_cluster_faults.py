@@ -109,8 +109,7 @@ def test_whatever_happens_every_token_comes_once(struck: Incident, *, moves: boo
 def test_what_was_seen_before_a_crash_is_kept() -> None:
     """The first token of a request that is moved would be counted anew, or its E2E end early."""
     calm, struck = (
-        run(a_spec(*incidents)).requests
-        for incidents in ((), (incident("crash", "n0-g1", 12.0),))
+        run(a_spec(*incidents)).requests for incidents in ((), (incident("crash", "n0-g1", 12.0),))
     )
     seen = calm.arrived_s + calm.ttft_s < AT_S - 0.001
     assert struck.ttft_s[seen].tolist() == calm.ttft_s[seen].tolist()

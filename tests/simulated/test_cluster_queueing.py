@@ -1,9 +1,9 @@
 """One replica that serves one request at a time is a queue whose mean wait is known exactly.
 
-Pollaczek and Khinchine (1930, 1932): with Poisson arrivals at rate a and service times S, the mean wait is
-``a E[S^2] / (2 (1 - a E[S]))``. The mean wait of 10,000 requests is itself uncertain by 5 to 11 %,
-so that an error of 2 % could not be seen. Lindley's recursion over the same arrivals and services
-has that exact mean, and moves with the simulated one: as a control variate it takes the
+Pollaczek and Khinchine (1930, 1932): with Poisson arrivals at rate a and service times S, the mean
+wait is ``a E[S^2] / (2 (1 - a E[S]))``. The mean wait of 10,000 requests is itself uncertain by 5
+to 11 %, so that an error of 2 % could not be seen. Lindley's recursion over the same arrivals and
+services has that exact mean, and moves with the simulated one: as a control variate it takes the
 uncertainty out. That its own mean is the exact one is tested on millions of draws.
 """
 

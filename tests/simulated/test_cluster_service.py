@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loadgen.simulator.cluster import Cluster
-from loadgen.simulator.outcome import SimulationSpec
+from loadgen.simulator.outcome import SimulationSpec, Traffic
 from loadgen.simulator.run import SimulationResult, run
 from loadgen.workload.records import TraceRecord
 from shared.errors import ConfigInvalid
@@ -186,7 +186,7 @@ def test_without_requests_nothing_happens() -> None:
 
 def test_traffic_for_a_model_that_is_not_served_is_refused() -> None:
     """All of its requests would wait for ten virtual minutes, and fail."""
-    spec = spec_of(mesh_of(), poisson(3, rps=1.0))
-    object.__setattr__(spec.traffic[0], "model_id", "typo")
+    traffic = (Traffic(model_id="typo", records=poisson(3, rps=1.0)),)
+    spec = spec_of(mesh_of(), [], traffic=traffic)
     with pytest.raises(ConfigInvalid, match="known models: m"):
         run(spec)

@@ -3,33 +3,38 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
-from loadgen.simulator.mesh import Mesh, simulate
+from loadgen.simulator.__main__ import main
+from loadgen.simulator.mesh import Mesh, replay_command, simulate
 from services.ingress import intake
 from services.ingress.core import IngressCore
 from services.ingress.journey import Journey, Taken, Verdict
 from services.switcher import core as switcher
 from services.switcher import walk
 from services.switcher.view import WorkerView
+from services.worker.engine.batching import Batch
+from services.worker.engine.batching_types import Plan
+from services.worker.engine.kv_blocks import KvBlocks
 from services.worker.hosting import Hosting
-from shared.core import Effect
+from shared.core import Effect, Publish
 from shared.messages.plans import AdoptPlan
-from shared.messages.requests import TokenChunk
+from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
 
-SEEDS_PER_TEST = 10
+SEEDS, SEEDS_PER_TEST = 1000, 50
 
 
-@pytest.mark.parametrize("first", range(0, 200, SEEDS_PER_TEST))
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
 def test_the_mesh_keeps_its_promises_under_faults(first: int) -> None:
     """Otherwise some mixture of lost, late and repeated messages, crashes, stalls, partitions
     and twin switchers loses a token, gives a GPU to two replicas, or never comes to rest."""
     for seed in range(first, first + SEEDS_PER_TEST):
         try:
             simulate(seed)
-        except AssertionError as error:
-            message = f"seed {seed}: {error}\nreplay it: python -m loadgen.simulator --seed {seed}"
+        except Exception as error:
+            message = f"seed {seed}: {error!r}\nreplay it: {replay_command(seed)}"
             raise AssertionError(message) from error
 
 
@@ -41,6 +46,52 @@ def test_faults_are_severe_enough_to_matter() -> None:
     assert sum(outcome.attempts for outcome in outcomes) > sum(o.requests for o in outcomes) * 1.5
     assert sum(outcome.lost for outcome in outcomes) > 10, "the ingress should crash now and then"
     assert sum(outcome.failed for outcome in outcomes) > 10, "some ingresses should give up"
+
+
+def test_engines_are_small_enough_to_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise no seed would show what a mesh does whose engines prefill in chunks, preempt,
+    refuse, break or are hard to reach, and whose requests go on elsewhere behind their tokens."""
+    seen: Counter[str] = Counter()
+    plan_of = Batch.plan
+
+    def plan(batch: Batch) -> Plan | None:
+        found = plan_of(batch)
+        if found is not None:
+            seen["preempted"] += len(found.preempted)
+            seen["in chunks"] += any(s.computed + count < s.known for s, count in found.chunks)
+            seen["KV full"] += batch.kv.used > batch.kv.total - 2
+        return found
+
+    def see(_: str, effect: Publish) -> None:
+        match effect.message:
+            case TokenChunks(chunks=chunks):
+                seen.update(chunk.finish for chunk in chunks if chunk.finish is not None)
+            case SubmitRequest(attempt=attempt, output_tokens=tokens):
+                seen["behind its tokens elsewhere"] += bool(attempt and tokens)
+            case _:
+                pass
+
+    monkeypatch.setattr(Batch, "plan", plan)
+    for seed in range(1000, 1040):
+        mesh = Mesh(seed)
+        mesh.world.taps.append(see)
+        mesh.run()
+        struck = [line for line in mesh.world.trace.lines() if ": -- " in line]
+        seen.update(
+            kind
+            for kind in ("crash", "stall", "partition", "slow", "twin", "lost for good")
+            if any(f"-- {kind}" in line for line in struck)
+        )
+    few = {
+        what: seen[what]
+        for what in (
+            "preempted", "in chunks", "KV full", "refused", "failed", "length",
+            "behind its tokens elsewhere", "crash", "stall", "partition", "slow", "twin",
+            "lost for good",
+        )
+        if seen[what] < 3
+    }  # fmt: skip
+    assert not few, seen
 
 
 def test_same_seed_same_run() -> None:
@@ -66,6 +117,29 @@ def test_a_run_does_not_depend_on_the_hash_seed() -> None:
     ]
     assert runs[0] == runs[1]
     assert "digest=" in runs[0]
+
+
+def test_a_failing_seed_says_how_to_replay_it_and_does_so_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise a find of the night would be a find no more in the morning."""
+
+    def broken(*_args: object, **_kwargs: object) -> bool:
+        return False
+
+    monkeypatch.setattr(Hosting, "_outdated", broken)
+    seed = next(seed for seed in range(60) if _breaks(seed))
+    assert main(["--seed", str(seed - 1), "--runs", "2", "--quiet"]) == 1
+    hunt = capsys.readouterr().out
+    (line,) = {line for line in hunt.splitlines() if line.startswith(f"seed {seed} failed")}
+    assert "1 of 2 seeds held" in hunt
+    command = line.partition("replay it: ")[2].split()
+    assert command[:3] == ["python", "-m", "loadgen.simulator"]
+    assert main(command[3:]) == 1
+    replay = capsys.readouterr().out
+    assert "AssertionError" in replay
+    assert "digest=" in replay
+    assert hunt.startswith(replay)
 
 
 def test_without_compare_and_set_the_seeds_would_fail() -> None:
@@ -115,6 +189,22 @@ def test_the_loss_of_a_guard_would_be_noticed(
 
     monkeypatch.setattr(owner, guard, broken)
     assert any(_breaks(seed) for seed in range(60))
+
+
+def test_kv_blocks_beyond_memory_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise an engine could promise blocks that it does not have, and no seed fail."""
+
+    def take(kv: KvBlocks, blocks: int) -> None:
+        kv.used += blocks
+
+    def due(*_: object) -> int:
+        return 0
+
+    monkeypatch.setattr(KvBlocks, "take", take)
+    monkeypatch.setattr(KvBlocks, "due", due)
+    with pytest.raises(AssertionError, match="more KV blocks in use than there are"):
+        for seed in range(60):
+            Mesh(seed, trace_max=1).run()
 
 
 def test_tokens_shown_behind_a_gap_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

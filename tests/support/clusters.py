@@ -1,16 +1,16 @@
 """Small simulated clusters whose engines take their times from settings, and traces for them."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from loadgen.simulator.cluster import Cluster
 from loadgen.simulator.faults import Incident
 from loadgen.simulator.outcome import SimulationSpec, Traffic
 from loadgen.simulator.policies import policy_named
 from loadgen.workload.records import TraceRecord
-from services.scheduler.policies.interface import Planned, Problem
 from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings, NodeSpec, ReplicaWish
 from shared.models import ModelSpec
 
@@ -21,7 +21,7 @@ NEVER = (Incident(kind="slow", node="profiler", at_s=1e9, for_s=1.0),)
 """Comes after the end of every run, and brings the heartbeats of production with it."""
 
 
-def mesh_of(*, gpus: int = 1, replicas: int | None = None, **settings: object) -> MeshConfig:
+def mesh_of(*, gpus: int = 1, replicas: int | None = None, **settings: Any) -> MeshConfig:
     """One node; as many replicas of one GPU as there are GPUs, if not told otherwise."""
     wishes = tuple(ReplicaWish(replica_id=f"r{i}") for i in range(replicas or gpus))
     return MeshConfig(
@@ -50,13 +50,12 @@ def poisson(  # requests like those of a chat
     return records
 
 
-def spec_of(mesh: MeshConfig, records: Sequence[TraceRecord], **changes: object) -> SimulationSpec:
+def spec_of(mesh: MeshConfig, records: Sequence[TraceRecord], **changes: Any) -> SimulationSpec:
+    """Policy static, and solves that take no time, if not told otherwise."""
     spec = SimulationSpec(
         mesh=mesh,
         traffic=(Traffic(model_id="m", records=records),),
         policy=policy_named("static"),
         slow_work_s=0.0,
     )
-    for name, value in changes.items():
-        object.__setattr__(spec, name, value)
-    return spec
+    return dataclasses.replace(spec, **changes)

@@ -85,11 +85,11 @@ def test_switches_and_gpu_hours() -> None:
     assert found.gpu_hours == pytest.approx(2.0)
     assert [moment.plan for moment in found.moments] == ["2 tp2", "4 tp1"]
     shares = tuple(
-        Switch(at_s=at_s, took_s=0.01, succeeded=True, plan=plan)
-        for at_s, plan in ((1.0, "4 tp1"), (2.0, "3 tp1"), (3.0, "3 tp1"))
+        Switch(at_s=at_s, took_s=0.01, succeeded=True, plan="3 tp1", moved=moved)
+        for at_s, moved in ((1.0, False), (2.0, True), (3.0, False))
     )
     kept = result_of([0.0], [0.1], [0.2], [1], [2], switches=shares)
-    found = measure(kept, window_s=10.0, warmup_s=0.0, targets=TARGETS, began="4 tp1")
+    found = measure(kept, window_s=10.0, warmup_s=0.0, targets=TARGETS)
     assert (found.switches, found.reweightings) == (1, 2)
 
 

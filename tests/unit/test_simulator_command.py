@@ -43,7 +43,9 @@ def trace(tmp_path: Path) -> Path:
 def oserve(*arguments: object) -> Result:
     app = typer.Typer()
     app.command()(simulate)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
+    )
 
 
 def words(result: Result) -> str:
@@ -84,7 +86,7 @@ def test_an_incident_of_the_command_line_happens(topology: Path, trace: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--policy", "best"), "policy: use one of"),
+        (("--policy", "best"), "policy = 'best': use one of: static-<shape>, static,"),
         (("--policy", "static-tp3x"), "policy"),
         (("--policy", "static-tp16"), "tp16"),
         (("--policy", "static@never"), "@oracle"),
@@ -116,7 +118,7 @@ def test_wrong_options_are_named(
     [
         ("timestamp_s,input_tokens,output_tokens\n1.0,ten,5\n", "line 2"),
         ("timestamp_s,input_tokens\n1.0,10\n", "output_tokens"),
-        ("", "empty"),
+        ("", "holds no requests"),
     ],
     ids=["not-a-number", "no-column", "empty"],
 )
@@ -165,7 +167,8 @@ def test_a_bad_topology_is_named_with_its_field(
 
 def test_a_model_needs_a_profile_or_a_place_in_the_topology(topology: Path, trace: Path) -> None:
     """A name that nobody knows would be served by something else."""
-    topology.write_text(TOPOLOGY.replace("start_s = 1.0", 'timing = "profile"'))
+    profiled = TOPOLOGY.replace("start_s = 1.0", 'timing = "profile"')
+    topology.write_text(profiled.replace('gpu_kind = "modelled"', 'gpu_kind = "h100"'))
     result = oserve(trace, "-t", topology, "--model", "gpt-17")
     assert result.exit_code == 2
     assert "gpt-17" in words(result), words(result)

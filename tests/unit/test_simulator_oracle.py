@@ -17,6 +17,7 @@ def arrival(at_s: float, lengths: tuple[int, int], model_id: str = "m") -> Arriv
 def kind(number: int, input_tokens: float, output_tokens: float) -> TypeDemand:
     return TypeDemand(
         request_type=number,
+        requests=70,
         arrivals_rps=7.0,
         input_tokens_mean=input_tokens,
         output_tokens_mean=output_tokens,
@@ -26,9 +27,7 @@ def kind(number: int, input_tokens: float, output_tokens: float) -> TypeDemand:
 
 
 def report(*types: TypeDemand, model_id: str = "m") -> DemandReport:
-    return DemandReport(
-        model_id=model_id, window_started_s=0.0, window_s=10.0, requests=3, types=types
-    )
+    return DemandReport(model_id=model_id, window_start_s=0.0, window_s=10.0, types=types)
 
 
 def asked(oracle: Oracle, question: DemandReport, now_s: float) -> ForecastReport:
