@@ -208,7 +208,7 @@ class World:
             event()
         else:
             self._perform(node, process, process.core.step(event, self.now_s))
-            process.core.check()
+        process.core.check()
         for watch in self.watches:
             watch()
 

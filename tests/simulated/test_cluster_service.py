@@ -100,9 +100,11 @@ def test_a_run_does_not_depend_on_the_hash_seed() -> None:
     assert digests == {run(a_spec()).digest}
 
 
+@pytest.mark.parametrize("loud", [False, True], ids=["hushed", "loud"])
 @pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
-def test_a_leap_feels_as_its_steps_do(*, caching: bool) -> None:
-    """What makes the simulator fast would make it wrong."""
+def test_a_leap_feels_as_its_steps_do(*, caching: bool, loud: bool) -> None:
+    """What makes the simulator fast would make it wrong: also the load that a worker reports in
+    the middle of a leap, by which routers choose."""
     records = [
         TraceRecord(
             timestamp_s=record.timestamp_s,
@@ -112,13 +114,14 @@ def test_a_leap_feels_as_its_steps_do(*, caching: bool) -> None:
         )
         for number, record in enumerate(poisson(400, rps=12.0))
     ]
-    spec = spec_of(mesh_of(gpus=2, prefix_caching=caching, **TIGHT), records)
+    mesh = mesh_of(gpus=2, prefix_caching=caching, **TIGHT)
+    spec = spec_of(mesh, records, incidents=NEVER if loud else ())
     leaping, stepping = Cluster(spec), Stepping(spec)
     for leapt, stepped in zip(columns(leaping), columns(stepping), strict=True):
         assert leapt == pytest.approx(stepped, abs=1e-9)
     assert leaping.engine_steps == stepping.engine_steps
     assert leaping.preemptions == stepping.preemptions > 0
-    assert leaping.world.steps < stepping.world.steps / 2, "it should be worth the trouble"
+    assert leaping.world.steps < stepping.world.steps * 0.6, "it should be worth the trouble"
 
 
 def latency(result: SimulationResult, share: float) -> tuple[float, float]:

@@ -198,13 +198,22 @@ def test_kv_blocks_beyond_memory_would_be_noticed(monkeypatch: pytest.MonkeyPatc
         kv.used += blocks
 
     def due(*_: object) -> int:
-        return 0
+        return -1000  # nothing is ever short, so that nobody is preempted
+
+    def steps_that_fit(_: KvBlocks, _step: int, steps: int, _batch: int) -> int:
+        return steps
 
     monkeypatch.setattr(KvBlocks, "take", take)
     monkeypatch.setattr(KvBlocks, "due", due)
-    with pytest.raises(AssertionError, match="more KV blocks in use than there are"):
-        for seed in range(60):
+    monkeypatch.setattr(KvBlocks, "steps_that_fit", steps_that_fit)
+    found: list[str] = []
+    for seed in range(60):
+        try:
             Mesh(seed, trace_max=1).run()
+        except AssertionError as error:
+            found.append(str(error))
+    assert found
+    assert all("more KV blocks in use than there are" in fault for fault in found), found
 
 
 def test_tokens_shown_behind_a_gap_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from services.scheduler.policies.joint_choice import (
     choose,
     solve_capacity,
 )
-from services.scheduler.policies.joint_policy import OServe
+from services.scheduler.policies.joint_policy import OServe, backlog
 from services.scheduler.policies.joint_refine import neighbours, refine
 from services.scheduler.policies.verify import verify
 from shared.messages.plans import DeploymentPlan
@@ -220,3 +220,20 @@ def test_same_problem_same_plan() -> None:
     assert first.plan is not None
     for row in first.plan.weights.values():
         assert sum(row.values()) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("phases", "area"),
+    [
+        ([(100.0, 2.0)], 0.0),  # there is always room
+        ([(10.0, 0.0), (100.0, 2.0)], 100.0),  # 10 s of demand pile up, and are gone 10 s later
+        ([(10.0, 0.0), (5.0, 2.0)], 87.5),  # ... of which only 5 s are seen
+        ([(10.0, 0.5), (20.0, 1.0)], 125.0),  # nothing to spare: the queue stays
+        ([(10.0, 0.5), (10.0, 0.5)], 100.0),
+    ],
+)
+def test_backlog_is_the_area_under_the_queue(
+    phases: list[tuple[float, float]], area: float
+) -> None:
+    """A switch that takes longer to recover from than it saves would look like a gain."""
+    assert backlog(phases) == pytest.approx(area)

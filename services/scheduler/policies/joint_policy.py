@@ -4,18 +4,22 @@ Each period: solve for counts and shares together (``joint``), choose among near
 lateness (``joint_choice``, ``joint_refine``), and compare the choice with the replicas in force
 under the best shares for what is expected now. New shares cost nothing and are taken when they
 differ. Other replicas cost a switch: while it lasts, only the replicas that stay serve. With
-``late`` as lateness, the replicas change if both
+``late`` as lateness, the replicas change if all of these hold:
 
     late(in force) - late(choice) > GAIN_MIN * late(in force)
     (late(in force) - late(choice)) * (payback_s - switch_s)
         > (late(staying alone) - late(in force)) * switch_s
+    backlog(switch) <= backlog(in force)
 
-The second is a payback test as in HexGen-3's scheduler, in lateness instead of throughput; the
-switch takes as long as the slowest new replica needs to start, unless ``switch_s`` is given.
+The second is a payback test as in HexGen-3's scheduler, in lateness instead of throughput. The
+third is a fluid's: demand that finds no capacity waits, a switch builds a queue that the new plan
+must work off beside what goes on arriving, and the sum of that waiting may not exceed what the
+replicas in force would let build up. The switch takes as long as running requests are given to end,
+and the slowest new replica needs to start, unless ``switch_s`` is given.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +43,8 @@ from services.scheduler.policies.weights import planned
 PERIOD_S = 30.0
 PAYBACK_S = 300.0  # what a plan is expected to last: HexGen-3's stability window
 GAIN_MIN = 0.1  # of lateness: well within the error of its prediction
+OUTLOOK = 6.0  # backlogs are foreseen for so many times a switch's length, or for PAYBACK_S
+DRAIN_S = 30.0  # what a switch lets running requests go on for: switcher.drain_timeout_s
 SHARE_MIN = 0.02  # weights that differ less stay
 CAUTION = 1.25  # times a forecast's mean absolute error: one standard deviation, were it normal
 PROGRAMS = 16  # solved for one decision at most, each in its part of the time limit
@@ -126,6 +132,17 @@ class OServe:
         )
         if benefit <= cost:
             return Verdict(moves=False, why=f"{compared}: does not pay back, {sums}")
+        left = during.dispatched(staying).headroom if staying else 0.0
+        ahead_s = max(self._payback_s, OUTLOOK * switch_s)
+        moved = backlog([(switch_s, left), (ahead_s - switch_s, choice.headroom)])
+        stood = backlog([(ahead_s, kept.headroom)])
+        if moved > stood:
+            queue_s = max(0.0, 1.0 - left) * switch_s
+            return Verdict(
+                moves=False,
+                why=f"{compared}: while switching for {switch_s:.1f} s {left:.3g} times the demand "
+                f"is served, which leaves {queue_s:.0f} s of demand to work off",
+            )
         return Verdict(moves=True, why=f"{compared}: pays back, {sums}")
 
     def _switch_time_s(self, judge: Judge, kept: Candidate, placed: Placed) -> float:
@@ -134,7 +151,7 @@ class OServe:
             return 0.0
         if self._switch_s is not None:
             return self._switch_s
-        return max(judge.start_s(column) for column in new)
+        return DRAIN_S + max(judge.start_s(column) for column in new)
 
     def _reweighted(self, judge: Judge, kept: Candidate, notes: list[str]) -> Planned:
         in_force = judge.problem.in_force
@@ -150,6 +167,19 @@ class OServe:
     def _answer(self, judge: Judge, choice: Candidate, placed: Placed, notes: list[str]) -> Planned:
         rows = weights(judge.table, placed, choice.shares)
         return planned(placed.replicas, rows, reason=_joined(notes), dropped=placed.dropped)
+
+
+def backlog(phases: Sequence[tuple[float, float]]) -> float:
+    """The waiting that builds up, in seconds of demand times seconds, over phases of (seconds,
+    times the demand that is served): the area under the queue, which is never below zero."""
+    queue = area = 0.0
+    for seconds, headroom in phases:
+        lasts, growth = max(0.0, seconds), 1.0 - headroom
+        if growth < 0.0:
+            lasts = min(lasts, queue / -growth)  # worked off, and empty from then on
+        area += lasts * (queue + growth * lasts / 2.0)
+        queue = max(0.0, queue + growth * lasts)
+    return area
 
 
 def _capacity(best: Solution, compared: int) -> str:
