@@ -1,6 +1,5 @@
 """``oserve simulate``: what a trace would have done to a mesh, in one command, without a GPU."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -133,8 +132,9 @@ def simulated(spec: SimulationSpec, workload: Workload) -> RunMetrics:
 
 def load_mesh(topology: Path, model: str, traces: dict[str, str]) -> MeshConfig:
     """The topology, with the models that are asked for in place of its own. One that it does not
-    name is served as its cost profile of that name says, and brings no replicas."""
-    settings = load_settings(file=str(topology), environ=dict(os.environ), sets=())
+    name is served as its cost profile of that name says, and brings no replicas. The file alone
+    counts, no environment: a run can be repeated."""
+    settings = load_settings(file=str(topology), environ={}, sets=())
     mesh = settings.section("mesh", MeshConfig).checked()
     if mesh.engine.kind != "modelled":
         raise ConfigInvalid(

@@ -5,7 +5,7 @@ Each run draws its own rates first: under one mild fixed mix most bugs never sho
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 IncidentKind = Literal["crash", "stall", "partition", "twin", "slow"]
@@ -28,11 +28,12 @@ class Weather:
     loss: float = 0.0
     duplicate: float = 0.0
     conflict: float = 0.0  # share of writes that take place and are reported as lost races
+    steady: bool = field(init=False)
+    """Every message takes the same time, and nothing goes wrong."""
 
-    @property
-    def steady(self) -> bool:
-        """Whether every message takes the same time, and nothing goes wrong."""
-        return not (self.delay_s_max or self.loss or self.duplicate or self.conflict)
+    def __post_init__(self) -> None:
+        unsteady = self.delay_s_max or self.loss or self.duplicate or self.conflict
+        object.__setattr__(self, "steady", not unsteady)
 
     def delay_s(self, rng: random.Random) -> float:
         return self.delay_s_min + self.delay_s_max * rng.random() ** self.skew

@@ -158,8 +158,10 @@ class World:
     def publish(self, sender: str, effect: Publish) -> None:
         for tap in self.taps:
             tap(sender, effect)
-        for node in self._audience(effect.subject).listeners:
-            self._deliver(sender, node, effect.message)
+        subject, message = effect.subject, effect.message
+        known = self._audiences.get(subject) or self._audience(subject)
+        for node in known.listeners:
+            self._deliver(sender, node, message)
 
     def ask(self, sender: str, effect: Ask) -> None:
         """Hand a question to one running member of each queue group that listens."""
@@ -180,7 +182,8 @@ class World:
     def _deliver(self, sender: str, receiver: Node, event: Any) -> None:  # noqa: ANN401
         weather, now_s = self.weather, self.now_s
         if weather.steady and now_s >= self._trouble_until_s:
-            self.push(now_s + weather.delay_s_min, receiver, 0, event)
+            self._seq = seq = self._seq + 1
+            heapq.heappush(self._heap, (now_s + weather.delay_s_min, seq, receiver, 0, event))
             return
         rng = self.rng
         source = self._nodes[sender]
