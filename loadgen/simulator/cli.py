@@ -24,7 +24,7 @@ from loadgen.report_table import milliseconds, share
 from loadgen.simulator.demand import Demand
 from loadgen.simulator.deployments import Site, begun
 from loadgen.simulator.incidents import parse_incident
-from loadgen.simulator.policies import Policy, names, policy_named
+from loadgen.simulator.policies import Begin, Policy, names, policy_named
 from loadgen.simulator.run import SimulationSpec, run
 from loadgen.stdout import reserved_stdout
 from shared.config import load_settings
@@ -33,6 +33,7 @@ from shared.mesh import MeshConfig
 from shared.models import ModelSpec
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
+IN_HINDSIGHT: tuple[Begin, ...] = ("best", "best-p99")
 _AFTER_LAST_S = 0.001
 
 Traces = Annotated[
@@ -110,6 +111,12 @@ def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the comma
             output_tokens_limit=output_limit,
             incidents=tuple(parse_incident(text, mesh) for text in incident or ()),
         )
+        if wanted.begin in IN_HINDSIGHT:
+            console.print(
+                f"{wanted.name} begins with the topology's replicas: which are best in hindsight "
+                "is found by `oserve compare`",
+                markup=False,
+            )
         with reserved_stdout():
             metrics = simulated(spec, workload)
     except OServeError as error:

@@ -85,6 +85,8 @@ class Cluster:
         self.fleet: list[Engines] = []
         self._model_ids = tuple(model.model_id for model in self.mesh.models)
         self.migrator: Migrator | None = None
+        if spec.policy.migration == "llumnix":
+            self.migrator = Migrator(self.world, self.fleet)
         self._booted = False
         self._add_services()
         for host in self.mesh.nodes:

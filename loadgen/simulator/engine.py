@@ -121,8 +121,11 @@ class Outgoing:
             known.append(chunk)
 
     def send(self) -> None:
+        """The dead say nothing, wherever their requests go on."""
         for (home, ingress_id), chunks in self.chunks.items():
             owner = home.owner
+            if not owner.port.alive:
+                continue
             message = TokenChunks(
                 replica_id=home.replica_id, incarnation=owner.incarnation, chunks=chunks
             )

@@ -92,11 +92,6 @@ class Engines:
             if engine.steps > 1:
                 self.resume(engine)
 
-    def _die(self) -> None:
-        self.flush()
-        for engine in self.engines.values():
-            recall(engine)
-
     def _start(self, start: EngineStart) -> None:
         spec = start.spec
         engine = Engine(spec, start.generation, self, self._workshop.batch(spec))

@@ -8,7 +8,7 @@ newest token in the new place.
 
 from collections.abc import Iterable
 
-from loadgen.simulator.engine import Engine, Outgoing, Run
+from loadgen.simulator.engine import Engine, Outgoing, Run, recall
 from loadgen.simulator.engines import Engines
 from loadgen.simulator.llumnix import (
     POLL_S,
@@ -34,8 +34,9 @@ class Migrator:
 
     def _look(self) -> None:
         self._world.at(self._world.now_s + POLL_S, self._look)
+        self._part()
         by_model: dict[str, list[Engine]] = {}
-        for engines in self._fleet:
+        for engines in [engines for engines in self._fleet if engines.port.alive]:
             for engine in engines.engines.values():
                 if engine.ready:
                     by_model.setdefault(engine.spec.model_id, []).append(engine)
@@ -44,6 +45,21 @@ class Migrator:
             views = [self._view(engine) for engine in replicas]
             for move in migrations(views, self._world.now_s):
                 self._move(known[move.from_id], known[move.to_id], move)
+
+    def _part(self) -> None:
+        """Requests whose home has died end where they run; those that run where everything has
+        died are given back by their home, and go on elsewhere."""
+        for engines in self._fleet:
+            for home in engines.engines.values():
+                if not engines.port.alive:
+                    recall(home)
+                    continue
+                for key, place in list(home.away.items()):
+                    run = place.runs.get(key)
+                    if run is not None and not place.owner.port.alive:
+                        del home.away[key]
+                        lost = Rejected("overloaded", "the replica that it had moved to is gone")
+                        engines.refuse(run.request, lost)
 
     def _view(self, engine: Engine) -> ReplicaView:
         """In tokens; the requests only where they could be asked for."""
@@ -91,7 +107,8 @@ class Migrator:
 
         def arrive() -> None:
             self._busy -= pair
-            if run.home.away.get(move.key) is target:  # else aborted, or its home is gone
+            home = run.home
+            if home.away.get(move.key) is target and home.owner.port.alive:  # else it is over
                 self._arrive(source, target, move, run)
 
         self._world.at(self._world.now_s + move.pause_s, arrive)
@@ -99,7 +116,8 @@ class Migrator:
     def _arrive(self, source: Engine, target: Engine, move: Move, run: Run) -> None:
         """It joins its new replica; the old one takes it back if that has filled up meanwhile."""
         for place in (target, source):
-            if not place.ready or not self._take(place, run, copied=move.kv_tokens):
+            alive = place.ready and place.owner.port.alive
+            if not alive or not self._take(place, run, copied=move.kv_tokens):
                 continue
             if place is not run.home:
                 run.home.away[move.key] = place

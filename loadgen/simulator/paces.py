@@ -78,5 +78,6 @@ def paces(spec: SimulationSpec) -> Paces:
         worker=WorkerConfig(
             worker_id="", worker_report_s=HUSH_S, heartbeat_s=HUSH_S, report_keepalive_s=HUSH_S
         ),
-        pulse_s=HUSH_S,
+        # Whoever routes by free KV has to hear of it while it fills, not when a request ends.
+        pulse_s=None if policy.router.policy == "free_kv" else HUSH_S,
     )

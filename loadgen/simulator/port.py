@@ -26,6 +26,10 @@ class WorldPort:
         self.alarm: Alarm | None = None
 
     @property
+    def alive(self) -> bool:
+        return self._number in self._node.processes
+
+    @property
     def now_s(self) -> float:
         return self._world.now_s
 

@@ -25,6 +25,11 @@ class Port(Protocol):
     alarm: Alarm | None
 
     @property
+    def alive(self) -> bool:
+        """False once the process has ended."""
+        ...
+
+    @property
     def now_s(self) -> float: ...
 
     def feed(self, event: Message, *, delay_s: float = 0.0) -> None:
