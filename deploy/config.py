@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from shared.bus import BusConfig
-from shared.config import Settings, load_settings
+from shared.config import SECTIONS, Settings, load_settings
 from shared.errors import ConfigInvalid
 from shared.ids import checked_id
 from shared.mesh import MeshConfig
+from shared.toml_place import located
 
 HTTP_PORT = 8000
 STATE_DIR = Path(".oserve")
@@ -84,6 +85,12 @@ class Topology:
 def load_topology(file: Path, overrides: Sequence[str] = ()) -> Topology:
     """Read ``file`` with the environment and ``overrides`` on top; raises ConfigInvalid."""
     settings = load_settings(file=str(file), environ=os.environ, sets=overrides)
+    changed = [path for path, source in settings.sources.items() if source != str(file)]
+    with located(file, sections=SECTIONS, but=changed):
+        return _topology(file, overrides, settings)
+
+
+def _topology(file: Path, overrides: Sequence[str], settings: Settings) -> Topology:
     up = settings.section("up", UpConfig).checked()
     mesh = settings.section("mesh", MeshConfig).checked()
     checked_id("mesh.name", mesh.name)

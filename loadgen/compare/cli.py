@@ -24,8 +24,10 @@ from loadgen.compare.options import (
 )
 from loadgen.compare.table import comparison_tables
 from loadgen.simulator.policies import names
+from loadgen.simulator.site import Site
 from loadgen.stdout import reserved_stdout
 from shared.errors import ConfigInvalid, OServeError
+from shared.toml_place import located
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
 Traces = Annotated[
@@ -114,7 +116,9 @@ def compare(  # noqa: PLR0913, PLR0917  # one parameter per option of the comman
             candidates=candidates,
             slow_work_s=slow_work,
         ).checked()
-        mesh = mesh_of(topology, model, options)
+        with located(topology, sections=("mesh",)):
+            mesh = mesh_of(topology, model, options)
+            Site(mesh)  # says at once what cannot be served here
         runs = Runs(report / "runs", processes=parse_jobs(jobs))
         with reserved_stdout(), _Bar(console) as bar:
             runs.told = bar.tell

@@ -31,6 +31,7 @@ from shared.config import load_settings
 from shared.errors import ConfigInvalid, OServeError
 from shared.mesh import MeshConfig
 from shared.models import ModelSpec
+from shared.toml_place import located
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
 IN_HINDSIGHT: tuple[Begin, ...] = ("best", "best-p99")
@@ -96,11 +97,13 @@ def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the comma
     console = Console(stderr=True)
     try:
         paths = parse_traces(traces)
-        mesh = load_mesh(topology, model, paths)
+        with located(topology, sections=("mesh",)):
+            mesh = load_mesh(topology, model, paths)
+            site = Site(mesh)
         wanted = policy_named(policy)
         workload = _workload(paths, mesh, start=start, duration=duration, slo_class=slo_class)
         spec = SimulationSpec(
-            mesh=begun(Site(mesh), wanted, demand_of(workload, rate_scale)),
+            mesh=begun(site, wanted, demand_of(workload, rate_scale)),
             traffic=arrivals(workload, rate_scale=rate_scale, seed=seed),
             policy=wanted,
             forecast=parse_forecast(forecast) or wanted.forecast,
