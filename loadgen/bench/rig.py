@@ -85,7 +85,9 @@ class Rig:
         broker += ["-c", str(self._folder / "nats.conf")]
         self._spawn("nats", broker, mesh_core)
         for name in ("ingress", "router", *CONTROL):
-            self._spawn(name, self._service(name, config), mesh_core)
+            # A router's instance decides which of equal replicas it begins with: always the same.
+            command = [*self._service(name, config), "--instance", f"{name}-0"]
+            self._spawn(name, command, mesh_core)
         for worker_id in self._worker_ids():
             command = [*self._service("worker", config), "--set", f"worker.worker_id={worker_id}"]
             self._spawn(f"worker-{worker_id}", command, engine_core)

@@ -158,7 +158,7 @@ class Cluster:
             NodeSpec(
                 name="router",
                 make=lambda _n, _p: (
-                    router.Router(paces.router, models=self._model_ids, instance_id="router"),
+                    router.Router(paces.router, models=self._model_ids, instance_id="router-0"),
                     {},
                 ),
                 inputs=router.INPUTS,
