@@ -122,7 +122,9 @@ def test_a_stalled_engine_does_not_compute() -> None:
     late_s = (struck.e2e_s - calm.e2e_s)[running]
     held_s = late_s[late_s > 0.25]
     assert len(held_s) > len(late_s) / 8, "about a quarter runs there"
-    assert held_s == pytest.approx(0.5, abs=0.25)
+    assert held_s.min() > 0.45, "steps of the half second were done all the same"
+    # What arrives meanwhile, and waits, makes the steps after it a little longer.
+    assert np.median(held_s) == pytest.approx(0.6, abs=0.15)
 
 
 def test_incidents_bring_the_heartbeats_of_production() -> None:
