@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from loadgen.bench.environment import environment
+from loadgen.compare.asked import workload_of
 from loadgen.compare.jobs import Runs, source_digest
 from loadgen.compare.markdown import report_page
 from loadgen.compare.options import Options
@@ -16,56 +17,15 @@ from loadgen.compare.saturation import Saturation
 from loadgen.compare.study import Study
 from loadgen.compare.words import findings
 from loadgen.compare.workload import (
-    TraceOfModel,
-    Workload,
-    file_digest,
-    last_arrival_s,
     typed_windows,
 )
 from loadgen.simulator.deployments import Site
 from loadgen.simulator.run import run
-from shared.config import load_settings
-from shared.errors import ConfigInvalid
 from shared.mesh import MeshConfig
-from shared.models import ModelSpec
 
 PACKAGES = ("msgspec", "numpy")
 NOT_DRAWN = "No pictures: they need the extra `report` (`pip install 'oserve[report]'`)."
-_AFTER_LAST_S = 0.001  # the window ends just after the last arrival
 _COMPARISON, _PAGE = "comparison.json", "report.md"
-
-
-def mesh_of(topology: Path, model: str, options: Options) -> MeshConfig:
-    """The topology with the models that are asked for; its replicas only if they are of these, and
-    then for policy ``static`` alone. A model that it does not name is served as its cost profile
-    of that name says. The file alone counts, no environment: a comparison can be repeated."""
-    settings = load_settings(file=str(topology), environ={}, sets=())
-    mesh = settings.section("mesh", MeshConfig).checked()
-    if mesh.engine.kind != "modelled":
-        raise ConfigInvalid(
-            field="mesh.engine.kind",
-            value=mesh.engine.kind,
-            remedy="only modelled engines can be simulated",
-        )
-    if not mesh.nodes:
-        raise ConfigInvalid(field="mesh.nodes", value=(), remedy="name at least one node")
-    wanted = [model or mesh.model.model_id] if "" in options.traces else list(options.traces)
-    if model and "" not in options.traces:
-        raise ConfigInvalid(
-            field="model", value=model, remedy="give it with one TRACE; pairs name their models"
-        )
-    known = {spec.model_id: spec for spec in mesh.models}
-    like = mesh.model.context_tokens_max
-    specs = [
-        known.get(name) or ModelSpec(model_id=name, context_tokens_max=like) for name in wanted
-    ]
-    served = {mesh.model_of(wish.model_id).model_id for wish in mesh.replicas}
-    return msgspec.structs.replace(
-        mesh,
-        model=specs[0],
-        more_models=tuple(specs[1:]),
-        replicas=mesh.replicas if served == set(wanted) else (),
-    ).checked()
 
 
 def compared(
@@ -73,7 +33,13 @@ def compared(
 ) -> Comparison:
     """Do what is missing of the runs, and say what came of all. Raises OServeError."""
     started_unix_s, started_s = time.time(), time.perf_counter()
-    workload = workload_of(options, mesh)
+    workload = workload_of(
+        options.traces,
+        mesh,
+        start_s=options.start_s,
+        duration_s=options.duration_s,
+        slo_class=options.slo_class,
+    )
     study = Study(options, site=Site(mesh), workload=workload, runs=runs, simulate=run)
     saturation = study.saturation()
     cells = cells_of(study.groups(saturation), options.reference)
@@ -102,27 +68,6 @@ def compared(
         source_digest=source_digest(),
     )
     return _comparison(study, saturation, cells, about)
-
-
-def workload_of(options: Options, mesh: MeshConfig) -> Workload:
-    """The traces' window, from one to the last arrival of the longest; raises OServeError."""
-    paths = {name or mesh.model.model_id: path for name, path in options.traces.items()}
-    window_s = options.duration_s
-    if window_s is None:
-        ends_s = (last_arrival_s(path, options.start_s) for path in paths.values())
-        window_s = max(ends_s) + _AFTER_LAST_S
-    traces = tuple(
-        TraceOfModel(
-            model_id=model_id,
-            path=path,
-            digest=file_digest(Path(path)),
-            context_tokens_max=mesh.model_of(model_id).context_tokens_max,
-        )
-        for model_id, path in paths.items()
-    )
-    return Workload(
-        traces=traces, start_s=options.start_s, window_s=window_s, slo_class=options.slo_class
-    )
 
 
 def write_outputs(comparison: Comparison, folder: Path) -> list[Path]:

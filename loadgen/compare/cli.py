@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadgen.compare.assemble import compared, mesh_of, write_outputs
+from loadgen.compare.asked import mesh_of
+from loadgen.compare.assemble import compared, write_outputs
 from loadgen.compare.jobs import Runs
 from loadgen.compare.options import (
     Options,
@@ -117,7 +118,7 @@ def compare(  # noqa: PLR0913, PLR0917  # one parameter per option of the comman
             slow_work_s=slow_work,
         ).checked()
         with located(topology, sections=("mesh",)):
-            mesh = mesh_of(topology, model, options)
+            mesh = mesh_of(topology, model, options.traces)
             Site(mesh)  # says at once what cannot be served here
         runs = Runs(report / "runs", processes=parse_jobs(jobs))
         with reserved_stdout(), _Bar(console) as bar:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from loadgen.compare import outcome
+from loadgen.compare.asked import demand_of
 from loadgen.compare.jobs import Job, Runs
 from loadgen.compare.metrics import RunMetrics
 from loadgen.compare.options import Options
@@ -24,8 +25,7 @@ from loadgen.compare.targets import (
     model_targets,
     relative_targets,
 )
-from loadgen.compare.workload import TypeMean, Workload, busiest_start_s, typed_windows
-from loadgen.simulator.demand import Demand
+from loadgen.compare.workload import Workload, busiest_start_s, typed_windows
 from loadgen.simulator.deployments import (
     Deployment,
     Site,
@@ -86,7 +86,7 @@ class Study:
                 remedy=f"name one of the policies: {', '.join(p.name for p in self.policies)}",
             )
         self.types = tuple(kind for typed in typed_windows(workload) for kind in typed.types)
-        self.demand = _demand(self.types, workload.window_s)
+        self.demand = demand_of(self.types, workload.window_s)
         self.candidates = candidates(site, self.demand, most=options.candidates)
         if not self.candidates:
             raise ConfigInvalid(
@@ -273,10 +273,3 @@ def best_of(
 
 def _hindsight(policy: Policy) -> bool:
     return policy.begin in ("best", "best-p99")
-
-
-def _demand(types: Sequence[TypeMean], window_s: float) -> tuple[Demand, ...]:
-    return tuple(
-        Demand(kind.model_id, kind.requests / window_s, kind.input_tokens, kind.output_tokens)
-        for kind in types
-    )

@@ -9,33 +9,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from loadgen.compare.asked import demand_of, mesh_of, workload_of
 from loadgen.compare.metrics import Latency, RunMetrics, measure
 from loadgen.compare.options import parse_class, parse_forecast, parse_traces
 from loadgen.compare.targets import class_targets
-from loadgen.compare.workload import (
-    TraceOfModel,
-    Workload,
-    arrivals,
-    file_digest,
-    last_arrival_s,
-    typed_windows,
-)
+from loadgen.compare.workload import TypeMean, Workload, arrivals, typed_windows
 from loadgen.report_table import milliseconds, share
-from loadgen.simulator.demand import Demand
 from loadgen.simulator.deployments import Site, begun
 from loadgen.simulator.incidents import parse_incident
 from loadgen.simulator.policies import Begin, Policy, names, policy_named
 from loadgen.simulator.run import SimulationSpec, run
 from loadgen.stdout import reserved_stdout
-from shared.config import load_settings
 from shared.errors import ConfigInvalid, OServeError
-from shared.mesh import MeshConfig
-from shared.models import ModelSpec
 from shared.toml_place import located
 
 _EXIT_FAILED, _EXIT_USAGE = 1, 2
 IN_HINDSIGHT: tuple[Begin, ...] = ("best", "best-p99")
-_AFTER_LAST_S = 0.001
 
 Traces = Annotated[
     list[str], typer.Argument(metavar="TRACE...", help="A trace, or MODEL=TRACE for each model.")
@@ -98,12 +87,16 @@ def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the comma
     try:
         paths = parse_traces(traces)
         with located(topology, sections=("mesh",)):
-            mesh = load_mesh(topology, model, paths)
+            mesh = mesh_of(topology, model, paths)
             site = Site(mesh)
         wanted = policy_named(policy)
-        workload = _workload(paths, mesh, start=start, duration=duration, slo_class=slo_class)
+        workload = workload_of(
+            paths, mesh, start_s=start, duration_s=duration, slo_class=parse_class(slo_class)
+        )
         spec = SimulationSpec(
-            mesh=begun(site, wanted, demand_of(workload, rate_scale)),
+            mesh=begun(
+                site, wanted, demand_of(_types(workload), workload.window_s, rate_scale=rate_scale)
+            ),
             traffic=arrivals(workload, rate_scale=rate_scale, seed=seed),
             policy=wanted,
             forecast=parse_forecast(forecast) or wanted.forecast,
@@ -134,82 +127,12 @@ def simulate(  # noqa: PLR0913, PLR0917  # one parameter per option of the comma
 
 def simulated(spec: SimulationSpec, workload: Workload) -> RunMetrics:
     """The figures of one run; every request counts."""
-    types = [kind for typed in typed_windows(workload) for kind in typed.types]
-    return measure(
-        run(spec), window_s=workload.window_s, warmup_s=0.0, targets=class_targets(types)
-    )
+    targets = class_targets(_types(workload))
+    return measure(run(spec), window_s=workload.window_s, warmup_s=0.0, targets=targets)
 
 
-def load_mesh(topology: Path, model: str, traces: dict[str, str]) -> MeshConfig:
-    """The topology, with the models that are asked for in place of its own. One that it does not
-    name is served as its cost profile of that name says, and brings no replicas. The file alone
-    counts, no environment: a run can be repeated."""
-    settings = load_settings(file=str(topology), environ={}, sets=())
-    mesh = settings.section("mesh", MeshConfig).checked()
-    if mesh.engine.kind != "modelled":
-        raise ConfigInvalid(
-            field="mesh.engine.kind",
-            value=mesh.engine.kind,
-            remedy="only modelled engines can be simulated",
-        )
-    if model and "" not in traces:
-        raise ConfigInvalid(
-            field="model", value=model, remedy="give it with one TRACE; pairs name their models"
-        )
-    wanted = [model or mesh.model.model_id] if "" in traces else list(traces)
-    known = {spec.model_id: spec for spec in mesh.models}
-    like = mesh.model.context_tokens_max
-    specs = [
-        known.get(name) or ModelSpec(model_id=name, context_tokens_max=like) for name in wanted
-    ]
-    replicas = tuple(
-        wish for wish in mesh.replicas if (wish.model_id or mesh.model.model_id) in wanted
-    )
-    return msgspec.structs.replace(
-        mesh, model=specs[0], more_models=tuple(specs[1:]), replicas=replicas
-    ).checked()
-
-
-def demand_of(workload: Workload, rate_scale: float) -> list[Demand]:
-    """Mean rates and lengths of the window's types."""
-    return [
-        Demand(
-            model_id=kind.model_id,
-            rps=rate_scale * kind.requests / workload.window_s,
-            input_tokens=kind.input_tokens,
-            output_tokens=kind.output_tokens,
-        )
-        for typed in typed_windows(workload)
-        for kind in typed.types
-    ]
-
-
-def _workload(
-    paths: dict[str, str],
-    mesh: MeshConfig,
-    *,
-    start: float,
-    duration: float | None,
-    slo_class: str,
-) -> Workload:
-    named = {name or mesh.model.model_id: path for name, path in paths.items()}
-    window_s = duration
-    if window_s is None:
-        window_s = max(last_arrival_s(path, start) for path in named.values()) + _AFTER_LAST_S
-    return Workload(
-        traces=tuple(
-            TraceOfModel(
-                model_id=model_id,
-                path=path,
-                digest=file_digest(Path(path)),
-                context_tokens_max=mesh.model_of(model_id).context_tokens_max,
-            )
-            for model_id, path in named.items()
-        ),
-        start_s=start,
-        window_s=window_s,
-        slo_class=parse_class(slo_class),
-    )
+def _types(workload: Workload) -> list[TypeMean]:
+    return [kind for typed in typed_windows(workload) for kind in typed.types]
 
 
 def _show(metrics: RunMetrics, policy: Policy, console: Console) -> None:

@@ -8,7 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from loadgen.compare.assemble import compared, mesh_of
+from loadgen.compare.asked import mesh_of
+from loadgen.compare.assemble import compared
 from loadgen.compare.cli import compare
 from loadgen.compare.jobs import Runs
 from loadgen.compare.options import Options
@@ -65,7 +66,7 @@ def test_load_one_is_where_the_best_static_deployment_gives_up(
     """The loads of every comparison would be shares of something else; and pairs would differ in
     their arrivals."""
     options = options_of(trace, "static-best", "oserve", candidates=2)
-    mesh = mesh_of(topology, "", options)
+    mesh = mesh_of(topology, "", options.traces)
     runs = Runs(tmp_path / "runs")
     found = compared(options, mesh, runs=runs, topology="two.toml", command="here")
     saturation = found.saturation
@@ -96,7 +97,7 @@ def test_two_models_share_the_gpus(topology: Path, trace: Path, tmp_path: Path) 
         traces={"m": str(trace), "n": str(trace)}, loads=(0.5,), seeds=1, candidates=3,
         saturation_scale=1.0,
     )  # fmt: skip
-    mesh = mesh_of(topology, "", options)
+    mesh = mesh_of(topology, "", options.traces)
     runs = Runs(tmp_path / "runs")
     found = compared(options, mesh, runs=runs, topology="three.toml", command="here")
     assert len(found.deployments) == 3

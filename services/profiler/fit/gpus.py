@@ -9,8 +9,6 @@ compilation from cache and CUDA graphs, ``price_per_hour`` a rounded on-demand p
 
 from dataclasses import dataclass
 
-import msgspec
-
 from services.profiler.fit.layer import BANDWIDTH_SHARE, LAUNCH_US
 from shared.cost.profile import GpuFacts, Link
 
@@ -83,8 +81,3 @@ L40S = GpuKind(
 )  # fmt: skip
 
 KINDS = {kind.name: kind for kind in (A100, H100, H200, L40S)}
-
-
-def renamed(facts: GpuFacts, name: str) -> GpuFacts:
-    """The same hardware under another name."""
-    return msgspec.structs.replace(facts, gpu=name)

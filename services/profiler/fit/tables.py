@@ -139,10 +139,6 @@ class AttentionTable:
         """Ascending numbers of query heads that were measured with so many KV heads."""
         return sorted(heads for heads, kv in self._points if kv == kv_heads)
 
-    def multi_head(self) -> Sequence[int]:
-        """Ascending numbers of heads that were measured with as many KV heads."""
-        return sorted(heads for heads, kv in self._points if kv == heads)
-
 
 def _columns(rows: Sequence[AttentionRow]) -> AttentionPoints:
     ordered = sorted(rows, key=lambda row: (row.batch, row.tokens))

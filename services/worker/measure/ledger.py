@@ -58,11 +58,6 @@ class Ledger:
     def prefilling(self) -> bool:
         return any(live.computed < live.prompt for live in self._live.values())
 
-    @property
-    def tokens_held(self) -> int:
-        """Tokens in the KV cache once all prompts are done."""
-        return sum(max(live.prompt, live.computed) for live in self._live.values())
-
     def add(self, key: str, prompt_tokens: int) -> None:
         assert key not in self._live, key
         self._live[key] = _Live(prompt_tokens)
