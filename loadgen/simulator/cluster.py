@@ -34,6 +34,7 @@ from services.scheduler import core as scheduler
 from services.scheduler.policies.registry import make_policy
 from services.scheduler.solving import solve
 from services.switcher import core as switcher
+from services.worker.core import INPUTS as WORKER_INPUTS
 from services.worker.core import WorkerCore
 from services.worker.engine.batching import Batch
 from services.worker.engine.modelled_timing import limits_of, modelled_replica
@@ -48,14 +49,6 @@ INGRESS = "ingress-0"
 BOOT_S = 20.0  # the mesh is brought up before the first arrival
 CHECK_S = 60.0  # between two looks at every core's invariants
 BOOT_START_S = 0.1
-WORKER_COMMANDS = (
-    subjects.START_REPLICA,
-    subjects.DRAIN_REPLICA,
-    subjects.STOP_REPLICA,
-    subjects.RESUME_REPLICA,
-    subjects.SUBMIT_REQUEST,
-    subjects.ABORT_REQUEST,
-)
 
 
 class Cluster:
@@ -229,7 +222,7 @@ class Cluster:
             self.fleet.append(engines)
             return Streaming(WorkerCore(config, identity), engines), engines.jobs()
 
-        inputs = tuple(subject.of(worker_id=worker_id) for subject in WORKER_COMMANDS)
+        inputs = tuple(subject.of(worker_id=worker_id) for subject in WORKER_INPUTS)
         return NodeSpec(name=worker_id, make=make, inputs=inputs)
 
 

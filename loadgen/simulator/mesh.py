@@ -27,10 +27,10 @@ from services.scheduler.config import SchedulerConfig
 from services.switcher import core as switcher
 from services.switcher.config import SwitcherConfig
 from services.worker.config import WorkerConfig
+from services.worker.core import INPUTS as WORKER_INPUTS
 from services.worker.core import WorkerCore
 from services.worker.identity import WorkerIdentity
 from services.worker.replica import LiveRequest
-from shared import subjects
 from shared.core import Core
 from shared.hardware import GpuSpec, Parallelism
 from shared.mesh import MeshConfig, ReplicaWish
@@ -222,15 +222,7 @@ class Mesh:
             engines = Engines(port, incarnation=incarnation, workshop=self.workshop, rng=rng)
             return Streaming(WorkerCore(config, identity), engines), engines.jobs()
 
-        commands = (
-            subjects.START_REPLICA,
-            subjects.DRAIN_REPLICA,
-            subjects.STOP_REPLICA,
-            subjects.RESUME_REPLICA,
-            subjects.SUBMIT_REQUEST,
-            subjects.ABORT_REQUEST,
-        )
-        inputs = tuple(subject.of(worker_id=worker_id) for subject in commands)
+        inputs = tuple(subject.of(worker_id=worker_id) for subject in WORKER_INPUTS)
         return NodeSpec(name=worker_id, make=make, inputs=inputs)
 
     def _topology(self) -> MeshConfig:

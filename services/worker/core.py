@@ -38,8 +38,19 @@ from services.worker.reporting import noticeable
 from shared.core import Draining, Effect, Publish, SetTimer, Start, Started
 from shared.messages.replicas import DrainReplica, ResumeReplica, StartReplica, StopReplica
 from shared.messages.requests import AbortRequest, SubmitRequest, TokenChunk
-from shared.subjects import REPLICA_REPORT
+from shared.subjects import (
+    ABORT_REQUEST,
+    DRAIN_REPLICA,
+    REPLICA_REPORT,
+    RESUME_REPLICA,
+    START_REPLICA,
+    STOP_REPLICA,
+    SUBMIT_REQUEST,
+)  # fmt: skip
 
+INPUTS = (
+    SUBMIT_REQUEST, ABORT_REQUEST, START_REPLICA, DRAIN_REPLICA, STOP_REPLICA, RESUME_REPLICA,
+)  # fmt: skip
 Command = StartReplica | DrainReplica | StopReplica | ResumeReplica
 EngineEvent = EngineReady | EngineBroken | EngineStopped
 Tick = ReplicaReportTick | WorkerReportTick | DrainDeadline

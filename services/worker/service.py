@@ -3,7 +3,7 @@
 import asyncio
 
 from services.worker.config import WorkerConfig
-from services.worker.core import WorkerCore
+from services.worker.core import INPUTS, WorkerCore
 from services.worker.data_plane import ChunksApart, DataPlane
 from services.worker.engine.factory import engine_factory
 from services.worker.identity import WorkerIdentity
@@ -14,18 +14,7 @@ from shared.mesh import MeshConfig
 from shared.messages.base import Message
 from shared.runtime import Wiring
 from shared.service import ServiceContext
-from shared.subjects import (
-    ABORT_REQUEST,
-    DRAIN_REPLICA,
-    RESUME_REPLICA,
-    START_REPLICA,
-    STOP_REPLICA,
-    SUBMIT_REQUEST,
-)
 
-INPUTS = (
-    SUBMIT_REQUEST, ABORT_REQUEST, START_REPLICA, DRAIN_REPLICA, STOP_REPLICA, RESUME_REPLICA,
-)  # fmt: skip
 STOP_MARGIN_S = 10.0  # after a drain, for engines to close
 
 
