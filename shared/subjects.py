@@ -64,6 +64,8 @@ WORKER_REPORT = Subject(
 )
 
 ADOPT_PLAN = Subject("oserve.v1.cmd.plan.adopt", plans.AdoptPlan)
+PIN_PLAN = Subject("oserve.v1.rpc.plan.pin", plans.PinPlan)
+RELEASE_PLAN = Subject("oserve.v1.rpc.plan.release", plans.ReleasePlan)
 PLAN_IN_FORCE = Subject("oserve.v1.data.plan.in_force", plans.PlanInForce, snapshot=True)
 PLAN_PROPOSED = Subject("oserve.v1.evt.plan.proposed", plans.PlanProposed)
 PLAN_KEPT = Subject("oserve.v1.evt.plan.kept", plans.PlanKept)

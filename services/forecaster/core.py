@@ -135,11 +135,13 @@ class Forecaster:
             return [Log("forecaster.report_late", fields, "debug")]
         model.window_end_s = report.window_start_s + report.window_s
         changed = self._observe(model, report, missing)
+        horizon_s = self._config.horizon_windows * report.window_s
+        tracks = [model.tracks[number] for number in sorted(model.tracks)]
         forecast = ForecastReport(
             model_id=report.model_id,
             made_at_s=now_s + self._unix_offset_s,
-            horizon_s=self._config.horizon_windows * report.window_s,
-            types=tuple(model.tracks[number].forecast() for number in sorted(model.tracks)),
+            horizon_s=horizon_s,
+            types=tuple(track.forecast(horizon_s=horizon_s) for track in tracks),
         )
         effects: list[Effect] = [subjects.FORECAST_REPORT.send(forecast)]
         if missing:

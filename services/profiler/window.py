@@ -1,16 +1,21 @@
 """Sums over one window of one model: what a DemandReport is made of, in constant memory."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from math import expm1
 
 from services.profiler.kmeans import Centre
 from shared.messages.demand import TypeDemand
 from shared.messages.requests import Outcome, RequestCompleted
+from shared.slo import SloClass
+
+USUAL: SloClass = "standard"
 
 
 @dataclass(slots=True)
 class TypeSums:
-    """``requests`` completed; ``others`` arrived too, but were aborted, rejected or failed."""
+    """``requests`` completed; ``others`` arrived too, but were aborted, rejected or failed.
+    ``unusual`` counts completed ones of other SLO classes than the usual one."""
 
     requests: int = 0
     others: int = 0
@@ -20,11 +25,14 @@ class TypeSums:
     ttfts: int = 0
     tpot_s: float = 0.0
     tpots: int = 0
+    unusual: Counter[str] = field(default_factory=Counter[str])
 
     def add(self, done: RequestCompleted) -> None:
         self.requests += 1
         self.input_tokens += done.input_tokens
         self.output_tokens += done.output_tokens
+        if done.slo_class != USUAL:
+            self.unusual[done.slo_class] += 1
         if done.ttft_s is not None:
             self.ttft_s += done.ttft_s
             self.ttfts += 1
@@ -50,7 +58,15 @@ class TypeSums:
             output_tokens_centroid=output_centroid,
             ttft_s_mean=self.ttft_s / self.ttfts if self.ttfts else None,
             tpot_s_mean=self.tpot_s / self.tpots if self.tpots else None,
+            class_shares=self._class_shares(),
         )
+
+    def _class_shares(self) -> dict[str, float]:
+        """Empty when all were of the usual class."""
+        if not self.unusual:
+            return {}
+        counts = {USUAL: self.requests - self.unusual.total(), **self.unusual}
+        return {name: n / self.requests for name, n in sorted(counts.items()) if n}
 
 
 @dataclass(slots=True)

@@ -9,7 +9,9 @@ from shared.hardware import Parallelism
 from shared.slo import DEFAULT_TARGETS, SloTarget
 
 AUTO = "auto"
-PolicyName = Literal["static", "uniform", "dynamo", "oserve-paper", "oserve"]
+PolicyName = Literal[
+    "static", "uniform", "dynamo", "melange", "exhaustive", "oserve-paper", "oserve"
+]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,6 +21,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     solve_timeout_s: float = 30.0  # a slow policy that takes longer has its answer dropped
     target: SloTarget = DEFAULT_TARGETS["standard"]  # what replicas are planned to meet
     targets: dict[str, SloTarget] | None = None  # the same for single models, by id
+    replicas_min: dict[str, int] | None = None  # by model id; 1 where it says nothing, 0: none idle
+    survive: int = 0  # replicas that may be lost with the rest still carrying the demand: 0 or 1
+    elastic: bool = False  # leave GPUs unused that the targets do not need
+    gpu_prices: dict[str, float] | None = None  # per hour, by kind: what elastic plans save
     dynamo_shape: str = "auto"  # of every replica under dynamo; auto: the topology's, or default
     worker_timeout_s: float = 2.0  # silence after which a worker counts as gone
     settle_s: float = 1.0  # a worker that appears is planned onto after this long

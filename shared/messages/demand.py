@@ -6,7 +6,8 @@ from shared.messages.base import Message
 
 
 class TypeDemand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Requests of one type in a window. Lengths are means over the window's requests."""
+    """Requests of one type in a window. Lengths are means over the window's requests.
+    ``class_shares``: of its requests, by SLO class; empty: not said, "standard"."""
 
     request_type: int
     requests: int
@@ -17,6 +18,7 @@ class TypeDemand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens_centroid: float
     ttft_s_mean: float | None = None
     tpot_s_mean: float | None = None
+    class_shares: dict[str, float] = msgspec.field(default_factory=dict[str, float])
 
 
 class DemandReport(Message, frozen=True, kw_only=True):
@@ -33,7 +35,9 @@ class DemandReport(Message, frozen=True, kw_only=True):
 
 
 class TypeForecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Expected arrivals of one type over the horizon, with the race's running errors."""
+    """Expected arrivals of one type over the horizon, with the race's running errors. Between
+    ``arrivals_rps_p10`` and ``_p90`` the mean over the horizon falls four times in five; None while
+    too little is known to say so. ``class_shares`` as in ``TypeDemand``."""
 
     request_type: int
     arrivals_rps: float
@@ -41,6 +45,9 @@ class TypeForecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     output_tokens_mean: float
     method: str = ""
     error_rps_mae: float | None = None
+    arrivals_rps_p10: float | None = None
+    arrivals_rps_p90: float | None = None
+    class_shares: dict[str, float] = msgspec.field(default_factory=dict[str, float])
 
 
 class ForecastReport(Message, frozen=True, kw_only=True):
@@ -72,7 +79,8 @@ class ProfilerState(Message, frozen=True, kw_only=True):
 
 
 class TypeTrack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the forecaster remembers of one type: its predictors, and how far each was off."""
+    """What the forecaster remembers of one type: its predictors, and how far each was off: what
+    came less what it had said."""
 
     request_type: int
     last_rps: float

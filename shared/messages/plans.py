@@ -3,6 +3,7 @@
 import msgspec
 
 from shared.messages.base import Message
+from shared.messages.decisions import Decision
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -18,7 +19,8 @@ class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Replicas, and per request type the share of its requests that each replica gets.
 
     ``weights[type][replica_id]``; type "*" holds for every type without a row of its own. Rows
-    sum to 1. ``plan_id`` is a digest of the contents.
+    sum to 1. ``plan_id`` is a digest of the contents. ``pinned``: a person asked for it, and the
+    scheduler keeps to it until released.
     """
 
     plan_id: str
@@ -27,6 +29,7 @@ class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         default_factory=dict[str, dict[str, float]]
     )
     reason: str = ""
+    pinned: bool = False
 
 
 class StoredPlan(Message, frozen=True, kw_only=True):
@@ -60,6 +63,7 @@ class PlanProposed(Message, frozen=True, kw_only=True):
     plan: DeploymentPlan
     based_on_epoch: int
     reason: str
+    decision: Decision | None = None
 
 
 class PlanKept(Message, frozen=True, kw_only=True):
@@ -67,6 +71,26 @@ class PlanKept(Message, frozen=True, kw_only=True):
 
     epoch: int
     reason: str
+    decision: Decision | None = None
+
+
+class PinPlan(Message, frozen=True, kw_only=True):
+    """A person's wish: put ``plan`` in force and keep to it. Its id and reason are the scheduler's
+    to give."""
+
+    plan: DeploymentPlan
+
+
+class ReleasePlan(Message, frozen=True, kw_only=True):
+    """A person's wish: keep to the pinned plan no more, plan again."""
+
+
+class PinAnswer(Message, frozen=True, kw_only=True):
+    """What the scheduler says to either. ``wrong``: why it was refused, empty when it was not."""
+
+    plan_id: str = ""
+    epoch: int = 0
+    wrong: tuple[str, ...] = ()
 
 
 class SwitchStarted(Message, frozen=True, kw_only=True):

@@ -80,7 +80,7 @@ def test_constant_demand_is_forecast_exactly(rps: float, windows: int) -> None:
     track = Track(ForecasterConfig(), demand)
     for _ in range(windows):
         track.observe(demand, missing=0)
-    forecast = track.forecast()
+    forecast = track.forecast(horizon_s=30.0)
     assert forecast.arrivals_rps == rps
     assert forecast.error_rps_mae is not None
     assert forecast.error_rps_mae <= 1e-9 * max(1.0, rps)

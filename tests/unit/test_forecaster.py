@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.forecaster.config import ForecasterConfig
 from services.forecaster.core import Forecaster
+from services.forecaster.predictors import spread
 from shared.core import (
     Draining,
     Effect,
@@ -95,6 +98,38 @@ def test_errors_are_those_of_the_horizon() -> None:
     """The published error would be of another forecast than the published one."""
     forecast = feed(forecaster_of(horizon_windows=2), [10.0, 20.0, 40.0])
     assert forecast.types[0].error_rps_mae == pytest.approx(abs(10.0 - 30.0))
+
+
+def test_a_range_is_never_narrower_than_chance() -> None:
+    """A plan for the 90th percentile of a steady rate would be one for its mean."""
+    (only,) = feed(forecaster_of(horizon_windows=1), [9.0] * 30).types
+    assert only.arrivals_rps_p10 is not None
+    assert only.arrivals_rps_p90 is not None
+    chance = 1.2816 * (9.0 / 10.0) ** 0.5
+    assert only.arrivals_rps_p10 == pytest.approx(9.0 - chance)
+    assert only.arrivals_rps_p90 == pytest.approx(9.0 + chance)
+
+
+def test_a_range_follows_what_came() -> None:
+    """Rates that jump both ways by more than chance would be planned for as if they stood."""
+    (only,) = feed(forecaster_of(horizon_windows=1), [100.0, 200.0] * 20).types
+    assert only.arrivals_rps_p10 is not None
+    assert only.arrivals_rps_p90 is not None
+    assert only.arrivals_rps_p10 < 110.0
+    assert only.arrivals_rps_p90 > 190.0
+
+
+def test_nothing_is_said_of_a_range_before_the_first_score() -> None:
+    """A range made of nothing would be taken for knowledge."""
+    (only,) = feed(forecaster_of(), [9.0]).types
+    assert (only.arrivals_rps_p10, only.arrivals_rps_p90) == (None, None)
+
+
+@given(errors=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=80), chance=st.floats(0.0, 1e3))
+def test_the_range_holds_the_forecast(errors: list[float], chance: float) -> None:
+    """A median above the 90th percentile would plan for less than is expected."""
+    below, above = spread(errors, chance_rps=chance)
+    assert below <= 0.0 <= above
 
 
 def test_a_missing_window_is_not_an_empty_one() -> None:

@@ -94,6 +94,31 @@ def test_counts_rates_and_means_by_type() -> None:
     assert second.input_tokens_centroid == pytest.approx(8000.0)
 
 
+def test_classes_are_counted_by_type() -> None:
+    """Types would be planned by a target that few of their requests have."""
+    profiler = profiler_of()
+    profiler.step(
+        batch(
+            *(done(f"s{i}", input_tokens=100, output_tokens=10) for i in range(6)),
+            *(
+                done(f"i{i}", input_tokens=100, output_tokens=10, slo_class="interactive")
+                for i in range(2)
+            ),
+        ),
+        0.0,
+    )
+    (kind,) = end_window(profiler, 10.0).types
+    assert kind.class_shares == {"interactive": 0.25, "standard": 0.75}
+
+
+def test_one_usual_class_is_not_told() -> None:
+    """Every report would carry what goes without saying."""
+    profiler = profiler_of()
+    profiler.step(batch(*(done(f"s{i}", input_tokens=9, output_tokens=9) for i in range(8))), 0.0)
+    (kind,) = end_window(profiler, 10.0).types
+    assert kind.class_shares == {}
+
+
 def test_a_known_type_without_requests_is_reported_as_zero() -> None:
     """A type that stopped would keep its last forecast for ever."""
     profiler = profiler_of(types_max=1)

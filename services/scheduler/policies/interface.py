@@ -8,15 +8,16 @@ stop a thread.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared.cost.limits import EngineLimits
 from shared.mesh import ReplicaWish
+from shared.messages.decisions import Decision
 from shared.messages.demand import DemandReport, TypeForecast
 from shared.messages.plans import DeploymentPlan
 from shared.messages.replicas import ReplicaReport
-from shared.slo import SloTarget
+from shared.slo import DEFAULT_TARGETS, SloTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,13 @@ class GpuOffer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
     """The plan, or None when nothing can be placed or nothing should move; and why it is what it
-    is. ``dropped`` names replicas asked for that found no room."""
+    is. ``dropped`` names replicas asked for that found no room. ``decision``: the figures, of a
+    policy that has any."""
 
     plan: DeploymentPlan | None
     reason: str
     dropped: tuple[str, ...] = ()
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +61,27 @@ class ModelDemand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """``replicas_min``: by model, what it has whatever is expected of it; 1 where it says nothing,
+    0: none while nothing is expected. ``survive``: how many replicas may be lost, any, and the rest
+    still carry the demand: 0 or 1. ``elastic``: use as few GPUs as the targets allow, the cheapest
+    by ``gpu_prices`` (per hour, by kind; 1 where it says nothing)."""
+
+    replicas_min: Mapping[str, int] = field(default_factory=dict[str, int])
+    survive: int = 0
+    elastic: bool = False
+    gpu_prices: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One decision. All mappings by model cover every model of the topology.
 
     ``models`` are in the topology's order. ``offers`` are sorted by GPU. ``kinds``: the kind of
     every GPU ever known, the vanished included. ``profiles``: the name of a model in the cost
-    profiles. ``observed``: the newest window of each model that had one, and ``loads`` the newest
+    profiles. ``targets`` are the models', ``class_targets`` those of requests of other SLO classes
+    than "standard". ``needs``: what the operator asks of any plan beyond the targets. ``dwell_s``: how long
+    the replicas in force have stood unchanged. ``observed``: the newest window of each model that had one, and ``loads`` the newest
     report of each replica in force that sends any: what a reactive policy goes by.
     """
 
@@ -77,6 +95,9 @@ class Problem:
     profiles: Mapping[str, str]
     targets: Mapping[str, SloTarget]
     limits: EngineLimits
+    class_targets: Mapping[str, SloTarget] = field(default_factory=lambda: dict(DEFAULT_TARGETS))
+    needs: Needs = field(default_factory=Needs)
+    dwell_s: float = float("inf")
     time_limit_s: float = 30.0
     observed: tuple[DemandReport, ...] = ()
     loads: tuple[ReplicaReport, ...] = ()
