@@ -11,19 +11,17 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 import nats
 import nats.errors
-import nats.js.errors
 import nats.micro
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
-from nats.js.kv import KeyValue
 
-from shared.bus_storage import open_storage
+from shared.bus_storage import Kept, Storage, open_storage
 from shared.errors import BusUnavailable, DeadlineExceeded, PayloadTooLarge
 from shared.probe import broker_name, wait_for_broker
 
@@ -100,6 +98,12 @@ class Bus(Protocol):
         somebody else wrote first. Raises BusUnavailable."""
         ...
 
+    async def history(self, subject: str, *, limit: int, since_s: float = 0.0) -> list[Kept]:
+        """The newest ``limit`` events on ``subject`` (wildcards allowed) that the journal took at
+        ``since_s`` (unix seconds) or later and still has, the oldest first; HISTORY_MAX at most.
+        Raises BusUnavailable."""
+        ...
+
     async def register(
         self, *, name: str, version: str, description: str, metadata: dict[str, str]
     ) -> None:
@@ -127,7 +131,7 @@ class NatsBus:
     def __init__(self, config: BusConfig) -> None:
         self._config = config
         self._client = Client()
-        self._state: Any = None
+        self._storage: Storage  # from connect on
         self._error_told = ""
         self._connecting = self._opened = False  # nats-py cannot close what was never opened
 
@@ -172,7 +176,7 @@ class NatsBus:
         finally:
             self._connecting = False
         try:
-            self._state = await open_storage(
+            self._storage = await open_storage(
                 self._client,
                 create_timeout_s=config.connect_timeout_s,
                 use_timeout_s=config.state_timeout_s,
@@ -227,25 +231,13 @@ class NatsBus:
         return answer.data
 
     async def load(self, key: str) -> tuple[bytes | None, int]:
-        try:
-            entry = await self._state.get(key)
-        except nats.js.errors.KeyNotFoundError as error:
-            # A deleted key still has a revision, and writing it again needs that one.
-            entry = cast("KeyValue.Entry | None", error.entry)
-            return None, (entry.revision or 0) if entry else 0
-        except (TimeoutError, nats.errors.Error) as error:
-            raise BusUnavailable(f"cannot read state {key}: {error!r}") from error
-        return entry.value, entry.revision
+        return await self._storage.load(key)
 
     async def store(self, key: str, value: bytes, *, revision: int) -> int | None:
-        try:
-            return await self._state.update(key, value, last=revision)
-        except nats.js.errors.KeyWrongLastSequenceError:
-            return None
-        except nats.errors.MaxPayloadError:
-            raise self._too_large(key, len(value)) from None
-        except (TimeoutError, nats.errors.Error) as error:
-            raise BusUnavailable(f"cannot write state {key}: {error!r}") from error
+        return await self._storage.store(key, value, revision=revision)
+
+    async def history(self, subject: str, *, limit: int, since_s: float = 0.0) -> list[Kept]:
+        return await self._storage.history(subject, limit=limit, since_s=since_s)
 
     async def register(
         self, *, name: str, version: str, description: str, metadata: dict[str, str]

@@ -6,10 +6,14 @@ in turn.
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from itertools import count
 
 from shared.bus import Delivery, Handler, Subscription
+from shared.bus_storage import HISTORY_MAX, Kept
+from shared.clock import Clock, SystemClock
 from shared.errors import BusUnavailable, DeadlineExceeded, PayloadTooLarge
+from shared.subjects import EVENTS
 
 JOURNAL_MAX = 100_000
 
@@ -28,7 +32,7 @@ class _MemorySubscription:
             self._bus.subscriptions.remove(self)
 
 
-def matches(pattern: list[str], subject: list[str]) -> bool:
+def matches(pattern: Sequence[str], subject: Sequence[str]) -> bool:
     """NATS wildcards: ``*`` is one token, ``>`` the rest (at least one)."""
     for i, token in enumerate(pattern):
         if token == ">":  # noqa: S105  # a subject token
@@ -39,11 +43,14 @@ def matches(pattern: list[str], subject: list[str]) -> bool:
 
 
 class MemoryBus:
-    """``sent`` keeps what was published, newest last, for tests to look at."""
+    """``sent`` keeps what was published, newest last, for tests to look at. ``clock``: when events
+    came, as the journal has it."""
 
-    def __init__(self, *, payload_bytes_max: int = 8 << 20) -> None:
+    def __init__(self, *, payload_bytes_max: int = 8 << 20, clock: Clock | None = None) -> None:
         self.subscriptions: list[_MemorySubscription] = []
         self.sent: deque[tuple[str, bytes]] = deque(maxlen=JOURNAL_MAX)
+        self._journal: deque[Kept] = deque(maxlen=JOURNAL_MAX)
+        self._clock = clock or SystemClock()
         self.registered: list[tuple[str, str, str, dict[str, str]]] = []
         self._payload_bytes_max = payload_bytes_max
         self._turn: dict[str, int] = {}
@@ -71,6 +78,8 @@ class MemoryBus:
         self._check_open(f"publish on {subject}")
         self._check_size(subject, payload)
         self.sent.append((subject, payload))
+        if matches(EVENTS.split("."), subject.split(".")):
+            self._journal.append(Kept(self._clock.unix_s(), subject, payload))
         delivery = Delivery(subject, payload, reply_to, headers)
         loop = asyncio.get_running_loop()
         for subscription in self._receivers(subject):
@@ -131,6 +140,17 @@ class MemoryBus:
         self._revision += 1
         self._kv[key] = (value, self._revision)
         return self._revision
+
+    async def history(self, subject: str, *, limit: int, since_s: float = 0.0) -> list[Kept]:
+        assert limit > 0, limit
+        self._check_open(f"read events {subject}")
+        pattern = subject.split(".")
+        found = [
+            kept
+            for kept in self._journal
+            if kept.at_s >= since_s and matches(pattern, kept.subject.split("."))
+        ]
+        return found[-min(limit, HISTORY_MAX) :]
 
     async def register(
         self,

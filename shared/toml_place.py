@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared.errors import ConfigInvalid
 
-_HEADER = re.compile(r"^\s*(\[\[?)\s*([\w.\-]+)\s*\]\]?")
+_HEADER = re.compile(r'^\s*(\[\[?)\s*([\w.\-"*]+)\s*\]\]?')
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
@@ -66,7 +66,7 @@ def _tables(lines: list[str]) -> Generator[_Table]:
     ends = [start - 1 for start, _ in headers[1:]] + [len(lines)]
     counts: dict[str, int] = {}
     for (first, match), last in zip(headers, ends, strict=True):
-        name = match[2]
+        name = match[2].replace('"', "")
         yield _Table(name, counts.get(name, 0), first, last, is_array=match[1] == "[[")
         counts[name] = counts.get(name, 0) + 1
 

@@ -41,6 +41,12 @@ def mesh_of(topology: Path, model: str, traces: Mapping[str, str]) -> MeshConfig
         raise ConfigInvalid(
             field="model", value=model, remedy="give it with one TRACE; pairs name their models"
         )
+    return with_models(mesh, wanted)
+
+
+def with_models(mesh: MeshConfig, wanted: Sequence[str]) -> MeshConfig:
+    """The mesh with just these models. One that it does not name is served as its cost profile of
+    that name says. Its replicas stay only if they are of just these."""
     known = {spec.model_id: spec for spec in mesh.models}
     like = mesh.model.context_tokens_max
     specs = [

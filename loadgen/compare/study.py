@@ -25,7 +25,8 @@ from loadgen.compare.targets import (
     model_targets,
     relative_targets,
 )
-from loadgen.compare.workload import Workload, busiest_start_s, typed_windows
+from loadgen.compare.workload import Workload, busiest_start_s, history, typed_windows
+from loadgen.simulator.beginning import planned
 from loadgen.simulator.deployments import (
     Deployment,
     Site,
@@ -95,10 +96,9 @@ class Study:
                 remedy="no shape fits the topology's GPUs: use larger ones, or another model",
             )
         for policy in self.policies:
-            if not _hindsight(policy):
-                self._begin(
-                    policy, {}
-                )  # raises for a shape that does not fit, before hours of runs
+            if not _hindsight(policy) and policy.begin != "planned":
+                # Raises for a shape that does not fit, before hours of runs.
+                self._begin(policy, {}, 1.0)
         self.targets = self._targets(simulate)
         self._model_targets = model_targets(self.types, self.targets)
 
@@ -155,7 +155,7 @@ class Study:
     def _at(self, load: float, scale: float) -> list[outcome.Runs]:
         seeds = range(1, self._options.seeds + 1)
         best = self._best(load, scale) if any(_hindsight(p) for p in self.policies) else {}
-        begin = {policy.name: self._begin(policy, best) for policy in self.policies}
+        begin = {policy.name: self._begin(policy, best, scale) for policy in self.policies}
         jobs = [
             self._job(policy, begin[policy.name], scale, seed)
             for policy in self.policies
@@ -184,9 +184,12 @@ class Study:
         ]
         return best_of(scored)
 
-    def _begin(self, policy: Policy, best: dict[str, Deployment]) -> Deployment:
+    def _begin(self, policy: Policy, best: dict[str, Deployment], scale: float) -> Deployment:
         if policy.begin in best:
             return best[policy.begin]
+        if policy.begin == "planned":
+            found = self._planned(policy, scale)
+            return found or default(self._site, self.demand)
         if policy.begin == "topology":
             return own(self._site)
         if policy.begin == "shape":
@@ -199,6 +202,16 @@ class Study:
             model_id = self._site.mesh.model.model_id
             return uniform(self._site, model_id, Parallelism.parse(policy.shape))
         return default(self._site, self.demand)
+
+    def _planned(self, policy: Policy, scale: float) -> Deployment | None:
+        """What the policy plans for the arrivals of the warm-up at this load."""
+        past = history(self._workload, self.warmup_s)
+        return planned(
+            self._site,
+            msgspec.structs.replace(policy.scheduler, targets=self._model_targets),
+            demand_of(past, self.warmup_s, rate_scale=scale) if past else (),
+            horizon_s=self.warmup_s,
+        )
 
     def _job(self, policy: Policy, begin: Deployment, scale: float, seed: int) -> Job:
         options = self._options

@@ -1,9 +1,9 @@
 """The arrivals of a comparison: one trace for each model, a window of it, thinned by load and seed.
 
 All policies get the same ones: they depend on (traces, window, rate scale, seed) alone. A record's
-type is its label; where it has none, short or long input with short or long output, split at the
-geometric means of the model's whole window, so that a type means the same at every load. A record
-that names an SLO class other than the comparison's has it in its type: ``code@batch``.
+type is its label; where it has none, its kind (loadgen/workload/kinds.py), split by the model's
+whole window, so that a type means the same at every load. A record that names an SLO class other
+than the comparison's has it in its type: ``code@batch``.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import msgspec
 
 from loadgen.simulator.outcome import Traffic
 from loadgen.workload.arrivals import Selection, select
+from loadgen.workload.kinds import split_of
 from loadgen.workload.readers import read_trace
 from loadgen.workload.records import TraceRecord
 from shared.slo import SloClass
@@ -94,6 +95,19 @@ def typed_windows(workload: Workload) -> tuple[Typed, ...]:
     return tuple(_typed(workload, trace) for trace in workload.traces)
 
 
+def history(workload: Workload, until_s: float) -> tuple[TypeMean, ...]:
+    """What arrived before ``until_s``, at scale 1, by kind whatever its label: what a scheduler
+    that finds its own types could know by then. Nothing if nothing had arrived."""
+    found: list[TypeMean] = []
+    for typed in typed_windows(workload):
+        past = [record for record in typed.records if record.timestamp_s < until_s]
+        if past:
+            split = split_of(past)
+            kinds = [msgspec.structs.replace(r, label=split.kind(r)) for r in past]
+            found += _means(typed.trace.model_id, kinds, workload.slo_class)
+    return tuple(found)
+
+
 def last_arrival_s(path: str, start_s: float) -> float:
     """Seconds from ``start_s`` to the last request of the trace."""
     records = select(read_trace(path), Selection(start_s=start_s))
@@ -136,14 +150,10 @@ def _cut(record: TraceRecord, context_tokens_max: int) -> TraceRecord:
 
 
 def _labelled(records: Sequence[TraceRecord], usual: SloClass) -> tuple[TraceRecord, ...]:
-    input_split = _geometric_mean([record.input_tokens for record in records])
-    output_split = _geometric_mean([record.output_tokens for record in records])
+    split = split_of(records)
     labelled: list[TraceRecord] = []
     for record in records:
-        label = record.label or (
-            f"{'short' if record.input_tokens <= input_split else 'long'}-in/"
-            f"{'short' if record.output_tokens <= output_split else 'long'}-out"
-        )
+        label = record.label or split.kind(record)
         if record.slo_class not in (None, usual):
             label += f"@{record.slo_class}"
         slo_class = record.slo_class or usual
@@ -166,7 +176,3 @@ def _means(model_id: str, records: Sequence[TraceRecord], usual: SloClass) -> tu
         )
         for label, group in sorted(groups.items())
     )
-
-
-def _geometric_mean(tokens: Sequence[int]) -> float:
-    return math.exp(sum(math.log(max(1, count)) for count in tokens) / len(tokens))

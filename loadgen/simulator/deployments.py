@@ -180,8 +180,8 @@ def candidates(site: Site, demand: Sequence[Demand], *, most: int) -> tuple[Depl
 
 
 def begun(site: Site, policy: Policy, demand: Sequence[Demand]) -> MeshConfig:
-    """The topology with the replicas that ``policy`` begins with. One that is best in hindsight
-    begins with the topology's own: only a comparison can tell which that would be."""
+    """The topology with the replicas that ``policy`` begins with. One that is best in hindsight, or
+    that plans for a warm-up, begins with the topology's own: only a comparison knows these."""
     if policy.begin == "shape":
         shape = Parallelism.parse(policy.shape)
         if len(site.mesh.model_ids) == 1:

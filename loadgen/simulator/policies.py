@@ -20,9 +20,11 @@ from shared.hardware import Parallelism
 
 Migration = Literal["none", "llumnix"]
 ForecastName = Literal["ours", "last", "oracle"]
-Begin = Literal["topology", "shape", "default", "best", "best-p99"]
+Begin = Literal["topology", "shape", "default", "best", "best-p99", "planned"]
 """Which replicas stand when the trace begins: the topology's; one shape on all GPUs; the smallest
-that leaves room for the KV cache; the best static deployment in hindsight, by goodput or by P99."""
+that leaves room for the KV cache; the best static deployment in hindsight, by goodput or by P99;
+those that the policy itself plans for what arrives in the warm-up, which is not counted (the
+default ones where nothing does)."""
 
 FORECASTS: tuple[ForecastName, ...] = get_args(ForecastName)
 STATIC = "static-"
@@ -58,6 +60,15 @@ class Policy:
 
 
 _LEAST_LOAD = RouterConfig(policy="least_load")
+_DISK = "New replicas start as the cost model says, weights from disk."
+_TEN = (
+    "A new replica takes 10 s to start, the published bound that oserve-paper and uniform-fast are "
+    "given too: the same switches for all, so that only the plans differ."
+)
+_BEGINS = (
+    "It begins with what it plans itself for the arrivals of the warm-up, which an operator has as "
+    "a trace of the past; static-best knows the whole trace."
+)
 
 POLICIES: Mapping[str, Policy] = {
     policy.name: policy
@@ -98,21 +109,21 @@ POLICIES: Mapping[str, Policy] = {
             name="uniform-reload",
             scheduler=SchedulerConfig(policy="uniform"),
             router=_LEAST_LOAD,
-            begin="default",
+            begin="planned",
             start_s=RELOAD_S,
             known="OServe's baseline vLLM(reload): a uniform deployment chosen anew as the mix "
             "changes; reloading a 70B model takes more than 50 s.",
             inferred="50 s for every model and shape; how often its authors chose anew is not "
-            "published.",
+            f"published. {_BEGINS}",
         ),
         Policy(
             name="uniform-fast",
             scheduler=SchedulerConfig(policy="uniform"),
             router=_LEAST_LOAD,
-            begin="default",
+            begin="planned",
             start_s=FAST_SWITCH_S,
             known="One account of vLLM(reload) lets it switch as fast as OServe does: below 10 s.",
-            inferred="10 s, the published bound.",
+            inferred=f"10 s, the published bound. {_BEGINS}",
         ),
         Policy(
             name="llumnix",
@@ -145,7 +156,7 @@ POLICIES: Mapping[str, Policy] = {
             scheduler=SchedulerConfig(policy="oserve-paper"),
             profiler=ProfilerConfig(window_s=PAPER_PERIOD_S),
             forecaster=ForecasterConfig(horizon_windows=1),
-            begin="default",
+            begin="planned",
             start_s=FAST_SWITCH_S,
             forecast="oracle",
             known="Each minute: rates of about 4 types forecast by LSTMs (5 % RRMSE reported); "
@@ -155,14 +166,46 @@ POLICIES: Mapping[str, Policy] = {
             inferred="Arrivals are foreseen exactly unless its name says otherwise, in place of "
             "the LSTMs; a replica takes 10 s to start, the published bound, while what it "
             "replaces is stopped; requests that run go on elsewhere by recomputing their prompt "
-            "where theirs copies long KV; its search takes the time that our code of it takes.",
+            "where theirs copies long KV; its search takes the time that our code of it takes. "
+            f"{_BEGINS}",
         ),
         Policy(
-            name="oserve",
-            scheduler=SchedulerConfig(policy="oserve"),
-            begin="default",
-            known="What this project's scheduler, router and switcher do today.",
-            inferred="New replicas start as the cost model says, weights from disk.",
+            name="exhaustive",
+            scheduler=SchedulerConfig(policy="exhaustive"),
+            profiler=ProfilerConfig(window_s=PAPER_PERIOD_S),
+            forecaster=ForecasterConfig(horizon_windows=1),
+            begin="planned",
+            start_s=FAST_SWITCH_S,
+            forecast="oracle",
+            known="Every deployment in turn, and the best dispatch of each: what OServe's paper "
+            "compares its search with (about 50 s at 16 GPUs).",
+            inferred="Each minute, with the forecasts and the switches that oserve-paper is given. "
+            f"{_BEGINS}",
+        ),
+        Policy(
+            name="melange",
+            scheduler=SchedulerConfig(policy="melange"),
+            begin="planned",
+            start_s=FAST_SWITCH_S,
+            known="Melange: an integer program gives slices of the load to the cheapest set of "
+            "GPUs that carries it (arXiv 2404.14527).",
+            inferred="Its GPU kinds are our shapes; its plan is made anew in each period, with "
+            f"replicas that take 10 s to start. {_BEGINS}",
+        ),
+        *(
+            Policy(
+                name=name,
+                scheduler=SchedulerConfig(policy="oserve", elastic=elastic),
+                begin="planned",
+                start_s=start_s,
+                known="What this project's scheduler, router and switcher do today" + more,
+                inferred=f"{starts} {_BEGINS}",
+            )
+            for name, elastic, start_s, more, starts in (
+                ("oserve", False, None, ".", _DISK),
+                ("oserve-fast", False, FAST_SWITCH_S, ".", _TEN),
+                ("oserve-elastic", True, None, ", leaving GPUs unused that targets allow.", _DISK),
+            )
         ),
     )
 }

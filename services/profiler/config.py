@@ -14,6 +14,7 @@ class ProfilerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     refine_samples: int = 3  # once so many such requests came in one window
     coarsen_ln: float = 0.75  # two centres nearer than this (a factor of 2.1) may become one
     idle_windows_max: int = 60  # a type unseen this long gives its number back
+    settle_windows: int = 12  # after so many a window's arrivals are told by when they arrived
     requests_max: int = 50_000  # counted per model and window; the rest is dropped, and said so
     models_max: int = 16
     inbox_max: int = 4096

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import log1p
 from typing import assert_never
 
+from services.profiler.arrivals import Arrivals
 from services.profiler.config import ProfilerConfig
 from services.profiler.kmeans import Centre, OnlineKMeans, Point
 from services.profiler.window import Window
@@ -55,9 +56,12 @@ class Model:
     """One model's types, its present window, and what waits for the types to exist."""
 
     types: OnlineKMeans
+    arrivals: Arrivals
     window: Window = field(default_factory=Window)
     former_ids: set[str] = field(default_factory=set[str])
-    unplaced: list[RequestCompleted] = field(default_factory=list[RequestCompleted])
+    unplaced: list[tuple[RequestCompleted, float]] = field(
+        default_factory=list[tuple[RequestCompleted, float]]
+    )  # with when it arrived
 
 
 class Profiler:
@@ -67,7 +71,7 @@ class Profiler:
         """``unix_offset_s`` turns the core's monotonic time into the report's unix time."""
         self._config = config
         self._unix_offset_s = unix_offset_s
-        self._models = {model_id: self._new_model() for model_id in models}
+        self._models = {model_id: self._new_model(0.0) for model_id in models}
         self._window_start_s = 0.0
         self._loaded = False
         self._revision = 0
@@ -79,7 +83,7 @@ class Profiler:
         match event:
             case RequestsCompleted():
                 for done in event.completed:
-                    self._on_completed(done)
+                    self._on_completed(done, now_s)
             case Query():
                 fields = {"message_type": type(event.message).__name__}
                 return [Log("profiler.question_unknown", fields, "warning")]
@@ -90,7 +94,7 @@ class Profiler:
             case Started():
                 return [Load(STATE_KEY, ProfilerState), self._next_window(now_s)]
             case Loaded():
-                return self._on_loaded(event)
+                return self._on_loaded(event, now_s)
             case Stored():
                 self._storing, self._revision = False, event.revision
             case StoreConflict():
@@ -113,13 +117,14 @@ class Profiler:
             assert len(model.types.centres) == config.types_max
             assert len(window.request_ids) <= config.requests_max
             assert len(model.unplaced) <= config.seed_samples
+            assert len(model.arrivals) <= config.settle_windows + 1
             live = {number for number, _ in model.types.live()}
             assert window.sums.keys() <= live, (window.sums.keys(), live)
 
     # Completions
 
-    def _on_completed(self, done: RequestCompleted) -> None:
-        model = self._model_of(done)
+    def _on_completed(self, done: RequestCompleted, now_s: float) -> None:
+        model = self._model_of(done, now_s)
         if model is None:
             return
         window = model.window
@@ -130,50 +135,55 @@ class Profiler:
             return
         window.request_ids.add(done.request_id)
         window.outcomes[done.outcome] = window.count(done.outcome) + 1
+        arrived_s = now_s - max(0.0, done.e2e_s)
         if done.outcome != "completed":
             if model.types.seeded and done.input_tokens > 0:
                 number = model.types.nearest_by_input(log1p(done.input_tokens))
                 window.of(number).others += 1
+                model.arrivals.add(number, arrived_s=arrived_s)
         elif model.types.seeded:
-            self._place(model, done)
+            self._place(model, done, arrived_s)
         elif len(model.unplaced) < self._config.seed_samples:
-            model.unplaced.append(done)
+            model.unplaced.append((done, arrived_s))
             if self._loaded and len(model.unplaced) == self._config.seed_samples:
                 self._seed(model)
         else:
             window.dropped += 1
 
-    def _model_of(self, done: RequestCompleted) -> Model | None:
+    def _model_of(self, done: RequestCompleted, now_s: float) -> Model | None:
         """Clients may name any model: only one that has completed a request gets state."""
         model = self._models.get(done.model_id)
         full = len(self._models) >= self._config.models_max
         if model is None and done.outcome == "completed" and not full:
-            model = self._models[done.model_id] = self._new_model()
+            model = self._models[done.model_id] = self._new_model(now_s)
         return model
 
-    def _new_model(self) -> Model:
+    def _new_model(self, now_s: float) -> Model:
         config = self._config
-        return Model(
-            OnlineKMeans(
-                size=config.types_max,
-                memory=config.memory_requests,
-                refine_ln=config.refine_ln,
-                refine_samples=config.refine_samples,
-                coarsen_ln=config.coarsen_ln,
-            )
+        types = OnlineKMeans(
+            size=config.types_max,
+            memory=config.memory_requests,
+            refine_ln=config.refine_ln,
+            refine_samples=config.refine_samples,
+            coarsen_ln=config.coarsen_ln,
         )
+        return Model(types, Arrivals(settle_windows=config.settle_windows, start_s=now_s))
 
-    def _place(self, model: Model, done: RequestCompleted) -> None:
+    def _place(self, model: Model, done: RequestCompleted, arrived_s: float) -> None:
         placed = model.types.add(_point(done))
         if placed.merged_into is not None:
             model.window.merge(placed.number, placed.merged_into)
+            model.arrivals.merge(placed.number, placed.merged_into)
         model.window.of(placed.number).add(done)
+        model.arrivals.add(placed.number, arrived_s=arrived_s)
 
     def _seed(self, model: Model) -> None:
         """Make the first types and place by them what has waited."""
-        model.types.seed([_point(done) for done in model.unplaced])
-        for done in model.unplaced:
-            model.window.of(model.types.nearest(_point(done))[0]).add(done)
+        model.types.seed([_point(done) for done, _ in model.unplaced])
+        for done, arrived_s in model.unplaced:
+            number = model.types.nearest(_point(done))[0]
+            model.window.of(number).add(done)
+            model.arrivals.add(number, arrived_s=arrived_s)
         model.unplaced.clear()
 
     # Windows
@@ -191,6 +201,7 @@ class Profiler:
             if self._loaded and model.unplaced:
                 self._seed(model)
             window = model.window
+            settled_s, length_s, settled = model.arrivals.turn(now_s) or (None, 0.0, ())
             report = DemandReport(
                 model_id=model_id,
                 window_start_s=self._window_start_s + self._unix_offset_s,
@@ -203,6 +214,9 @@ class Profiler:
                 aborted=window.count("aborted"),
                 rejected=window.count("rejected"),
                 failed=window.count("failed"),
+                settled_start_s=0.0 if settled_s is None else settled_s + self._unix_offset_s,
+                settled_s=length_s,
+                settled=settled,
             )
             effects.append(subjects.DEMAND_REPORT.send(report))
             if window.dropped:
@@ -211,6 +225,7 @@ class Profiler:
             model.former_ids, model.window = window.request_ids, Window()
             retired = model.types.end_window(idle_windows_max=self._config.idle_windows_max)
             if retired:
+                model.arrivals.forget(retired)
                 fields = {"model_id": model_id, "types": retired}
                 effects.append(Log("profiler.types_retired", fields))
         self._window_start_s = now_s
@@ -218,7 +233,7 @@ class Profiler:
 
     # State
 
-    def _on_loaded(self, event: Loaded) -> list[Effect]:
+    def _on_loaded(self, event: Loaded, now_s: float) -> list[Effect]:
         self._revision = event.revision
         if self._loaded:
             return []  # after a conflict: only the revision was wanted
@@ -230,7 +245,7 @@ class Profiler:
             if stored.model_id not in self._models:
                 if len(self._models) >= self._config.models_max:
                     continue
-                self._models[stored.model_id] = self._new_model()
+                self._models[stored.model_id] = self._new_model(now_s)
             self._restore(self._models[stored.model_id], stored)
         fields = {m.model_id: len(m.types) for m in state.models}
         return [Log("profiler.types_restored", {"types": fields})]
@@ -244,8 +259,8 @@ class Profiler:
                 )
         if model.types.seeded:
             waited, model.unplaced = model.unplaced, []
-            for done in waited:
-                self._place(model, done)
+            for done, arrived_s in waited:
+                self._place(model, done, arrived_s)
 
     def _store(self) -> list[Effect]:
         """Write the centres. While a write is under way none is started: the next window's will

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from shared.messages.plans import ReplicaSpec
+
 EARLY = 0.9
 """A forecast that comes this share of a period after the last decision is acted on at once, so
 that decisions fall into step with forecasts instead of always using one that is nearly as old as
@@ -13,12 +15,14 @@ class Outlook:
     """What a decision is made on, as far as a change of it brings the next one forward.
 
     ``gpus``: on offer. ``forecasts``: heard so far. ``starting``: nothing is expected yet, so that
-    the mesh starts from its topology rather than from a forecast.
+    the mesh starts from its topology rather than from a forecast. ``wanted``: models that have no
+    replica and turned requests away.
     """
 
     gpus: frozenset[str]
     forecasts: int
     starting: bool
+    wanted: frozenset[str] = frozenset()
 
 
 class Agenda:
@@ -27,6 +31,7 @@ class Agenda:
         self._decided_s: float | None = None
         self._outlook = Outlook(gpus=frozenset(), forecasts=0, starting=True)
         self.solving_since_s: float | None = None
+        self.solving_for: tuple[ReplicaSpec, ...] = ()  # the replicas that the solve goes out from
         self.overdue = False  # the solve under way has had its time: its answer counts no more
 
     @property
@@ -35,11 +40,11 @@ class Agenda:
 
     def due(self, now_s: float, outlook: Outlook) -> bool:
         """Before the first forecast each time, then each period, and at once when GPUs come or
-        go."""
+        go, or somebody asks for a model that nothing serves."""
         last = self._outlook
         if self._decided_s is None or self._period_s <= 0.0 or outlook.starting or last.starting:
             return True
-        if outlook.gpus != last.gpus:
+        if outlook.gpus != last.gpus or outlook.wanted - last.wanted:
             return True
         periods = (now_s - self._decided_s) / self._period_s
         return periods >= 1.0 or (periods >= EARLY and outlook.forecasts > last.forecasts)
@@ -51,9 +56,9 @@ class Agenda:
         """The last decision came to nothing: the next one is due now."""
         self._decided_s = None
 
-    def solve_started(self, now_s: float) -> None:
+    def solve_started(self, now_s: float, replicas: tuple[ReplicaSpec, ...]) -> None:
         assert not self.solving, "one solve at a time"
-        self.solving_since_s, self.overdue = now_s, False
+        self.solving_since_s, self.solving_for, self.overdue = now_s, replicas, False
 
     def solve_ended(self) -> None:
         self.solving_since_s = None

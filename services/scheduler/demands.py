@@ -1,7 +1,15 @@
-"""What the scheduler knows of demand and load: the newest word of each model and each replica."""
+"""What the scheduler knows of demand and load: the newest word of each model and each replica.
 
-from collections.abc import Collection
+A forecast counts until it is stale. Then what was last observed counts in its place, if that is
+fresh; else the stale forecast stays what is known, and the core keeps to its plan. Messages may be
+late, repeated or lost: what was made before what is known is no news, unless by so much that a
+clock must have been set back.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from math import isfinite
+from typing import Literal
 
 from services.scheduler.policies.interface import ModelDemand
 from shared.messages.demand import DemandReport, ForecastReport, TypeForecast
@@ -11,28 +19,71 @@ RATE_MIN, RATE_MAX = 1e-6, 1e6
 """Requests per second. Below, a type is not expected within the week; above is no forecast."""
 TOKENS_MAX = 1e7
 TYPES_MAX = 256
+STALE_HORIZONS = 3.0
+HORIZON_S_MIN, HORIZON_S_MAX = 10.0, 3600.0  # what staleness goes by, whatever a forecast claims
+WINDOWS_ALONE = 2  # observed without a forecast ever: the forecaster is away
+WANTED_S = 300.0
+"""How long a model without replicas of which requests were rejected is planned for: a replica
+takes minutes to come, and whoever was rejected tries again."""
+WANTED_RPS_MIN, WANTED_INPUT_TOKENS, WANTED_OUTPUT_TOKENS = 0.1, 512.0, 256.0
+"""What is expected of a model of which nothing is known but that it is wanted."""
+NOMINAL = "nominal"
+"""The method of a forecast that nobody made."""
+
+Source = Literal["none", "forecast", "observed", "stale"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    forecast: ForecastReport
+    at_s: float
+
+
+@dataclass(slots=True)
+class _Windows:
+    """The newest window of a model, and how many came without a forecast."""
+
+    newest: DemandReport
+    at_s: float
+    alone: int = 1
+    rejected: int = 0
+    rejected_s: float = float("-inf")
 
 
 class Demands:
     """Bounded: one forecast and one window for each model of the topology, one report for each
     replica in force."""
 
-    def __init__(self, models: Collection[str]) -> None:
-        self._models = tuple(models)
-        self._forecasts: dict[str, ForecastReport] = {}
-        self._windows: dict[str, DemandReport] = {}
+    def __init__(self, models: Collection[str], *, stale_s: float = 0.0) -> None:
+        """``stale_s``: after which a forecast counts no more; 0: three of its horizons."""
+        self._models, self._stale_s = tuple(models), stale_s
+        self._forecasts: dict[str, _Heard] = {}
+        self._windows: dict[str, _Windows] = {}
         self._loads: dict[str, ReplicaReport] = {}
         self.heard = 0
         """Forecasts so far: tells whether one has come since."""
 
-    def forecast(self, report: ForecastReport) -> None:
-        if report.model_id in self._models:
-            self._forecasts[report.model_id] = report
-            self.heard += 1
+    def forecast(self, report: ForecastReport, now_s: float) -> None:
+        known = self._forecasts.get(report.model_id)
+        if report.model_id not in self._models or (known and known.forecast == report):
+            return
+        if known and 0.0 < known.forecast.made_at_s - report.made_at_s < self._limit_s(report):
+            return
+        self._forecasts[report.model_id] = _Heard(report, now_s)
+        self.heard += 1
 
-    def window(self, report: DemandReport) -> None:
-        if report.model_id in self._models:
-            self._windows[report.model_id] = report
+    def window(self, report: DemandReport, now_s: float) -> None:
+        known = self._windows.get(report.model_id)
+        if report.model_id not in self._models or (known and known.newest == report):
+            return
+        if known is None:
+            known = self._windows[report.model_id] = _Windows(report, now_s, alone=0)
+        elif 0.0 < known.newest.window_start_s - report.window_start_s < HORIZON_S_MAX:
+            return
+        known.newest, known.at_s = report, now_s
+        known.alone += 1
+        if report.rejected > 0 and not report.types:
+            known.rejected, known.rejected_s = report.rejected, now_s
 
     def load(self, report: ReplicaReport, *, leaders: Collection[tuple[str, str]]) -> None:
         """``leaders``: replica and leading worker of each replica in force; others are no news."""
@@ -47,37 +98,107 @@ class Demands:
             if (report.replica_id, report.worker_id) in leaders
         }
 
-    @property
-    def known(self) -> bool:
+    def known(self, now_s: float) -> bool:
         """Whether anything is expected at all: until then there is nothing to plan for."""
-        return any(demand.types for demand in self.models())
+        return any(demand.types for demand in self.models(now_s))
 
-    def models(self) -> tuple[ModelDemand, ...]:
-        """What each model is expected to get; nothing without a forecast."""
-        return tuple(self._demand(model_id) for model_id in self._models)
+    def models(self, now_s: float) -> tuple[ModelDemand, ...]:
+        """What each model is expected to get; nothing without any word of it."""
+        return tuple(self._demand(model_id, now_s) for model_id in self._models)
+
+    def sources(self, now_s: float) -> Mapping[str, Source]:
+        """By what each model is planned for."""
+        return {model_id: self._source(model_id, now_s) for model_id in self._models}
+
+    def wanted(self, now_s: float) -> frozenset[str]:
+        """Models of which requests were rejected, and nothing else is known."""
+        return frozenset(
+            demand.model_id for demand in self.models(now_s) if _is_nominal(demand.types)
+        )
 
     @property
     def windows(self) -> tuple[DemandReport, ...]:
-        return tuple(self._windows[id_] for id_ in self._models if id_ in self._windows)
+        return tuple(self._windows[id_].newest for id_ in self._models if id_ in self._windows)
 
     @property
     def loads(self) -> tuple[ReplicaReport, ...]:
         return tuple(report for _, report in sorted(self._loads.items()))
 
-    @property
-    def expected_rps(self) -> float | None:
-        """Arrivals that the newest forecasts expect; None while there is none."""
-        if not self._forecasts:
+    def expected_rps(self, now_s: float) -> float | None:
+        """Arrivals expected; None without any word."""
+        if all(source == "none" for source in self.sources(now_s).values()):
             return None
-        return round(sum(demand.arrivals_rps for demand in self.models()), 3)
+        return round(sum(demand.arrivals_rps for demand in self.models(now_s)), 3)
 
-    def _demand(self, model_id: str) -> ModelDemand:
-        report = self._forecasts.get(model_id)
-        if report is None:
-            return ModelDemand(model_id=model_id, types=())
-        types = tuple(kind for kind in report.types if _plausible(kind))[:TYPES_MAX]
-        horizon_s = report.horizon_s if isfinite(report.horizon_s) else 0.0
-        return ModelDemand(model_id=model_id, types=types, horizon_s=horizon_s)
+    def _source(self, model_id: str, now_s: float) -> Source:
+        heard, windows = self._forecasts.get(model_id), self._windows.get(model_id)
+        if heard is not None and now_s - heard.at_s <= self._limit_s(heard.forecast):
+            return "forecast"
+        fresh = windows is not None and now_s - windows.at_s <= self._window_limit_s(windows.newest)
+        if windows is not None and fresh and (heard is not None or windows.alone >= WINDOWS_ALONE):
+            return "observed"
+        return "none" if heard is None else "stale"
+
+    def _demand(self, model_id: str, now_s: float) -> ModelDemand:
+        source = self._source(model_id, now_s)
+        types: tuple[TypeForecast, ...] = ()
+        horizon_s = 0.0
+        if source in ("forecast", "stale"):
+            report = self._forecasts[model_id].forecast
+            types = tuple(kind for kind in report.types if _plausible(kind))[:TYPES_MAX]
+            horizon_s = report.horizon_s if isfinite(report.horizon_s) else 0.0
+        elif source == "observed":
+            window = self._windows[model_id].newest
+            types = tuple(kind for kind in _observed(window) if _plausible(kind))[:TYPES_MAX]
+            horizon_s = window.window_s if isfinite(window.window_s) else 0.0
+        return ModelDemand(
+            model_id=model_id, types=types or self._nominal(model_id, now_s), horizon_s=horizon_s
+        )
+
+    def _nominal(self, model_id: str, now_s: float) -> tuple[TypeForecast, ...]:
+        windows = self._windows.get(model_id)
+        if windows is None or now_s - windows.rejected_s > WANTED_S:
+            return ()
+        window_s = max(1.0, windows.newest.window_s)
+        rps = min(RATE_MAX, max(WANTED_RPS_MIN, windows.rejected / window_s))
+        return (
+            TypeForecast(
+                request_type=0,
+                arrivals_rps=rps,
+                input_tokens_mean=WANTED_INPUT_TOKENS,
+                output_tokens_mean=WANTED_OUTPUT_TOKENS,
+                method=NOMINAL,
+            ),
+        )
+
+    def _limit_s(self, report: ForecastReport) -> float:
+        return self._stale_s or STALE_HORIZONS * _bounded(report.horizon_s)
+
+    def _window_limit_s(self, report: DemandReport) -> float:
+        return self._stale_s or STALE_HORIZONS * _bounded(report.window_s)
+
+
+def _is_nominal(types: tuple[TypeForecast, ...]) -> bool:
+    return any(kind.method == NOMINAL for kind in types)
+
+
+def _observed(window: DemandReport) -> tuple[TypeForecast, ...]:
+    return tuple(
+        TypeForecast(
+            request_type=seen.request_type,
+            arrivals_rps=seen.arrivals_rps,
+            input_tokens_mean=seen.input_tokens_mean,
+            output_tokens_mean=seen.output_tokens_mean,
+            method="observed",
+            class_shares=seen.class_shares,
+        )
+        for seen in window.types
+    )
+
+
+def _bounded(seconds: float) -> float:
+    """Not a number is the least."""
+    return min(HORIZON_S_MAX, max(HORIZON_S_MIN, seconds if isfinite(seconds) else 0.0))
 
 
 def _plausible(kind: TypeForecast) -> bool:

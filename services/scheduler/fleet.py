@@ -12,16 +12,29 @@ from shared.mesh import EngineSpec, MeshConfig
 from shared.messages.replicas import WorkerReport
 
 
+FAILED_S, FAILED_S_MAX = 10.0, 320.0
+"""How long a GPU on which a replica broke is not planned onto, doubled each time. One that keeps
+breaking replicas would otherwise be given one again and again."""
+FORGIVEN_S = 900.0  # after so long without a failure the next one counts as the first
+
+
 @dataclass(slots=True)
 class _Worker:
     report: WorkerReport
     seen_s: float
     appeared_s: float
+    failures: int = 0
+    failed_s: float = float("-inf")
+
+    def trusted(self, now_s: float) -> bool:
+        wait_s = min(FAILED_S_MAX, FAILED_S * 2.0 ** min(self.failures - 1, 16))
+        return self.failures == 0 or now_s - self.failed_s > wait_s
 
 
 class Fleet:
     """A worker is gone after ``worker_timeout_s`` of silence, and planned onto once it has been
-    there for ``settle_s``: one that flickers would move replicas at each appearance."""
+    there for ``settle_s``: one that flickers would move replicas at each appearance. After a
+    replica broke on it, it is planned around for a while."""
 
     def __init__(self, config: SchedulerConfig, mesh: MeshConfig) -> None:
         self._config = config
@@ -40,6 +53,15 @@ class Fleet:
         if was_leaving and not report.leaving:
             worker.appeared_s = now_s
         return report.leaving and not was_leaving
+
+    def failed(self, worker_id: str, now_s: float) -> None:
+        """A replica in force broke there."""
+        worker = self._workers.get(worker_id)
+        if worker is None or not worker.trusted(now_s):
+            return  # the word of the same failure, again
+        forgiven = now_s - worker.failed_s > FORGIVEN_S
+        worker.failures = 1 if forgiven else worker.failures + 1
+        worker.failed_s = now_s
 
     @property
     def complete(self) -> bool:
@@ -66,7 +88,8 @@ class Fleet:
                 continue
             settled = now_s - worker.appeared_s >= self._config.settle_s
             models = self._models.intersection(report.models)
-            if not report.leaving and models and (settled or worker_id in in_use):
+            there = worker.trusted(now_s) and not report.leaving
+            if there and models and (settled or worker_id in in_use):
                 self.kinds[worker_id] = report.gpu.kind
                 offers.append(
                     GpuOffer(

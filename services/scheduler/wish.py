@@ -1,5 +1,6 @@
 """The plan that the scheduler asks for, and how it tells of it and of why it asks for none."""
 
+import re
 from collections.abc import Iterable
 
 import msgspec
@@ -7,41 +8,57 @@ import msgspec
 from services.scheduler.policies.interface import Planned
 from shared import subjects
 from shared.core import Effect, Log
-from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanKept, PlanProposed
+from shared.messages.decisions import Decision
+from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanKept, PlanProposed, ReplicaSpec
+
+_NUMBERS = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
 class Wish:
-    """``plan``: last proposed and not yet in force; ``epoch``: the plan in force that it was
-    computed against."""
+    """``plan``: last proposed and not yet in force. It was computed against replicas in force: while
+    these stand, it holds under any epoch, since weights may be corrected meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_period_s: float = 0.0) -> None:
+        """``keep_period_s``: between two words of why nothing moves that differ in numbers."""
+        self._keep_period_s = keep_period_s
         self.plan: DeploymentPlan | None = None
-        self.epoch = 0
-        self._said = ""  # last decision told, without its numbers
+        self._against: tuple[ReplicaSpec, ...] = ()
+        self._said = ""  # last decision told
+        self._said_s = float("-inf")
 
     @property
     def told(self) -> bool:
         """Whether the last decision was to keep the plan in force."""
         return self.plan is None and bool(self._said)
 
-    def orphaned(self, epoch: int) -> bool:
-        """Whether the plan was computed against one that is in force no more: it would be
-        refused."""
-        return self.plan is not None and self.epoch != epoch
+    def orphaned(self, in_force: DeploymentPlan) -> bool:
+        """Whether the plan was computed against replicas that are in force no more."""
+        return self.plan is not None and self._against != in_force.replicas
 
     def came_true(self, plan_id: str) -> None:
         if self.plan is not None and self.plan.plan_id == plan_id:
             self.plan = None
 
-    def repeat(self) -> Iterable[Effect]:
+    def withdraw(self) -> None:
+        """Ask for it no more."""
+        self.plan = None
+
+    def repeat(self, epoch: int) -> Iterable[Effect]:
+        """``epoch``: in force now."""
         if self.plan is not None:
-            yield subjects.ADOPT_PLAN.send(AdoptPlan(plan=self.plan, based_on_epoch=self.epoch))
+            yield subjects.ADOPT_PLAN.send(AdoptPlan(plan=self.plan, based_on_epoch=epoch))
 
     def ask(
-        self, planned: Planned, *, epoch: int, workers: int, expected_rps: float | None
+        self,
+        planned: Planned,
+        *,
+        epoch: int,
+        in_force: DeploymentPlan,
+        workers: int,
+        expected_rps: float | None,
     ) -> Iterable[Effect]:
         """Wish for the plan; tell of it if it is a new one."""
-        plan, self.epoch = planned.plan, epoch
+        plan, self._against = planned.plan, in_force.replicas
         assert plan is not None
         if self.plan is None or self.plan.plan_id != plan.plan_id:
             reason = f"{planned.reason}; {_in_words(expected_rps)}"
@@ -53,6 +70,7 @@ class Wish:
                     "plan_id": plan.plan_id,
                     "based_on_epoch": epoch,
                     "replicas": len(plan.replicas),
+                    "pinned": plan.pinned,
                     "dropped": planned.dropped,
                     "workers": workers,
                     "expected_rps": expected_rps,
@@ -60,19 +78,34 @@ class Wish:
                 },
             )
             yield subjects.PLAN_PROPOSED.send(
-                PlanProposed(plan=self.plan, based_on_epoch=epoch, reason=reason)
+                PlanProposed(
+                    plan=self.plan,
+                    based_on_epoch=epoch,
+                    reason=reason,
+                    decision=planned.decision,
+                )
             )
-        yield from self.repeat()
+        yield from self.repeat(epoch)
 
-    def keep(self, why: str, *, epoch: int, expected_rps: float | None) -> Iterable[Effect]:
-        """Wish for nothing; tell why if that is news."""
+    def keep(
+        self,
+        why: str,
+        *,
+        now_s: float,
+        epoch: int,
+        expected_rps: float | None,
+        decision: Decision | None = None,
+    ) -> Iterable[Effect]:
+        """Wish for nothing; tell why if that is news: at once when it is of another kind, else
+        when the last word is a while ago."""
         self.plan = None
-        if why == self._said:
+        same_kind = _NUMBERS.sub("#", why) == _NUMBERS.sub("#", self._said)
+        if why == self._said or (same_kind and now_s - self._said_s < self._keep_period_s):
             return
-        self._said = why
+        self._said, self._said_s = why, now_s
         reason = f"{why}; {_in_words(expected_rps)}"
         yield Log("plan.kept", {"epoch": epoch, "expected_rps": expected_rps, "reason": reason})
-        yield subjects.PLAN_KEPT.send(PlanKept(epoch=epoch, reason=reason))
+        yield subjects.PLAN_KEPT.send(PlanKept(epoch=epoch, reason=reason, decision=decision))
 
 
 def _in_words(expected_rps: float | None) -> str:

@@ -21,8 +21,20 @@ class TypeDemand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     class_shares: dict[str, float] = msgspec.field(default_factory=dict[str, float])
 
 
+class TypeArrivals(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of one type by when they arrived."""
+
+    request_type: int
+    arrivals_rps: float
+
+
 class DemandReport(Message, frozen=True, kw_only=True):
-    """Arrivals by type in one window of completed requests; times are unix seconds."""
+    """Arrivals by type in one window of completed requests; times are unix seconds.
+
+    ``types`` count requests when they end, at once. ``settled`` counts those of an earlier window
+    when they arrived: a burst in its true height. It is from ``settled_start_s`` on and
+    ``settled_s`` long; 0: no window is settled yet.
+    """
 
     model_id: str
     window_start_s: float
@@ -32,6 +44,9 @@ class DemandReport(Message, frozen=True, kw_only=True):
     aborted: int = 0
     rejected: int = 0
     failed: int = 0
+    settled_start_s: float = 0.0
+    settled_s: float = 0.0
+    settled: tuple[TypeArrivals, ...] = ()
 
 
 class TypeForecast(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

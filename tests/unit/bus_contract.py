@@ -8,6 +8,7 @@ import pytest
 
 from shared.bus import Bus, Delivery, Handler
 from shared.errors import BusUnavailable, DeadlineExceeded, PayloadTooLarge
+from shared.subjects import EVENTS
 
 WAIT_S = 5.0
 PAYLOAD_BYTES_MAX = 8 << 20
@@ -262,6 +263,37 @@ class BusContract:
             assert await ours.store("types", b"t", revision=0) is not None
             assert plan is not None
             assert await theirs.store("plan", b"p2", revision=plan) is not None
+
+        self._run(scenario)
+
+    def test_history_is_the_newest_events_of_a_subject(self) -> None:
+        """`oserve why` would tell of another replica, of last week, or of nothing at all."""
+
+        async def scenario(ours: Bus, theirs: Bus) -> None:
+            events = EVENTS.removesuffix(">")
+            assert await ours.history(f"{events}plan.kept", limit=5) == []
+            for i in range(300):
+                await ours.publish(f"{events}a.{i % 3}", str(i).encode())
+                if i == 149:
+                    await settle(ours)
+                    await asyncio.sleep(0.05)
+            await ours.publish("elsewhere.a.0", b"no event")
+            await settle(ours)
+            async with asyncio.timeout(WAIT_S):  # the journal takes them a moment later
+                while len(await theirs.history(f"{events}a.*", limit=1000)) < 300:
+                    await asyncio.sleep(0.01)
+            for limit in (1, 7, 100, 101):
+                found = await theirs.history(f"{events}a.1", limit=limit)
+                assert [int(kept.payload) for kept in found] == list(range(1, 300, 3))[-limit:]
+                assert {kept.subject for kept in found} == {f"{events}a.1"}
+            everything = await theirs.history(EVENTS, limit=1000)
+            assert [int(kept.payload) for kept in everything] == list(range(300))
+            middle_s = everything[150].at_s
+            later = await theirs.history(f"{events}a.*", limit=1000, since_s=middle_s - 0.02)
+            assert [int(kept.payload) for kept in later] == list(range(150, 300))
+            last = await theirs.history(f"{events}a.2", limit=3, since_s=middle_s - 0.02)
+            assert [int(kept.payload) for kept in last] == [293, 296, 299]
+            assert await theirs.history("elsewhere.>", limit=1) == []
 
         self._run(scenario)
 

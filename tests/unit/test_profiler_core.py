@@ -119,6 +119,25 @@ def test_one_usual_class_is_not_told() -> None:
     assert kind.class_shares == {}
 
 
+def test_a_burst_is_told_in_the_window_in_which_it_arrived() -> None:
+    """Counted as it is worked off, a burst never looks higher than what the replicas can serve."""
+    profiler = profiler_of(settle_windows=2)
+    for window in range(4):  # 40 requests arrive in the first second; 10 of them end in each window
+        ends_s = 10.0 * window + 9.0
+        ended = [done(f"{window}-{i}", e2e_s=ends_s - 1.0) for i in range(10)]
+        profiler.step(batch(*ended), ends_s)
+        report = end_window(profiler, 10.0 * (window + 1))
+        assert sum(kind.arrivals_rps for kind in report.types) == pytest.approx(1.0)
+        if window < 2:
+            assert report.settled_s == 0.0
+        if window == 2:
+            assert (report.settled_start_s, report.settled_s) == (1000.0, 10.0)
+            assert sum(kind.arrivals_rps for kind in report.settled) == pytest.approx(3.0)
+        if window == 3:  # what ends later than that counts in the oldest window that is left
+            assert (report.settled_start_s, report.settled_s) == (1010.0, 10.0)
+            assert sum(kind.arrivals_rps for kind in report.settled) == pytest.approx(1.0)
+
+
 def test_a_known_type_without_requests_is_reported_as_zero() -> None:
     """A type that stopped would keep its last forecast for ever."""
     profiler = profiler_of(types_max=1)

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
-from services.scheduler.policies.costs import ANY_TARGET, NOMINAL, RANKS, STAGES
+from services.scheduler.policies.capacity_types import Quantile, TypeDemand, looser, types_of
+from services.scheduler.policies.costs import RANKS, STAGES
 from services.scheduler.policies.flow import Array, Instance
-from services.scheduler.policies.interface import GpuOffer, ModelDemand, Problem
+from services.scheduler.policies.interface import GpuOffer, Problem
 from shared.cost.limits import EngineLimits
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan
@@ -44,23 +45,16 @@ class Pool:
             return shape.gpus, 1
         return shape.tp, shape.pp
 
+    def room(self, size: int) -> int:
+        """GPUs in whole blocks of ``size`` on a node."""
+        return sum(gpus // size * size for gpus in self.node_gpus)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Column:
     model_id: str
     pool: str
     shape: Parallelism
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TypeDemand:
-    """A type of one model; ``name`` is that of its row of weights."""
-
-    model_id: str
-    name: str
-    arrivals_rps: float
-    input_tokens: float
-    output_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +90,7 @@ class RateSource(Protocol):
 class Table:
     """``rates`` [S, J]: requests/s of one replica of column s that saw type j alone, 0 for types
     of other models. ``late``: types that no column serves within their targets; their rates are
-    those without targets."""
+    those within the model's looser ones where these can be met, else those without targets."""
 
     pools: Mapping[str, Pool]
     columns: tuple[Column, ...]
@@ -192,21 +186,20 @@ def build(
     *,
     target: SloTarget | None = None,
     caution: float = 0.0,
+    quantile: Quantile | None = None,
 ) -> Table:
-    """The table of ``problem``. ``target`` replaces the models' own; ``caution`` times the error of
-    a forecast so far is added to it. Shapes in force are columns too, whatever they are, so that
-    keeping them can be judged."""
+    """The table of ``problem``. ``target`` replaces those of models and classes. ``quantile``: of
+    the arrivals, where forecasts have it; elsewhere ``caution`` times the error of a forecast so
+    far is added to it. All tables of a problem have the same types and columns. Shapes in force
+    are columns too, whatever they are, so that keeping them can be judged."""
     known = pools(problem.offers)
-    types = tuple(kind for model in problem.models for kind in _types(model, caution))
-    if not types:
-        types = tuple(_nominal(model.model_id) for model in problem.models)
+    types = types_of(problem, target=target, caution=caution, quantile=quantile)
     columns = _columns(problem, source, known)
     rates = np.zeros((len(columns), len(types)))
     late: list[int] = []
     for j, kind in enumerate(types):
         own = [(s, column) for s, column in enumerate(columns) if column.model_id == kind.model_id]
-        aimed = target or problem.targets[kind.model_id]
-        for wanted in (aimed, ANY_TARGET):
+        for wanted in looser(kind.target, target or problem.targets[kind.model_id]):
             for s, column in own:
                 rates[s, j] = source.requests_per_s(
                     kind_of(column, problem, known),
@@ -215,7 +208,7 @@ def build(
                     problem.limits,
                 )
             if rates[:, j].any():
-                late += [j] if wanted is not aimed else []
+                late += [j] if wanted != kind.target else []
                 break
     assert np.all(np.isfinite(rates)), "a rate is a finite number"
     assert np.all(rates >= 0), "a rate is 0 or more"
@@ -234,24 +227,3 @@ def _columns(problem: Problem, source: RateSource, known: Mapping[str, Pool]) ->
     return tuple(
         column for column in sorted(wanted) if source.fits(kind_of(column, problem, known))
     )
-
-
-def _types(model: ModelDemand, caution: float) -> list[TypeDemand]:
-    return [
-        TypeDemand(
-            model_id=model.model_id,
-            name=str(kind.request_type),
-            arrivals_rps=kind.arrivals_rps + caution * max(0.0, kind.error_rps_mae or 0.0),
-            input_tokens=kind.input_tokens_mean,
-            output_tokens=kind.output_tokens_mean,
-        )
-        for kind in model.types
-        if kind.arrivals_rps > 0
-    ]
-
-
-def _nominal(model_id: str) -> TypeDemand:
-    return TypeDemand(
-        model_id=model_id, name="*", arrivals_rps=1.0,
-        input_tokens=NOMINAL[0], output_tokens=NOMINAL[1],
-    )  # fmt: skip

@@ -25,6 +25,15 @@ optima when less arrives than could be served, and cannot tell a deployment that
 one that idles; the second can: t is how many times the demand would fit, 1 / t the load of the
 fullest replica. The third picks, among dispatches that load no replica above ``load``, the one
 that takes the least of the replicas' time.
+
+What one more replica of row k would bring follows from the dual of the first two, without ceilings:
+
+    min sum_k pi[k] y[k] + sum_j mu[j]      with  pi[k] d[j] / n[k, j] >= w[j]     every k and j
+    headroom   sum_j w[j] = 1, mu = 0;   served   w[j] = d[j] - mu[j], mu >= 0
+
+so that at the optimum pi[k] = max_j w[j] n[k, j] / d[j], also for rows without a replica. The
+optimum is concave in y: one more replica of row k brings pi[k] at most, and what the replicas of a
+row carry together is pi[k] y[k].
 """
 
 from dataclasses import dataclass
@@ -32,7 +41,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linprog
+from scipy.optimize import OptimizeResult, linprog
 
 Array = npt.NDArray[np.float64]
 Objective = Literal["served", "headroom", "lean"]
@@ -86,6 +95,17 @@ class Flow:
         return np.divide(self.sent, totals, out=np.zeros_like(self.sent), where=totals > 0)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Duals:
+    """``optimum`` in multiples of the demand (headroom) or requests/s (served); ``replica`` [K]: one
+    more replica of the row brings at most so much more of it; ``types`` [J]: w, for headroom each
+    type's share of what the replicas are worth."""
+
+    optimum: float
+    replica: Array
+    types: Array
+
+
 def formulate(instance: Instance, objective: Objective, *, load: float = 1.0) -> Program:
     """The program of ``objective``; ``load`` is that of "lean"."""
     n, e, y, d = instance.rates, instance.ceilings, instance.copies, instance.demand
@@ -121,7 +141,12 @@ def solve(program: Program) -> Array | None:
     """The variables at the optimum; None when there is no feasible point."""
     if not program.cost.size:
         return np.zeros(0) if not np.any(program.equal_bounds) else None
-    found = linprog(
+    found = _solved(program)
+    return np.asarray(found.x, dtype=np.float64) if found.status == 0 else None
+
+
+def _solved(program: Program) -> OptimizeResult:
+    return linprog(
         program.cost,
         A_ub=program.upper,
         b_ub=program.upper_bounds,
@@ -130,7 +155,25 @@ def solve(program: Program) -> Array | None:
         bounds=[(0.0, float(ceiling)) for ceiling in program.ceilings],
         method="highs",
     )
-    return np.asarray(found.x, dtype=np.float64) if found.status == 0 else None
+
+
+def duals(instance: Instance, objective: Literal["headroom", "served"]) -> Duals:
+    """What the optimum hangs on. ``instance`` has no ceilings."""
+    assert np.all(np.isinf(instance.ceilings)), "the dual knows no ceilings"
+    program = formulate(instance, objective)
+    d, types = instance.demand, len(instance.demand)
+    optimum, worth = 0.0, d if objective == "served" else np.full(types, 1.0 / max(1, types))
+    if program.arcs[0].size:
+        found = _solved(program)
+        assert found.status == 0, "no flow at all is a flow"
+        optimum = -float(found.fun) * program.scale
+        if objective == "served":
+            worth = d + np.asarray(found.ineqlin.marginals, np.float64)[-types:]
+        else:
+            worth = np.abs(np.asarray(found.eqlin.marginals, np.float64))
+            worth = worth / worth.sum()
+    replica = (np.maximum(worth, 0.0) / d * instance.rates).max(axis=1, initial=0.0)
+    return Duals(optimum, replica, worth)
 
 
 def extract(instance: Instance, program: Program, variables: Array) -> Flow:

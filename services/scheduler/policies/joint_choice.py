@@ -128,7 +128,7 @@ class Judge:
 
     def start_s(self, column: Column) -> float:
         """From nothing to serving."""
-        return self._model(column).start_s
+        return self.model(column).start_s
 
     def _tails(self, column: Column, types: Sequence[int], rps: Sequence[float]) -> list[Tail]:
         loads = [
@@ -139,9 +139,9 @@ class Judge:
             )
             for j, each in zip(types, rps, strict=True)
         ]
-        return tails(self._model(column), loads, self.problem.limits, horizon_s=self.horizon_s)
+        return tails(self.model(column), loads, self.problem.limits, horizon_s=self.horizon_s)
 
-    def _model(self, column: Column) -> CostModel:
+    def model(self, column: Column) -> CostModel:
         return self.source.model(kind_of(column, self.problem, self.table.pools))
 
     def _ratio(self, j: int, tail: Tail) -> float:

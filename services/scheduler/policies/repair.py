@@ -1,4 +1,8 @@
-"""The plan in force on the GPUs that are left: what a mesh does until its policy has an answer."""
+"""The plan in force on the GPUs that are left: what a mesh does until its policy has an answer.
+
+``survivors`` takes no worker's time, so that it comes first when the policy is to answer next;
+``repair`` starts what was lost anew, so that it may stand.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -28,6 +32,23 @@ def repair(problem: Problem, *, why: str) -> Planned:
         reason="; ".join(filter(None, (reason, placement.reason))),
         dropped=tuple(f"{model_id} {shape}" for model_id, shape in placement.dropped),
     )
+
+
+def lost(plan: DeploymentPlan, problem: Problem) -> tuple[str, ...]:
+    """Replicas of ``plan`` that miss a GPU among those on offer."""
+    offered = {offer.gpu_id for offer in problem.offers}
+    return tuple(spec.replica_id for spec in plan.replicas if not offered.issuperset(spec.gpus))
+
+
+def survivors(problem: Problem, *, why: str) -> Planned:
+    """The plan in force without its ``lost`` replicas, whose shares go to the others of their
+    model; None if there are no others."""
+    in_force = problem.in_force
+    gone = lost(in_force, problem)
+    replicas = tuple(spec for spec in in_force.replicas if spec.replica_id not in gone)
+    rows = joined(_inherited(in_force, replicas, {})) if replicas else {}
+    reason = f"{why}: {', '.join(gone)} left out, {len(replicas)} replicas go on"
+    return planned(replicas, rows, reason=reason, dropped=gone)
 
 
 def _heirs(before: DeploymentPlan, after: tuple[ReplicaSpec, ...]) -> dict[str, str]:

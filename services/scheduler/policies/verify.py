@@ -1,7 +1,7 @@
 """Whether a plan may be asked for at all: checked before each proposal, whoever made the plan."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import isfinite
 
 from services.scheduler.policies.interface import GpuOffer
@@ -38,6 +38,41 @@ def verify(
         elif abs(sum(row.values()) - 1.0) > SUM_ERROR_MAX:
             wrong.append(f"weights of type {name} sum to {sum(row.values()):g}, not to 1")
     return wrong
+
+
+def shortages(
+    plan: DeploymentPlan,
+    offers: Iterable[GpuOffer],
+    models: Collection[str],
+    *,
+    replicas_min: Mapping[str, int],
+) -> tuple[list[str], list[str]]:
+    """Models with fewer replicas than ``replicas_min`` asks for (1 where it says nothing): first
+    those for which the plan leaves GPUs free that would do, which is wrong, then those for which
+    none are left, which is no fault of the plan's. A GPU would do if enough of its kind, on its
+    node, are free for a replica as the model has one already."""
+    taken = {gpu for spec in plan.replicas for gpu in spec.gpus}
+    kinds = {offer.gpu_id: offer.kind for offer in offers}
+    free = [offer for offer in offers if offer.gpu_id not in taken]
+    wrong: list[str] = []
+    missing: list[str] = []
+    for model_id in models:
+        own = [spec for spec in plan.replicas if spec.model_id == model_id]
+        least = replicas_min.get(model_id, 1)
+        if len(own) >= least:
+            continue
+        what = f"{model_id} has {len(own)} of at least {least} replicas"
+        room = Counter((o.kind, o.node_id) for o in free if o.serves(model_id))
+        fits = any(
+            count >= len(spec.gpus) and kind == kinds.get(spec.gpus[0])
+            for spec in own
+            for (kind, _), count in room.items()
+        )
+        if fits:
+            wrong.append(f"{what}, and GPUs are free for another")
+        else:
+            missing.append(what)
+    return wrong, missing
 
 
 def _wrong_replica(

@@ -32,7 +32,7 @@ def joined(rows: Mapping[str, Rows]) -> dict[str, dict[str, float]]:
         for own in models.values():
             for replica_id, share in own.get(name, own[ANY_TYPE]).items():
                 row[replica_id] = share / len(models)
-        weights[name] = _rounded(row)
+        weights[name] = rounded(row)
     return weights
 
 
@@ -71,8 +71,9 @@ def _normal(row: Mapping[str, float]) -> dict[str, float]:
     return {replica_id: share / total for replica_id, share in shares.items()}
 
 
-def _rounded(row: Mapping[str, float]) -> dict[str, float]:
-    """To ``DIGITS`` digits; the largest share takes up what that leaves."""
+def rounded(row: Mapping[str, float]) -> dict[str, float]:
+    """A whole row, which sums to 1, to ``DIGITS`` digits; the largest share takes up what that
+    leaves."""
     shares = {replica_id: round(share, DIGITS) for replica_id, share in row.items()}
     shares = {replica_id: share for replica_id, share in sorted(shares.items()) if share > 0.0}
     largest = max(shares, key=lambda replica_id: shares[replica_id])

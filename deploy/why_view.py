@@ -1,0 +1,207 @@
+"""The answers of ``oserve why`` for a terminal: a headline, figures, and what is not known."""
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deploy.why_answers import KeptAnswer, PlanAnswer, ReplicaAnswer, SwitchSeen
+from deploy.why_figures import (
+    lasting,
+    number,
+    plans_table,
+    share,
+    solved_line,
+    switch_lines,
+    table,
+    time_text,
+    types_table,
+    when,
+)
+from deploy.why_plan import shape_in_words
+from shared.messages.decisions import Decision
+
+_GPUS_SHOWN = 4
+
+
+def plan_view(answer: PlanAnswer) -> RenderableType:
+    now_s = answer.now_s
+    pinned = ", pinned" if answer.pinned else ""
+    parts: list[RenderableType] = [
+        Text(f"Plan {answer.plan_id or '(empty)'}, epoch {answer.epoch}{pinned}", style="bold"),
+        *_lines(
+            f"{answer.plan or 'no replicas'}, {answer.gpus} GPUs, "
+            f"in force since {when(answer.in_force_since_s, now_s)}",
+            f"why: {answer.reason}" if answer.reason else "",
+            f"switching to {answer.switching_to}: `oserve why not-switching`"
+            if answer.switching_to
+            else "",
+            _proposed(answer),
+            _switch_seen(answer.switch, answer.decision),
+        ),
+    ]
+    if answer.types:
+        parts.append(types_table(answer.types, seen=f"seen in {lasting(answer.seen_s)}"))
+    if answer.decision is not None:
+        parts += _decision(answer.decision)
+    return Group(*parts, *_notes(answer.notes))
+
+
+def _proposed(answer: PlanAnswer) -> str:
+    if answer.proposed_at_s is None:
+        return ""
+    text = f"proposed {when(answer.proposed_at_s, answer.now_s)}"
+    if answer.decided_by != answer.plan_id:
+        text += (
+            f"; only weights differ from {answer.decided_by}, whose figures these are, proposed "
+            f"{when(answer.decided_at_s, answer.now_s)}"
+        )
+    return text
+
+
+def _switch_seen(switch: SwitchSeen | None, decision: Decision | None) -> str:
+    if switch is None or switch.took_s is None:
+        return ""
+    outlook = decision.switch if decision else None
+    expected = f" ({time_text(outlook.seconds)} expected)" if outlook and outlook.moves else ""
+    changes = [
+        f"{what} {', '.join(names)}"
+        for what, names in (("stopped", switch.stopping), ("started", switch.starting))
+        if names
+    ]
+    return f"the switch took {time_text(switch.took_s)}{expected}: " + (
+        "; ".join(changes) or "no replica changed, only weights"
+    )
+
+
+def kept_view(answer: KeptAnswer) -> RenderableType:
+    now_s = answer.now_s
+    if answer.moving:
+        headline = f"It is about to: {answer.moving}"
+    elif answer.reason:
+        headline = f"Nothing moves: {answer.reason}"
+    else:
+        headline = "Nothing moves"
+    decided = ""
+    if answer.decided_at_s is not None:
+        decided = f"decided {when(answer.decided_at_s, now_s)}"
+        if answer.times > 1:
+            decided += (
+                f", told {answer.times} times with other words since "
+                f"{when(answer.kept_since_s, now_s)}"
+            )
+    parts: list[RenderableType] = [
+        Text(headline, style="bold"),
+        *_lines(
+            f"in force: {answer.plan_id or '(empty)'}, epoch {answer.epoch}: "
+            f"{answer.plan or 'no replicas'}, since {when(answer.in_force_since_s, now_s)}",
+            decided,
+        ),
+    ]
+    if answer.decision is not None:
+        parts += _decision(answer.decision)
+    if answer.would_change:
+        parts.append(Text("What would have to change", style="bold"))
+        parts += _lines(*answer.would_change, bullet="- ")
+    return Group(*parts, *_notes(answer.notes))
+
+
+def replica_view(answer: ReplicaAnswer) -> RenderableType:
+    shape = shape_in_words(answer.parallelism) or "unknown shape"
+    where = f" on {', '.join(answer.kinds)} of {', '.join(answer.nodes)}" if answer.kinds else ""
+    lost = "" if answer.in_plan else ", not in the plan in force"
+    parts: list[RenderableType] = [
+        Text(f"Replica {answer.replica_id}: {shape} of {answer.model_id}{lost}", style="bold"),
+        *_lines(
+            f"GPUs {_gpus(answer.gpus)}{where}" if answer.gpus else "",
+            "; ".join(f"{gpu} is {phase}" for gpu, phase in _unusual(answer)),
+        ),
+    ]
+    if answer.shares:
+        parts.append(_shares_table(answer))
+    if answer.outlook is not None or answer.load is not None:
+        parts.append(_load_table(answer))
+    if answer.why:
+        parts.append(Text("Why this shape" if answer.in_plan else "Why it is gone", style="bold"))
+        parts += _lines(*answer.why, bullet="- ")
+    if answer.events:
+        title = f"Events: {answer.starts} starts, {answer.failures} failures in the journal"
+        rows = table(title, "when", "what", "GPUs", "detail", left=4)
+        for event in answer.events:
+            what = f"{event.what}, epoch {event.epoch}"
+            rows.add_row(when(event.at_s, answer.now_s), what, _gpus(event.gpus), event.detail)
+        parts.append(rows)
+    return Group(*parts, *_notes(answer.notes))
+
+
+def _unusual(answer: ReplicaAnswer) -> Iterable[tuple[str, str]]:
+    return ((gpu, phase) for gpu, phase in answer.phases.items() if phase != "serving")
+
+
+def _gpus(gpus: tuple[str, ...]) -> str:
+    if len(gpus) <= _GPUS_SHOWN:
+        return ", ".join(gpus)
+    return f"{gpus[0]} to {gpus[-1]} ({len(gpus)})"
+
+
+def _shares_table(answer: ReplicaAnswer) -> Table:
+    outlook = answer.outlook
+    columns = ("type", "share of its requests", "expected requests/s", "could serve alone")
+    rows = table("Requests that it is sent", *columns)
+    for kind, part in answer.shares.items():
+        sent = outlook.arrivals_rps.get(kind) if outlook else None
+        alone = outlook.rates_rps.get(kind) if outlook else None
+        name = "* (all others)" if kind == "*" else kind
+        rows.add_row(name, share(part), number(sent), number(alone))
+    return rows
+
+
+def _load_table(answer: ReplicaAnswer) -> Table:
+    """Predicted beside present, as far as the two speak of the same."""
+    outlook, load = answer.outlook, answer.load
+    rows = table("Load", "", "predicted", "now")
+    expected_rps = sum(outlook.arrivals_rps.values()) if outlook else None
+    rows.add_row("requests/s", number(expected_rps), number(answer.requests_rps))
+    rows.add_row("utilisation", share(outlook.utilisation if outlook else None), "")
+    if outlook is not None:
+        for name, p50, p99 in (
+            ("TTFT p50, p99", outlook.ttft_s_p50, outlook.ttft_s_p99),
+            ("TPOT p50, p99", outlook.tpot_s_p50, outlook.tpot_s_p99),
+        ):
+            if p50 is not None or p99 is not None:
+                rows.add_row(name, f"{time_text(p50)}, {time_text(p99)}", "")
+    if load is not None:
+        kv = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else None
+        rows.add_row("output tokens/s", "", number(answer.output_tokens_per_s))
+        rows.add_row("running", "", f"{load.running} of {load.running_max}")
+        rows.add_row("waiting", "", f"{load.waiting} of {load.waiting_max}")
+        rows.add_row("KV blocks", "", share(kv))
+        rows.add_row("step", "", time_text(load.step_s))
+        rows.caption = f"now: rates over {answer.listened_s:.1f} s, the rest as last reported"
+        rows.caption_justify = "left"
+    return rows
+
+
+def _decision(decision: Decision) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    plans = plans_table(decision)
+    if plans is not None:
+        parts.append(plans)
+    if decision.switch is not None:
+        parts += _lines(*switch_lines(decision.switch))
+    parts += _lines(
+        decision.bottleneck,
+        *decision.advice,
+        *(f"missing: {text}" for text in decision.missing),
+        solved_line(decision),
+    )
+    return parts
+
+
+def _lines(*texts: str, bullet: str = "") -> list[RenderableType]:
+    return [Text(f"{bullet}{text}") for text in texts if text]
+
+
+def _notes(notes: Iterable[str]) -> list[RenderableType]:
+    return _lines(*notes, bullet="Note: ")

@@ -1,0 +1,214 @@
+"""Whether to go from the replicas in force to a better plan, and how far at once.
+
+A whole change may cost more than it brings while the same change in steps does not: sixteen GPUs
+that load weights for a minute serve nobody, two of them are hardly missed. So the change is tried
+in as few steps as can be, then in more, until a way is affordable:
+
+- it pays back: ``transition.payback`` over the time that the demand is expected to last; and
+- it builds up no more waiting than staying would (``transition.strains``): as long as the replicas
+  in force carry the demand, those that stay must carry it too, with ``MARGIN``. When those in force
+  are overloaded, what waits for them in vain justifies larger steps.
+
+The first step of the first way that is affordable is what to do now. When it is in force the rest
+is decided anew: the next steps follow as long as the plan they lead to remains the better one.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from services.scheduler.policies.capacity import Column, Table
+from services.scheduler.policies.flow import Array, best_flow
+from services.scheduler.policies.joint_choice import Candidate, Judge
+from services.scheduler.policies.transition import (
+    Change,
+    Payback,
+    Phase,
+    Toll,
+    change,
+    payback,
+    strains,
+    toll,
+)
+from services.scheduler.policies.transition_steps import batches, components, walk
+from shared.hardware import Parallelism
+from shared.messages.decisions import SwitchOutlook
+from shared.messages.plans import ReplicaSpec
+
+STEPS = (1, 2, 3, 4, 6, 8, 16)  # ways tried, by their number of steps
+MARGIN = 1.05  # times the demand that the replicas that stay must carry
+OUTLOOK = 6.0  # backlogs are foreseen for so many times a change's length, or for the horizon
+PHASE_S_MIN = 1.0  # over less, queues are no queues
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """The change in question. ``before`` and ``after``: replicas, of ``kept`` and ``choice``;
+    ``running``: requests by replica; ``switch_s``: how long each switch takes, None: as the cost
+    model says; ``done``: steps of the same way that were walked already."""
+
+    judge: Judge
+    kept: Candidate
+    choice: Candidate
+    before: tuple[ReplicaSpec, ...]
+    after: tuple[ReplicaSpec, ...]
+    lasts_s: float
+    running: Mapping[str, float] = field(default_factory=dict[str, float])
+    switch_s: float | None = None
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """``steps`` in their order, each with its toll; ``served``: times the demand that replicas
+    carry while they last."""
+
+    steps: tuple[Change, ...]
+    tolls: tuple[Toll, ...]
+    served: tuple[float, ...]
+    sums: Payback | None = None
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(each.seconds for each in self.tolls)
+
+    def outlook(self, move: Move, why: str) -> SwitchOutlook:
+        """In words and figures: its first step, and what the whole way costs and gains."""
+        first, sums = self.tolls[0], self.sums
+        moves = not self.refused
+        several = len(self.steps) + move.done > 1
+        return SwitchOutlook(
+            seconds=first.seconds,
+            served_share=min(1.0, self.served[0]),
+            bytes_moved=first.bytes_moved,
+            busiest_link_s=first.busiest_link_s,
+            requests_paused=first.requests_paused,
+            gain=sums.gain if sums else 0.0,
+            cost=sums.cost if sums else 0.0,
+            payback_s=sums.payback_s if sums else None,
+            horizon_s=move.lasts_s,
+            moves=moves,
+            step=f"step {move.done + 1} of {move.done + len(self.steps)}" if several else "",
+            why=why,
+        )
+
+
+def affordable_way(move: Move) -> Way:
+    """The way of fewest steps that is affordable; else the one whose steps are smallest, with why
+    it is ``refused``. Replicas differ between ``move.before`` and ``move.after``."""
+    meanwhile = _Meanwhile(move)
+    whole = change(move.before, move.after)
+    parts = components(whole)
+    worth = meanwhile.worth()
+    way: Way | None = None
+    for count in STEPS:
+        if way is not None and (count > len(parts) or len(way.steps) < count // 2):
+            break
+        way = meanwhile.judged(walk(move.before, batches(parts, count, worth.__getitem__)))
+        if not way.refused:
+            return way
+    assert way is not None, "there is a way of one step"
+    return way
+
+
+def columns_of(table: Table, specs: Iterable[ReplicaSpec]) -> dict[str, Column]:
+    """By replica; those on GPUs that are not on offer are left out."""
+    pool_of = {offer.gpu_id: pool.name for pool in table.pools.values() for offer in pool.offers}
+    known = set(table.columns)
+    found: dict[str, Column] = {}
+    for spec in specs:
+        homes = {pool_of.get(gpu, "") for gpu in spec.gpus}
+        if len(homes) == 1:
+            shape = Parallelism.parse(spec.parallelism)
+            column = Column(spec.model_id, homes.pop(), shape)
+            if column in known:
+                found[spec.replica_id] = column
+    return found
+
+
+class _Meanwhile:
+    """What serves while a change is under way, worked out once for equal counts."""
+
+    def __init__(self, move: Move) -> None:
+        self._move, self._table = move, move.judge.table
+        self._columns = columns_of(self._table, (*move.before, *move.after))
+        self._headrooms: dict[tuple[tuple[Column, int], ...], float] = {}
+
+    def worth(self) -> dict[str, float]:
+        """Requests/s by replica of its model's mix, as a multiple of what is expected of it."""
+        rates = dict(zip(self._table.columns, mix_headrooms(self._table), strict=True))
+        return {id_: rates[column] for id_, column in self._columns.items()}
+
+    def judged(self, steps: Sequence[Change]) -> Way:
+        move = self._move
+        tolls = tuple(self._toll(step) for step in steps)
+        served = tuple(self._headroom(step.staying) for step in steps)
+        way = Way(steps=tuple(steps), tolls=tolls, served=served)
+        phases = [
+            Phase(seconds=each.seconds, lateness=0.0, headroom=headroom / MARGIN)
+            for each, headroom in zip(tolls, served, strict=True)
+        ]
+        ahead_s = max(move.lasts_s, OUTLOOK * way.seconds)
+        before = Phase(seconds=ahead_s, lateness=0.0, headroom=move.kept.headroom)
+        after = Phase(seconds=ahead_s, lateness=0.0, headroom=move.choice.headroom)
+        if strains(phases, before=before, after=after):
+            least = min(served)
+            return replace(
+                way,
+                refused=f"while switching for {way.seconds:.0f} s only {least:.3g} times the "
+                "demand is served, and what waits then is not worked off in time",
+            )
+        phases = [
+            replace(phase, lateness=self._late(step.staying, phase.seconds))
+            for phase, step in zip(phases, steps, strict=True)
+        ]
+        sums = payback(
+            phases,
+            before=move.kept.lateness,
+            after=move.choice.lateness,
+            horizon_s=move.lasts_s,
+        )
+        refused = "" if sums.gain > sums.cost else "does not pay back"
+        return replace(way, sums=sums, refused=refused)
+
+    def _toll(self, step: Change) -> Toll:
+        judge = self._move.judge
+        models = {
+            spec.replica_id: judge.model(self._columns[spec.replica_id]) for spec in step.coming
+        }
+        found = toll(step, judge.problem.offers, models, running=self._move.running)
+        if self._move.switch_s is not None and (step.coming or step.going):
+            return replace(found, seconds=self._move.switch_s)
+        return found
+
+    def _counts(self, specs: Iterable[ReplicaSpec]) -> Counter[Column]:
+        return Counter(
+            self._columns[spec.replica_id] for spec in specs if spec.replica_id in self._columns
+        )
+
+    def _headroom(self, specs: Iterable[ReplicaSpec]) -> float:
+        counts = self._counts(specs)
+        key = tuple(sorted(counts.items()))
+        if key not in self._headrooms:
+            flow = best_flow(self._table.instance(counts), "headroom") if counts else None
+            self._headrooms[key] = flow.headroom if flow else 0.0
+        return self._headrooms[key]
+
+    def _late(self, specs: Iterable[ReplicaSpec], seconds: float) -> float:
+        counts = self._counts(specs)
+        during = self._move.judge.within(max(PHASE_S_MIN, seconds))
+        if counts:
+            return during.dispatched(counts).lateness
+        return during.lateness({}, np.zeros_like(self._table.rates))
+
+
+def mix_headrooms(table: Table) -> Array:
+    """[S]: times the demand of its model that one replica of each column could carry of what it
+    can serve at all, types in the proportion in which they are expected."""
+    demand = table.demand
+    needed = np.divide(demand, table.rates, out=np.zeros_like(table.rates), where=table.rates > 0)
+    time = needed.sum(axis=1)
+    return np.divide(1.0, time, out=np.zeros_like(time), where=time > 0)
