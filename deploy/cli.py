@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.cli_options import (
+    AsJson,
+    Overrides,
+    SomeBus,
+    SomeDataDir,
+    SomeTopology,
+    TopologyOption,
+)
+from deploy.cli_why import adopt, release, why_app
 from shared.errors import BusUnavailable, ConfigInvalid, OServeError
 
 EXIT_CONFIG, EXIT_UNAVAILABLE, EXIT_FAILED = 78, 69, 1
@@ -25,22 +34,7 @@ keys_app = typer.Typer(help="API keys for the ingress.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 profile_app = typer.Typer(help="How fast models run on GPUs, in shapes.", no_args_is_help=True)
 app.add_typer(profile_app, name="profile")
-
-TopologyOption = Annotated[
-    Path,
-    typer.Option(
-        *("--topology", "-t"),
-        help="The mesh: model, nodes, replicas (TOML).",
-        show_default="deploy/topologies/laptop.toml",
-    ),
-]
-SomeTopology = Annotated[
-    Path | None, typer.Option("--topology", "-t", help="Look for the mesh of this file.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."),
-]
+app.add_typer(why_app, name="why")
 
 PASS_THROUGH: dict[str, Any] = {
     "allow_extra_args": True,
@@ -67,15 +61,19 @@ def up(
 @app.command()
 def status(
     topology: SomeTopology = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The mesh of this data folder.")] = None,
-    bus_url: Annotated[str, typer.Option(help="The mesh on this broker.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    data_dir: SomeDataDir = None,
+    bus_url: SomeBus = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show services, GPUs, replicas, load, and the plan in force."""
     from deploy.status import run_status  # noqa: PLC0415
 
     code = run_status(topology=topology, data_dir=data_dir, bus_url=bus_url, as_json=as_json)
     raise typer.Exit(code)
+
+
+app.command()(adopt)
+app.command()(release)
 
 
 @app.command()
@@ -113,6 +111,14 @@ def compare(context: typer.Context) -> None:
     _run_tool(command, context, "oserve compare")
 
 
+@app.command(context_settings=PASS_THROUGH)
+def plan(context: typer.Context) -> None:
+    """Plan replicas and routing for a demand, and say why: no mesh, no GPU."""
+    from loadgen.planning.cli import plan as command  # noqa: PLC0415
+
+    _run_tool(command, context, "oserve plan")
+
+
 ProfileFolders = Annotated[
     list[Path] | None,
     typer.Option("--profiles", help="Look for <gpu>/<model>.toml here first; repeatable."),
@@ -135,7 +141,7 @@ def show_profile(  # noqa: PLR0913, PLR0917  # its options
     ] = "",
     profiles: ProfileFolders = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it: FILE.png or FILE.svg.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict TTFT, ITL, throughput and KV capacity of a model on a GPU in a shape."""
     from deploy.profile import run_show  # noqa: PLC0415
@@ -161,7 +167,7 @@ def list_profiles(
     gpu: Annotated[str, typer.Option(help="Only this one.")] = "",
     model: Annotated[str, typer.Option(help="Only this one.")] = "",
     profiles: ProfileFolders = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List GPUs and models with a profile, and the KV capacity of the shapes that fit."""
     from deploy.profile import run_list  # noqa: PLC0415
@@ -200,7 +206,7 @@ def fit(
 @profile_app.command("validate")
 def validate_profiles(
     tables: Annotated[Path | None, typer.Option(help="Measured tables.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the shipped profiles with measurements that they were not fitted to."""
     from deploy.fit import validate  # noqa: PLC0415

@@ -60,16 +60,21 @@ def table(title: str, *columns: str, left: int = 1) -> Table:
     return made
 
 
-def types_table(types: Iterable[TypeCompared], *, seen: str) -> Table:
-    """Two rows a type: what was predicted, and ``seen`` with how far it is off."""
+def types_table(types: Iterable[TypeCompared], *, seen_s: float) -> Table:
+    """Two rows a type: what was predicted, and what was seen, with how far it is off."""
+    title = (
+        f"Predicted, and seen in {lasting(seen_s)}" if seen_s else "Predicted; nothing was seen yet"
+    )
     columns = ("type", "", "requests/s", "input", "output", "TTFT mean", "TPOT mean")
-    made = table("Predicted against actual", *columns, left=2)
+    made = table(title, *columns, left=2)
+    made.columns[1].no_wrap = True
     rows = list(types)
     several = len({row.model_id for row in rows}) > 1
     for row in rows:
         name = f"{row.model_id} {row.request_type}" if several else row.request_type
         made.add_row(name, "predicted", *_predicted(row))
-        made.add_row("", seen, *_seen(row), end_section=True)
+        if seen_s:
+            made.add_row("", "seen", *_seen(row))
     return made
 
 
@@ -114,9 +119,10 @@ def _rest(figures: Figures) -> list[str]:
     ]
 
 
-def plans_table(decision: Decision) -> Table | None:
-    """The plan chosen, the one in force then, and the alternatives; None without any."""
-    named = [("chosen", decision.chosen), ("in force then", decision.in_force)]
+def plans_table(decision: Decision, *, chosen: str, in_force: str) -> Table | None:
+    """The plan chosen, the one in force then, both under the name given, and the alternatives;
+    None without any."""
+    named = [(chosen, decision.chosen), (in_force, decision.in_force)]
     rows = [(name, plan) for name, plan in named if plan is not None]
     rows += [("", plan) for plan in decision.alternatives]
     if not rows:
@@ -150,13 +156,16 @@ def switch_lines(switch: SwitchOutlook) -> list[str]:
         if switch.payback_s is None
         else f"pays back after {lasting(switch.payback_s)}"
     )
+    why = f": {switch.why}" if switch.why else ""
+    sums = f"gain {number(switch.gain)}, cost {number(switch.cost)} (lateness x seconds)"
+    served = f"meanwhile {share(switch.served_share)} of the demand is served"
+    link = f"{time_text(switch.busiest_link_s)} on the busiest link"
+    moved = f"moves {switch.bytes_moved / _GB:.3g} GB, {link}"
     return [
-        f"Switch{step}: {verdict}{f': {switch.why}' if switch.why else ''}",
-        f"  gain {number(switch.gain)}, cost {number(switch.cost)} (lateness x seconds); {payback}, "
-        f"the forecast is trusted for {lasting(switch.horizon_s)}",
-        f"  takes {time_text(switch.seconds)}, meanwhile {share(switch.served_share)} of the demand "
-        f"is served; {switch.bytes_moved / _GB:.3g} GB move, {time_text(switch.busiest_link_s)} on "
-        f"the busiest link; {number(switch.requests_paused)} requests pause",
+        f"Switch{step}: {verdict}{why}",
+        f"  {sums}; {payback}, forecast trusted for {lasting(switch.horizon_s)}",
+        f"  takes {time_text(switch.seconds)}, {served}",
+        f"  {moved}; pauses {number(switch.requests_paused)} requests",
     ]
 
 

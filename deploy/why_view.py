@@ -8,7 +8,6 @@ from rich.text import Text
 
 from deploy.why_answers import KeptAnswer, PlanAnswer, ReplicaAnswer, SwitchSeen
 from deploy.why_figures import (
-    lasting,
     number,
     plans_table,
     share,
@@ -42,9 +41,9 @@ def plan_view(answer: PlanAnswer) -> RenderableType:
         ),
     ]
     if answer.types:
-        parts.append(types_table(answer.types, seen=f"seen in {lasting(answer.seen_s)}"))
+        parts.append(types_table(answer.types, seen_s=answer.seen_s))
     if answer.decision is not None:
-        parts += _decision(answer.decision)
+        parts += _decision(answer.decision, chosen="chosen", in_force="in force then")
     return Group(*parts, *_notes(answer.notes))
 
 
@@ -100,7 +99,7 @@ def kept_view(answer: KeptAnswer) -> RenderableType:
         ),
     ]
     if answer.decision is not None:
-        parts += _decision(answer.decision)
+        parts += _decision(answer.decision, chosen="best found", in_force="in force")
     if answer.would_change:
         parts.append(Text("What would have to change", style="bold"))
         parts += _lines(*answer.would_change, bullet="- ")
@@ -121,12 +120,12 @@ def replica_view(answer: ReplicaAnswer) -> RenderableType:
     if answer.shares:
         parts.append(_shares_table(answer))
     if answer.outlook is not None or answer.load is not None:
-        parts.append(_load_table(answer))
+        parts += _load(answer)
     if answer.why:
         parts.append(Text("Why this shape" if answer.in_plan else "Why it is gone", style="bold"))
         parts += _lines(*answer.why, bullet="- ")
     if answer.events:
-        title = f"Events: {answer.starts} starts, {answer.failures} failures in the journal"
+        title = f"Events in the journal (starts: {answer.starts}, failures: {answer.failures})"
         rows = table(title, "when", "what", "GPUs", "detail", left=4)
         for event in answer.events:
             what = f"{event.what}, epoch {event.epoch}"
@@ -157,7 +156,7 @@ def _shares_table(answer: ReplicaAnswer) -> Table:
     return rows
 
 
-def _load_table(answer: ReplicaAnswer) -> Table:
+def _load(answer: ReplicaAnswer) -> list[RenderableType]:
     """Predicted beside present, as far as the two speak of the same."""
     outlook, load = answer.outlook, answer.load
     rows = table("Load", "", "predicted", "now")
@@ -178,14 +177,14 @@ def _load_table(answer: ReplicaAnswer) -> Table:
         rows.add_row("waiting", "", f"{load.waiting} of {load.waiting_max}")
         rows.add_row("KV blocks", "", share(kv))
         rows.add_row("step", "", time_text(load.step_s))
-        rows.caption = f"now: rates over {answer.listened_s:.1f} s, the rest as last reported"
-        rows.caption_justify = "left"
-    return rows
+        listened = f"now: rates over {answer.listened_s:.1f} s, the rest as last reported"
+        return [rows, Text(listened, style="dim")]
+    return [rows]
 
 
-def _decision(decision: Decision) -> list[RenderableType]:
+def _decision(decision: Decision, *, chosen: str, in_force: str) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    plans = plans_table(decision)
+    plans = plans_table(decision, chosen=chosen, in_force=in_force)
     if plans is not None:
         parts.append(plans)
     if decision.switch is not None:

@@ -1,121 +1,143 @@
-"""All policies on the Azure 2023 hour, sixteen H100s: ``python -m loadgen.bench.bench_compare``.
+"""The study of policies: ``python -m loadgen.bench.bench_compare``; all of it is simulated.
 
-``oserve compare`` with Llama-2-70B and with OPT-66B: every policy, the same arrivals, load as a
-share of what the best uniform deployment in hindsight can bear. Prints one JSON line for each model
-and policy; the whole reports, with pictures, go to ``--out``. Finished runs there are kept, so that
-an interrupted benchmark goes on where it was. All of it is simulated.
+Workloads x models x GPUs x loads x policies, on the same arrivals, load as a share of what the best
+static deployment in hindsight can bear. Prints one JSON line for each cell and policy, then one for
+each policy against others, by workload and over all. Every finished run is kept under ``--out``:
+interrupted, the same command goes on where it was. ``--markdown`` writes the tables.
+
+Without options it does a small part; ``--study`` does all of it.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from loadgen.bench.compare_cells import Row, Setting, rows
+from loadgen.bench.compare_summary import markdown, summary
+from loadgen.bench.compare_workloads import WORKLOADS, StudyWorkload, Unavailable
 from loadgen.bench.environment import environment
-from loadgen.compare.assemble import compared, write_outputs
-from loadgen.compare.jobs import Runs
-from loadgen.compare.options import Options, parse_loads
-from loadgen.compare.outcome import Comparison
+from loadgen.compare.jobs import Runs, source_digest
+from loadgen.compare.options import parse_loads, parse_names
 from loadgen.stdout import reserved_stdout
-from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings, NodeSpec
-from shared.models import ModelSpec
+from shared.errors import OServeError
 
-TRACES = Path(os.environ.get("OSERVE_TRACES", "../shared/traces"))
-TRACE = "azure2023_code_conv.csv.gz"
 MODELS = ("llama-2-70b", "opt-66b")
+GPUS = (16, 32)
 POLICIES = (
     "static-best", "static-best-p99", "static-default", "uniform-reload", "uniform-fast",
-    "llumnix", "dynamo", "oserve-paper", "oserve-paper@last", "oserve", "oserve@oracle",
+    "llumnix", "dynamo", "melange", "exhaustive", "oserve-paper@oracle", "oserve-paper@last",
+    "oserve@oracle", "oserve@last", "oserve-fast@oracle", "oserve-fast@last", "oserve-elastic@last",
 )  # fmt: skip
-SHOWN = (
-    "goodput_rps", "slo_attainment", "ttft_ms_p99", "tpot_ms_p99", "e2e_ms_p99",
-    "completed_share", "gpu_hours", "switches", "switch_s",
-)  # fmt: skip
+SMALL = {
+    "workload": "azure", "gpus": "16", "load": "0.6,0.9", "duration": 900.0, "warmup": 240.0,
+    "policies": "static-best,static-default,uniform-reload,oserve-paper@oracle,"
+    "oserve@oracle,oserve@last",
+}  # fmt: skip
+STUDY = {
+    "workload": ",".join(WORKLOADS), "gpus": ",".join(map(str, GPUS)), "load": "0.5:1.1:0.1",
+    "duration": 3600.0, "warmup": 300.0, "policies": ",".join(POLICIES),
+}  # fmt: skip
 
 
-def mesh_of(model: str) -> MeshConfig:
-    """Queues without a bound to speak of: a policy that is too slow shows it as latency."""
-    settings = ModelledEngineSettings(timing="profile", waiting_max=100_000)
-    return MeshConfig(
-        name="h100x16",
-        model=ModelSpec(model_id=model, context_tokens_max=16_384),
-        engine=EngineSpec(kind="modelled", modelled=settings),
-        nodes=tuple(NodeSpec(node_id=f"n{i}", gpus=8, gpu_kind="h100") for i in range(2)),
-    )
-
-
-def compare(model: str, arguments: argparse.Namespace) -> Comparison:
-    options = Options(
-        traces={"": str(TRACES / TRACE)},
-        policies=POLICIES,
-        loads=parse_loads(arguments.load),
-        seeds=arguments.seeds,
-        reference="static-best",
-        duration_s=arguments.duration,
-        slo_times=arguments.slo_times,
-        saturation_s=900.0,
-        slow_work_s=None,
-        candidates=6,
-    ).checked()
-    folder = arguments.out / model
-    outcome = compared(
-        options,
-        mesh_of(model),
-        runs=Runs(folder / "runs", processes=arguments.jobs),
-        topology="two nodes of eight h100",
-        command="python -m loadgen.bench.bench_compare",
-    )
-    write_outputs(outcome, folder)
-    return outcome
-
-
-def lines_of(model: str, outcome: Comparison) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    for cell in outcome.cells:
-        values = {name: cell.values.get(name) for name in SHOWN}
-        versus = {v.metric: v.verdict for v in cell.versus if v.metric in SHOWN}
-        lines.append(
-            {
-                "benchmark": "compare",
-                "model": model,
-                "policy": cell.policy,
-                "load": cell.load,
-                "rate_scale": round(cell.rate_scale, 4),
-                "began_with": cell.deployment,
-                **{k: None if v is None else round(v.mean, 4) for k, v in values.items()},
-                "versus_static_best": versus,
-            }
-        )
-    return lines
-
-
-def main() -> int:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadgen.bench.bench_compare")
-    parser.add_argument("--load", default="0.5,0.8")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--duration", type=float, default=None, help="seconds of the hour")
+    parser.add_argument("--study", action="store_true", help="all of it, where options say no less")
+    parser.add_argument("--workload", help=f"comma-separated: {', '.join(WORKLOADS)}")
+    parser.add_argument("--model", default=",".join(MODELS), help="of workloads that name none")
+    parser.add_argument("--gpus", help="comma-separated numbers of H100s; three models have 32")
+    parser.add_argument("--load", help="FIRST:LAST:STEP or A,B,C, as shares of saturation")
+    parser.add_argument("--policies", help="comma-separated")
+    parser.add_argument("--duration", type=float, help="seconds of each workload, warm-up included")
+    parser.add_argument("--warmup", type=float, help="seconds that are not counted")
+    parser.add_argument("--saturation", type=float, default=900.0, help="seconds searched with")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--candidates", type=int, default=6, help="static deployments looked at")
     parser.add_argument("--slo-times", type=float, default=None, help="of the latencies at rest")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path(".oserve/compare"))
-    parser.add_argument("--model", choices=MODELS, action="append")
-    arguments = parser.parse_args()
-    if not (TRACES / TRACE).exists():
-        sys.stderr.write(f"bench_compare: skipped, no {TRACE} in {TRACES} (OSERVE_TRACES)\n")
-        return 0
-    where = msgspec.to_builtins(environment())
-    for model in arguments.model or MODELS:
+    parser.add_argument("--markdown", type=Path, default=None, help="write the tables there")
+    return parser
+
+
+def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+    """What is asked for, whole: options, else those of ``--study`` or of the small part."""
+    arguments = parser_of().parse_args(words)
+    for name, value in (STUDY if arguments.study else SMALL).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def meshes(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[StudyWorkload, tuple[str, ...], int]]:
+    """(workload, models, GPUs): a workload with models of its own has all of them at once, on the
+    most GPUs of the study."""
+    for name in parse_names(arguments.workload):
+        if name not in WORKLOADS:
+            parser_of().error(f"no workload {name!r}; there are: {', '.join(WORKLOADS)}")
+        workload = WORKLOADS[name]
+        if workload.models:
+            yield workload, workload.models, max(GPUS)
+            continue
+        for model in parse_names(arguments.model):
+            for gpus in parse_names(arguments.gpus):
+                yield workload, (model,), int(gpus)
+
+
+def main() -> int:
+    arguments = arguments_of()
+    setting = Setting(
+        policies=parse_names(arguments.policies),
+        loads=parse_loads(arguments.load),
+        seeds=arguments.seeds,
+        duration_s=arguments.duration,
+        warmup_s=arguments.warmup,
+        saturation_s=arguments.saturation,
+        candidates=arguments.candidates,
+        slo_times=arguments.slo_times,
+        cache=arguments.out / "traces",
+    )
+    runs = Runs(arguments.out / "runs", processes=arguments.jobs)
+    told = {"environment": msgspec.to_builtins(environment()), "source": source_digest()}
+    found: list[Row] = []
+    failures = 0
+    for workload, models, gpus in meshes(arguments):
+        where = f"{workload.name}, {'+'.join(models)}, {gpus} GPUs"
+        try:
+            for row in _reserved(rows(workload, models, gpus, setting, runs)):
+                found.append(row)
+                _say({"benchmark": "compare", **msgspec.to_builtins(row), **told})
+        except Unavailable as reason:
+            sys.stderr.write(f"bench_compare: {where} skipped: {reason}\n")
+        except OServeError as error:
+            failures += 1
+            sys.stderr.write(f"bench_compare: {where} failed: {error}\n")
+    for versus in summary(found):
+        _say({"benchmark": "compare-summary", **msgspec.to_builtins(versus), **told})
+    if arguments.markdown is not None and found:
+        arguments.markdown.write_text(markdown(found), encoding="utf-8")
+    sys.stderr.write(f"bench_compare: {runs.done} runs done, {runs.reused} reused\n")
+    return 1 if failures else 0
+
+
+def _reserved(found: Iterator[Row]) -> Iterator[Row]:
+    """``found``, while what libraries print goes to standard error."""
+    while True:
         with reserved_stdout():
-            outcome = compare(model, arguments)
-        for line in lines_of(model, outcome):
-            line["environment"] = where
-            sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
-        for finding in outcome.findings:
-            sys.stderr.write(f"{model}: {finding}\n")
-        sys.stdout.flush()
-    return 0
+            row = next(found, None)
+        if row is None:
+            return
+        yield row
+
+
+def _say(line: dict[str, object]) -> None:
+    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def _figures(seen: Requests, counted: npt.NDArray[np.bool_]) -> Figures:
 
 
 def rehearsed(
-    judge: Judge, counts: Counter[Column], shares: Array
+    judge: Judge, counts: Counter[Column], shares: Array, drawn: Drawn
 ) -> tuple[Figures, list[Figures]]:
     scene = Scene(
         table=judge.table,

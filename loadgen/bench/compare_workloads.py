@@ -29,7 +29,7 @@ _AZURE, _MOONCAKE = "azure2023_code_conv.csv.gz", "mooncake_conversation.jsonl.g
 _SAMPLER = "servegen_sample.py"
 
 
-class Unavailable(Exception):  # noqa: N818  # a reason to go on without, not an error
+class Unavailable(Exception):
     """A workload cannot be had here; says what is missing."""
 
 

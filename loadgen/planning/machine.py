@@ -94,7 +94,7 @@ def with_gpus(mesh: MeshConfig, gpus: int, *, kind: str = "") -> MeshConfig:
 
 
 def plus_gpus(mesh: MeshConfig, gpus: int, *, kind: str = "") -> MeshConfig:
-    """The mesh with ``gpus`` more of ``kind``, or of its own: in places that nodes of that kind have
+    """The mesh with ``gpus`` more of ``kind``, or of its own: in places that nodes of the kind have
     left, then in nodes of their own. Raises ConfigInvalid for an unknown kind or too many."""
     kind = kind or _only_kind(mesh, gpus)
     _check_count(gpus + len(mesh.gpus()))

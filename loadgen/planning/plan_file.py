@@ -62,7 +62,7 @@ def write_plan(plan: DeploymentPlan, path: Path, *, comments: Iterable[str] = ()
 def dump_plan(plan: DeploymentPlan, *, comments: Iterable[str] = ()) -> str:
     """The text of the file: equal plans and comments give equal text."""
     out = [_comment(line) for text in comments for line in (text.splitlines() or [""])]
-    out += ["#"] if out else []
+    out += ["#"] if out and out[-1] != "#" else []
     out += [_comment(line) for line in _ABOUT]
     for spec in sorted(plan.replicas, key=lambda spec: spec.replica_id):
         out += [

@@ -1,6 +1,6 @@
 """Asks the production policy for a plan, with what a command line knows in place of a mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from time import perf_counter
 
 import msgspec
@@ -17,8 +17,10 @@ from services.scheduler.policies.verify import verify
 from shared.errors import OServeError
 from shared.messages.decisions import Decision
 from shared.messages.plans import DeploymentPlan
+from shared.slo import SloClass, SloTarget
 
 NOTHING = DeploymentPlan(plan_id="none")
+USUAL: SloClass = "standard"
 SERVED_ENOUGH = 1.0 - 1e-6  # headroom of a plan that carries the demand: rounding
 
 MakePolicy = Callable[[SchedulerConfig], Policy]
@@ -43,19 +45,21 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked, and what the policy said. ``plan`` is None when nothing can be placed.
-    ``moves``: whether it differs from the plan in force, if there is one. ``missing``: what cannot
-    be served, and what it would take; empty when the plan carries the demand."""
+    """What was asked, and what the policy said. ``gpus`` and ``demand`` are words;
+    ``price_per_hour`` is that of all GPUs. ``targets``: by SLO class, of those expected, and by
+    model where one has its own. ``plan`` is None when nothing can be placed. ``moves``: whether it
+    differs from the plan in force, if there is one. ``missing``: what cannot be served, and what it
+    would take; empty when the plan carries the demand."""
 
     topology: str
     gpus: str
     demand: str
     notes: tuple[str, ...]
     price_per_hour: float
+    targets: dict[str, SloTarget]
     types: tuple[TypeName, ...]
     plan: DeploymentPlan | None
     decision: Decision
-    rates: tuple[Rate, ...]
     reason: str
     moves: bool
     missing: tuple[str, ...]
@@ -100,10 +104,10 @@ def ask(
         demand=expected.source,
         notes=_notes(problem, expected, in_force),
         price_per_hour=price_per_hour(site),
+        targets=_targets(problem),
         types=_type_names(expected),
         plan=planned.plan,
         decision=decision,
-        rates=rates_of(problem),
         reason=planned.reason,
         moves=planned.plan is not None and planned.plan.plan_id != in_force.plan_id,
         missing=_missing(planned, decision),
@@ -137,9 +141,9 @@ def problem_of(site: Site, expected: Expected, in_force: DeploymentPlan) -> Prob
     )
 
 
-def rates_of(problem: Problem) -> tuple[Rate, ...]:
+def rates_of(site: Site, expected: Expected) -> tuple[Rate, ...]:
     """n[shape, type] of all shapes that fit, as the policy is told."""
-    source = CostRates()
+    problem, source = problem_of(site, expected, NOTHING), CostRates()
     table = build(problem, source)
     return tuple(
         Rate(
@@ -183,11 +187,29 @@ def _missing(planned: Planned, decision: Decision) -> tuple[str, ...]:
         return (planned.reason,)
     chosen = decision.chosen
     if chosen is not None and chosen.headroom < SERVED_ENOUGH:
-        return (
-            f"the GPUs carry {chosen.headroom:.3g} times the demand: add GPUs, ask for less, or "
-            "allow later answers (--set scheduler.target.ttft_s=...)",
+        short = (
+            f"the GPUs carry {chosen.headroom:.3g} times the demand within its targets: add GPUs, "
+            "take less of it, or allow slower answers (--set scheduler.target.ttft_s=...)"
         )
+        return (short,)
     return ()
+
+
+def _targets(problem: Problem) -> dict[str, SloTarget]:
+    """Those that count for what is expected, by class; a model's own under its name."""
+    usual = problem.class_targets[USUAL]
+    found: dict[str, SloTarget] = {}
+    for model in problem.models:
+        own = problem.targets[model.model_id]
+        for kind in model.types:
+            for name in kind.class_shares or (USUAL,):
+                if name != USUAL:
+                    found[name] = problem.class_targets.get(name, own)
+                elif own == usual:
+                    found[USUAL] = own
+                else:
+                    found[f"{USUAL} of {model.model_id}"] = own
+    return found
 
 
 def _type_names(expected: Expected) -> tuple[TypeName, ...]:
@@ -214,7 +236,7 @@ def _notes(problem: Problem, expected: Expected, in_force: DeploymentPlan) -> tu
     return tuple(notes)
 
 
-def _lost(in_force: DeploymentPlan, known: Sequence[str] | dict[str, str]) -> list[str]:
+def _lost(in_force: DeploymentPlan, known: Collection[str]) -> list[str]:
     gone = [
         spec.replica_id for spec in in_force.replicas if any(gpu not in known for gpu in spec.gpus)
     ]

@@ -39,4 +39,4 @@ def _outcome(journey: Journey) -> Outcome:
         case "abort":
             return "aborted"
         case _:
-            return "failed"
+            return "failed" if journey.replica_id else "rejected"  # no replica was ever found

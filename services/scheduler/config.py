@@ -40,7 +40,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def checked(self) -> "SchedulerConfig":
         """Self, if every value makes sense by itself; raises ConfigInvalid."""
         for field in ("plan_period_s", "worker_timeout_s", "start_wait_s", "solve_timeout_s"):
-            _demand(field, getattr(self, field), "use a time above 0 s", ok=getattr(self, field) > 0)
+            _demand(
+                field, getattr(self, field), "use a time above 0 s", ok=getattr(self, field) > 0
+            )
         for field in (
             "settle_s", "policy_period_s", "correction_period_s", "forecast_stale_s",
             "keep_period_s",
@@ -71,7 +73,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for name in classes:
             known = name in SLO_CLASSES and name != "standard"
             others = ", ".join(c for c in SLO_CLASSES if c != "standard")
-            _demand("class_targets", name, f"use {others}; standard's is scheduler.target", ok=known)
+            _demand(
+                "class_targets", name, f"use {others}; standard's is scheduler.target", ok=known
+            )
         every = {"target": self.target}
         every |= {f"targets.{name}": target for name, target in models.items()}
         every |= {f"class_targets.{name}": target for name, target in classes.items()}

@@ -35,8 +35,8 @@ Weights = Mapping[str, Mapping[str, float]]
 
 SMOOTH_S = 5.0
 DEAD = 0.5  # a queue of half of what runs, or steps half as long again: within what plans err by
-GAIN = 0.3
-RATE = 0.02  # per second
+GAIN = 0.4
+RATE = 0.03  # per second
 FORGET_S = 120.0
 FACTOR_MAX = 3.0
 FEW = 4  # so few running requests, and one that waits is chance

@@ -6,12 +6,13 @@ late, repeated or lost: what was made before what is known is no news, unless by
 clock must have been set back.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
 from services.scheduler.policies.interface import ModelDemand
+from shared.core import Log
 from shared.messages.demand import DemandReport, ForecastReport, TypeForecast
 from shared.messages.replicas import ReplicaReport
 
@@ -60,6 +61,7 @@ class Demands:
         self._forecasts: dict[str, _Heard] = {}
         self._windows: dict[str, _Windows] = {}
         self._loads: dict[str, ReplicaReport] = {}
+        self._told: dict[str, Source] = {}
         self.heard = 0
         """Forecasts so far: tells whether one has come since."""
 
@@ -110,6 +112,25 @@ class Demands:
         """By what each model is planned for."""
         return {model_id: self._source(model_id, now_s) for model_id in self._models}
 
+    def news(self, now_s: float) -> Iterable[Log]:
+        """A word for the log when forecasts of a model have ceased, and when they are back."""
+        for model_id, source in self.sources(now_s).items():
+            before = self._told.get(model_id, "none")
+            self._told[model_id] = source
+            if source == before:
+                continue
+            if source in ("observed", "stale"):
+                instead = "what was last observed" if source == "observed" else "the plan as it is"
+                fields = {"model_id": model_id, "age_s": self._age_s(model_id, now_s)}
+                yield Log("forecast.stale", {**fields, "goes_by": instead}, "warning")
+            elif before in ("observed", "stale"):
+                yield Log("forecast.fresh", {"model_id": model_id})
+
+    def blind(self, now_s: float) -> bool:
+        """Whether all that was ever known is out of date."""
+        sources = set(self.sources(now_s).values())
+        return "stale" in sources and sources <= {"stale", "none"}
+
     def wanted(self, now_s: float) -> frozenset[str]:
         """Models of which requests were rejected, and nothing else is known."""
         return frozenset(
@@ -129,6 +150,10 @@ class Demands:
         if all(source == "none" for source in self.sources(now_s).values()):
             return None
         return round(sum(demand.arrivals_rps for demand in self.models(now_s)), 3)
+
+    def _age_s(self, model_id: str, now_s: float) -> float | None:
+        heard = self._forecasts.get(model_id)
+        return None if heard is None else round(now_s - heard.at_s, 3)
 
     def _source(self, model_id: str, now_s: float) -> Source:
         heard, windows = self._forecasts.get(model_id), self._windows.get(model_id)

@@ -11,7 +11,6 @@ from shared.cost.limits import EngineLimits
 from shared.mesh import EngineSpec, MeshConfig
 from shared.messages.replicas import WorkerReport
 
-
 FAILED_S, FAILED_S_MAX = 10.0, 320.0
 """How long a GPU on which a replica broke is not planned onto, doubled each time. One that keeps
 breaking replicas would otherwise be given one again and again."""

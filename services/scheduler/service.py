@@ -8,7 +8,7 @@ from contextlib import suppress
 import msgspec
 
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.core import Scheduler, inputs
+from services.scheduler.core import QUERIES, Scheduler, inputs
 from services.scheduler.policies.interface import Policy, Problem
 from services.scheduler.policies.registry import make_policy
 from services.scheduler.solving import Solved, solve
@@ -18,9 +18,10 @@ from shared.service import ServiceContext, run
 
 
 async def serve(config: SchedulerConfig, context: ServiceContext) -> None:
-    policy = make_policy(config.checked())
+    policy = make_policy(config.checked_for(context.mesh.model_ids))
     wiring = Wiring(
         inputs=inputs(config.policy),
+        queries=QUERIES,
         jobs={"solve": solver(policy, context.clock)},
         inbox_max=config.inbox_max,
     )

@@ -15,16 +15,25 @@ _NUMBERS = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
 class Wish:
-    """``plan``: last proposed and not yet in force. It was computed against replicas in force: while
-    these stand, it holds under any epoch, since weights may be corrected meanwhile."""
+    """``plan``: last proposed and not yet in force. It was computed against replicas in force:
+    while these stand, it holds under any epoch, since weights may be corrected meanwhile."""
 
     def __init__(self, *, keep_period_s: float = 0.0) -> None:
         """``keep_period_s``: between two words of why nothing moves that differ in numbers."""
         self._keep_period_s = keep_period_s
         self.plan: DeploymentPlan | None = None
-        self._against: tuple[ReplicaSpec, ...] = ()
+        self._against: tuple[tuple[ReplicaSpec, ...], ...] = ()
         self._said = ""  # last decision told
         self._said_s = float("-inf")
+
+    def check(self) -> None:
+        """Assert that what is asked for can be a plan at all."""
+        if self.plan is not None:
+            assert self.plan.replicas, "never wish for an empty plan"
+            gpus = [gpu for spec in self.plan.replicas for gpu in spec.gpus]
+            assert len(gpus) == len(set(gpus)), gpus
+            for row in self.plan.weights.values():
+                assert abs(sum(row.values()) - 1.0) < 1e-9, row  # noqa: PLR2004  # rounding
 
     @property
     def told(self) -> bool:
@@ -33,7 +42,7 @@ class Wish:
 
     def orphaned(self, in_force: DeploymentPlan) -> bool:
         """Whether the plan was computed against replicas that are in force no more."""
-        return self.plan is not None and self._against != in_force.replicas
+        return self.plan is not None and in_force.replicas not in self._against
 
     def came_true(self, plan_id: str) -> None:
         if self.plan is not None and self.plan.plan_id == plan_id:
@@ -53,12 +62,13 @@ class Wish:
         planned: Planned,
         *,
         epoch: int,
-        in_force: DeploymentPlan,
+        against: tuple[tuple[ReplicaSpec, ...], ...],
         workers: int,
         expected_rps: float | None,
     ) -> Iterable[Effect]:
-        """Wish for the plan; tell of it if it is a new one."""
-        plan, self._against = planned.plan, in_force.replicas
+        """Wish for the plan; tell of it if it is a new one. ``against``: the replicas in force for
+        which it holds."""
+        plan, self._against = planned.plan, against
         assert plan is not None
         if self.plan is None or self.plan.plan_id != plan.plan_id:
             reason = f"{planned.reason}; {_in_words(expected_rps)}"

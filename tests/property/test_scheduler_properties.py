@@ -79,11 +79,11 @@ def problems(draw: st.DrawFn) -> Problem:
     offers = draw(clusters())
     demands = Demands(MODELS)
     for model_id in MODELS:
-        demands.forecast(draw(forecasts(model_id)))
+        demands.forecast(draw(forecasts(model_id)), 0.0)
     return Problem(
         now_s=draw(st.floats(0.0, 1e6)),
         epoch=1,
-        models=demands.models(),
+        models=demands.models(0.0),
         offers=offers,
         in_force=draw(plans(offers)),
         kinds={offer.gpu_id: offer.kind for offer in offers},

@@ -91,7 +91,8 @@ class Run:
         kind = TypeForecast(
             request_type=0, arrivals_rps=rps, input_tokens_mean=9.0, output_tokens_mean=9.0
         )
-        self.step(ForecastReport(model_id="m", made_at_s=0.0, horizon_s=60.0, types=(kind,)))
+        made_at_s = self.now_s
+        self.step(ForecastReport(model_id="m", made_at_s=made_at_s, horizon_s=60.0, types=(kind,)))
 
     @staticmethod
     def adopted(effects: list[Effect]) -> DeploymentPlan:
@@ -296,8 +297,12 @@ def test_what_replicas_bear_is_heard_for_those_in_force_only() -> None:
 
 def test_only_the_reactive_policy_hears_every_replica() -> None:
     """Otherwise the scheduler would handle ten messages a second of each replica for nothing."""
-    assert inputs("dynamo") == INPUTS
-    assert subjects.REPLICA_REPORT not in inputs("oserve")
+    assert inputs("oserve") == INPUTS
+    assert subjects.REPLICA_REPORT in inputs("dynamo")
+    assert subjects.REPLICA_FAILED not in inputs("dynamo")
+    assert subjects.REPLICA_REPORT not in inputs("uniform")
+    assert subjects.DEMAND_REPORT in inputs("uniform"), "what counts when forecasts cease"
+    assert subjects.DEMAND_REPORT not in inputs("static")
     assert subjects.FORECAST_REPORT in inputs("static")
 
 

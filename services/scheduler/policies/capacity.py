@@ -52,9 +52,12 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Column:
+    """``group`` tells identical replicas apart that are sent unlike types (``separation.py``)."""
+
     model_id: str
     pool: str
     shape: Parallelism
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.flow import Array
+from services.scheduler.policies.flow import Array, best_flow
 from services.scheduler.policies.placing import Shape, place
 from services.scheduler.policies.weights import ANY_TYPE, joined
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
+
+NOTHING = 1e-9  # headroom: a solver's zero
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,21 @@ def brief(counts: Mapping[Column, int]) -> str:
         name = f"{column.model_id} {shape}" if len(models) > 1 else shape
         parts.append(f"{count} x {name}" + (f" on {column.pool}" if len(kinds) > 1 else ""))
     return ", ".join(parts) or "nothing"
+
+
+def even_shares(table: Table, counts: Mapping[Column, int]) -> Array:
+    """[S, J]: the dispatch of ``counts`` at the greatest headroom. If they cannot serve some of
+    every type, the one that serves most requests, and types that this leaves out entirely go where
+    they can be served, in proportion to rates."""
+    instance = table.instance(counts)
+    even = best_flow(instance, "headroom")
+    assert even is not None, "no flow at all is a flow"
+    if even.headroom > NOTHING:
+        return spread(even.shares())
+    most = best_flow(instance, "served")
+    assert most is not None, "no flow at all is a flow"
+    usable = table.rates * instance.copies[:, None]
+    return np.where(most.sent.any(axis=0), most.shares(), spread(usable))
 
 
 def spread(shares: Array) -> Array:

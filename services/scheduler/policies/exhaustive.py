@@ -9,20 +9,18 @@ not known. Here only what is proven to be no better is left out:
 - A column of which every replica could be replaced by m >= 1 replicas of another column of the same
   model and pool, which together need no more GPUs, nor a larger unit on one node, and serve no less
   of every type; and columns that serve nothing, beyond the least count of their model.
-- The flow of a deployment whose price shows that it is no better than the best so far. By duality
-  (as in J. F. Benders, 1962), with counts y, rates n, demand d and any weights w[j] >= 0
+- The flow of a deployment of which a bound says that it is no better than the best so far. The
+  duals of any flow (``flow.duals``) bound every deployment: with counts y, it is worth no more than
+  sum_k pi[k] y[k] + sum_j mu[j], and the one whose duals they are exactly that. Flows are solved in
+  falling order of what the bounds leave possible (as in J. F. Benders, 1962), until nothing better
+  is.
 
-      headroom <= sum_k y[k] max_j w[j] n[k, j] / d[j]                         where sum_j w[j] = 1
-      served   <= sum_k y[k] max_j (1 - w[j]) n[k, j] + sum_j w[j] d[j]        where w[j] <= 1
-
-  and the duals of each flow that is solved are the weights that make this exact for it. Flows are
-  solved in falling order of what these bounds leave possible, until nothing better is.
-
-The result has a better objective than any other deployment, or an equal one: no gap is involved
-beyond the solver's tolerance. ``listed`` and ``flows`` bound the work; when either is too small, the
+So no other deployment has a better objective than the result, to within the linear solver's
+tolerance. The work is bounded: when there are too many deployments, or too many flows to solve, the
 result is the best of what was looked at, and says so.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, product
@@ -30,11 +28,10 @@ from math import prod
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import linprog
 
 from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.flow import Array, Flow, Program, extract, formulate, verify
-from services.scheduler.policies.joint import plannable
+from services.scheduler.policies.flow import Array, Flow, best_flow, duals
+from services.scheduler.policies.joint_terms import plannable
 from services.scheduler.policies.packings import Packings
 
 LISTED_MAX = 50_000  # deployments looked at
@@ -139,87 +136,44 @@ def _listed(table: Table, least: Mapping[str, int], listed_max: int) -> _Listing
 
 def _best(table: Table, listing: _Listing, goal: Goal, flows_max: int) -> Exhausted:
     """The flows that may be best, solved in falling order of their bounds."""
-    bounds = np.full(len(listing.counts), np.inf)
-    for weights in _first_weights(table, goal):
-        bounds = np.minimum(bounds, _bound(table, listing.counts, goal, weights))
-    best: tuple[float, int, Flow] | None = None
-    flows = 0
-    while True:
-        at = int(np.argmax(bounds))
-        if best is not None and bounds[at] <= best[0] * (1 + BETTER):
-            break
-        if flows == flows_max:
-            break
-        flow, weights = _solved(table, listing.counts[at], goal)
+    bounds = _first_bounds(table, listing.counts, goal)
+    best, at, flows = -np.inf, 0, 0
+    while flows < flows_max and bounds.max() > _more_than(best):
+        tried = int(np.argmax(bounds))
+        found = duals(table.instance(_counts(table, listing.counts[tried])), goal)
         flows += 1
-        value = flow.headroom if goal == "headroom" else flow.served
-        if best is None or value > best[0]:
-            best = value, at, flow
-        bounds = np.minimum(bounds, _bound(table, listing.counts, goal, weights))
-        bounds[at] = -np.inf
-    assert best is not None, "there is a deployment, and a flow may be solved"
-    proven = bool(bounds.max() <= best[0] * (1 + BETTER))
-    counts = listing.counts[best[1]]
+        if found.optimum > _more_than(best):
+            best, at = found.optimum, tried
+        fixed = 0.0 if goal == "headroom" else np.maximum(table.demand - found.types, 0.0).sum()
+        bounds = np.minimum(bounds, listing.counts @ found.replica + fixed)
+        bounds[tried] = -np.inf
+    counts = _counts(table, listing.counts[at])
+    flow = best_flow(table.instance(counts), goal)
+    assert flow is not None, "no flow at all is a flow"
     return Exhausted(
         goal=goal,
-        counts={column: int(y) for column, y in zip(table.columns, counts, strict=True) if y > 0},
-        objective=best[0],
-        flow=best[2],
+        counts=counts,
+        objective=flow.headroom if goal == "headroom" else flow.served,
+        flow=flow,
         total=listing.total,
         listed=listing.listed,
         flows=flows,
-        exact=proven and listing.listed == listing.total,
+        exact=bool(bounds.max() <= _more_than(best)) and listing.listed == listing.total,
     )
 
 
-def _first_weights(table: Table, goal: Goal) -> list[Array]:
-    """Before any flow is solved: each type alone, all of them alike, or none."""
-    types = len(table.types)
-    if goal == "served":
-        return [np.zeros(types), np.ones(types)]
-    return [*np.eye(types), np.full(types, 1.0 / types)]
+def _more_than(best: float) -> float:
+    return best + BETTER * abs(best) if best > -np.inf else best
 
 
-def _bound(table: Table, counts: Array, goal: Goal, weights: Array) -> Array:
-    """[P]: no deployment of ``counts`` does better, whatever ``weights`` [J] are."""
+def _counts(table: Table, row: Array) -> Counter[Column]:
+    return Counter({column: int(y) for column, y in zip(table.columns, row, strict=True) if y > 0})
+
+
+def _first_bounds(table: Table, counts: Array, goal: Goal) -> Array:
+    """[P]: what no deployment exceeds, before any flow is solved: each type has every replica to
+    itself."""
+    alone = counts @ table.rates
     if goal == "headroom":
-        each = (table.rates * (weights / table.demand)).max(axis=1, initial=0.0)
-        return counts @ each
-    each = (table.rates * (1.0 - weights)).max(axis=1, initial=0.0)
-    return counts @ each + float(weights @ table.demand)
-
-
-def _solved(table: Table, counts: Array, goal: Goal) -> tuple[Flow, Array]:
-    """The best flow of ``counts`` [S], and the weights that prove it."""
-    instance = table.instance(dict(zip(table.columns, (int(y) for y in counts), strict=True)))
-    program = formulate(instance, goal)
-    variables, weights = _with_duals(program, table.demand)
-    flow = extract(instance, program, variables)
-    wrong = verify(instance, flow, served_max=np.inf if goal == "headroom" else 1.0)
-    assert not wrong, wrong
-    return flow, weights
-
-
-def _with_duals(program: Program, demand: Array) -> tuple[Array, Array]:
-    """Variables and weights of the types' rows. Weights that are slightly off prove a little less,
-    and nothing wrong."""
-    types, alike = len(demand), np.full(len(demand), 1.0 / len(demand))
-    if not program.cost.size:
-        return np.zeros(0), np.zeros(types)
-    found = linprog(
-        program.cost,
-        A_ub=program.upper,
-        b_ub=program.upper_bounds,
-        A_eq=program.equal,
-        b_eq=program.equal_bounds,
-        bounds=[(0.0, float(ceiling)) for ceiling in program.ceilings],
-        method="highs",
-    )
-    assert found.status == 0, found.message
-    variables = np.asarray(found.x, dtype=np.float64)
-    if program.objective == "served":
-        duals = np.asarray(found.ineqlin.marginals, dtype=np.float64)[-types:]
-        return variables, np.clip(-duals / demand, 0.0, 1.0)
-    duals = np.abs(np.asarray(found.eqlin.marginals, dtype=np.float64))
-    total = float(duals.sum())
-    return variables, duals / total if total > 0 else alike
+        return (alone / table.demand).min(axis=1)
+    return np.minimum(alone, table.demand).sum(axis=1)

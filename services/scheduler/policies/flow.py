@@ -97,9 +97,9 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Duals:
-    """``optimum`` in multiples of the demand (headroom) or requests/s (served); ``replica`` [K]: one
-    more replica of the row brings at most so much more of it; ``types`` [J]: w, for headroom each
-    type's share of what the replicas are worth."""
+    """``optimum`` in multiples of the demand (headroom) or requests/s (served). ``replica`` [K]:
+    one more replica of the row brings at most so much more of it. ``types`` [J]: w; for headroom
+    each type's share of what the replicas are worth."""
 
     optimum: float
     replica: Array

@@ -83,14 +83,16 @@ class Foreseen:
 
     def usual(self, table: Table) -> Table:
         """``table``, made for the high demand, under the usual one."""
+        lines = [self.line(kind) for kind in table.types]
         types = tuple(
-            replace(kind, arrivals_rps=self._rps(kind)) if kind.name != ANY_TYPE else kind
-            for kind in table.types
+            replace(kind, arrivals_rps=line.rps) if line else kind
+            for kind, line in zip(table.types, lines, strict=True)
         )
         return replace(table, types=types)
 
-    def _rps(self, kind: TypeDemand) -> float:
-        return self.lines[kind.model_id, int(kind.name)].rps
+    def line(self, kind: TypeDemand) -> Line | None:
+        """None for the nominal type of a model of which nothing is expected."""
+        return None if kind.name == ANY_TYPE else self.lines[kind.model_id, int(kind.name)]
 
 
 class Foresight:

@@ -61,6 +61,15 @@ class ModelDemand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PastWindow:
+    """What arrived in a window of the past, by when it arrived. ``arrivals_rps``: by the number of
+    the type."""
+
+    seconds: float
+    arrivals_rps: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """``replicas_min``: by model, what it has whatever is expected of it; 1 where it says nothing,
     0: none while nothing is expected. ``survive``: how many replicas may be lost, any, and the rest
@@ -80,9 +89,11 @@ class Problem:
     ``models`` are in the topology's order. ``offers`` are sorted by GPU. ``kinds``: the kind of
     every GPU ever known, the vanished included. ``profiles``: the name of a model in the cost
     profiles. ``targets`` are the models', ``class_targets`` those of requests of other SLO classes
-    than "standard". ``needs``: what the operator asks of any plan beyond the targets. ``dwell_s``: how long
-    the replicas in force have stood unchanged. ``observed``: the newest window of each model that had one, and ``loads`` the newest
-    report of each replica in force that sends any: what a reactive policy goes by.
+    than "standard". ``history``: by model, the windows that are settled, the oldest first.
+    ``needs``: what the operator asks of any plan beyond the targets. ``dwell_s``: how long the
+    replicas in force have stood unchanged. ``observed``: the newest window of each model that had
+    one, and ``loads`` the newest report of each replica in force that sends any: what a reactive
+    policy goes by.
     """
 
     now_s: float
@@ -96,6 +107,9 @@ class Problem:
     targets: Mapping[str, SloTarget]
     limits: EngineLimits
     class_targets: Mapping[str, SloTarget] = field(default_factory=lambda: dict(DEFAULT_TARGETS))
+    history: Mapping[str, tuple[PastWindow, ...]] = field(
+        default_factory=dict[str, tuple[PastWindow, ...]]
+    )
     needs: Needs = field(default_factory=Needs)
     dwell_s: float = float("inf")
     time_limit_s: float = 30.0

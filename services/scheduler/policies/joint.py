@@ -16,17 +16,17 @@ Counts decide: shares, objective and what is left after a loss are worked out an
 taken, with its gap, and if there is none the relaxation's, rounded (``joint_fallback``).
 """
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from services.scheduler.policies import flow as flows
 from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.flow import Array, best_flow
+from services.scheduler.policies.flow import TOLERANCE, Array, Instance, best_flow
 from services.scheduler.policies.joint_fallback import enough, filled
-from services.scheduler.policies.joint_rows import ROUNDING, Joint, formulate
+from services.scheduler.policies.joint_rows import Joint, formulate
 from services.scheduler.policies.joint_terms import (
     GAP_MAX,
     GREATEST,
@@ -45,15 +45,16 @@ __all__ = [
 NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the machine's speed
 SOLVER_GAP = 0.9 * GAP_MAX  # what the solver is asked for: rounding may cost the rest
 ROUNDS_MAX = 6  # of adding scenarios; the last one has them all
-INFEASIBLE = 2  # HiGHS's, by scipy
+RELAXED_S_MAX = 1.0  # for the linear relaxation alone, after the time was up
+INFEASIBLE = 2  # a status of scipy's milp
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Found:
-    """``counts`` [S]: the best plan found, None when none was in time; ``bound`` on the objective,
-    in the goal's terms, infinite when there is none."""
+    """``variables`` of the best plan found, None when none was found in time, and their ``value``;
+    ``bound`` on any plan's, infinite when none is known. Both in the goal's terms."""
 
-    counts: Array | None
+    variables: Array | None
     value: float
     bound: float
 
@@ -61,32 +62,156 @@ class Found:
 def best_joint(
     table: Table, goal: Goal, terms: Terms, *, time_limit_s: float, nodes_max: int = NODES_MAX
 ) -> Solution | None:
-    """The best plan for ``goal``, verified; None when there is none: no column, nothing to carry
-    (but for "thrift"), or terms that no plan keeps."""
-    assert not (terms.survive and goal == "served"), "what is served is not all that is asked for"
+    """The best plan for ``goal``, verified, or the best that was found in ``time_limit_s`` and in
+    ``nodes_max`` nodes of a search tree. None when there is none: no column, nothing expected
+    (unless for "thrift"), terms that no plan keeps; or when time was up and rounding found none."""
+    assert not (terms.survive and goal == "served"), "to survive is to carry all of the demand"
     if not table.columns or (not table.types and goal != "thrift"):
         return None
     rounds = ROUNDS_MAX if terms.survive else 1
     best: Solution | None = None
-    bound = np.inf if goal in GREATEST else -np.inf
+    program, bounds = formulate(table, goal, terms), [_unbounded(goal)]
     scenarios: list[Column] = []
     for number in range(1, rounds + 1):
-        program = formulate(table, goal, terms, scenarios=scenarios)
         found = solve(program, time_limit_s=time_limit_s / rounds, nodes_max=nodes_max)
         if found is None:
             return None
-        bound = min(bound, found.bound) if goal in GREATEST else max(bound, found.bound)
-        if found.variables is None:
+        bounds.append(found.bound)
+        solution, fails = _tried(table, goal, terms, found)
+        best = _better(best, solution, bounds)
+        fails = [lost for lost in fails if lost not in scenarios]
+        if not fails or (best is not None and best.optimal):
             break
-        counts = counts_of(table, found.variables)
-        left = losses(table, counts) if terms.survive else {}
-        solution = extract(table, goal, terms, counts, left=left, bound=bound)
-        best = _better(best, solution)
-        needs = found.value if goal == "headroom" else 1.0 / terms.load_after_loss()
-        fails = [column for column, share in left.items() if share < needs * (1 - TOLERANCE)]
-        fails = [column for column in fails if column not in scenarios]
-        if not fails or (best is not None and replace(best, bound=bound).optimal):
-            break
-        scenarios += fails if number < rounds - 1 else _others(program, table, scenarios)
+        if number == rounds - 1:
+            fails = [lost for lost in table.columns if lost not in scenarios]
+        scenarios += fails
+        program = formulate(table, goal, terms, scenarios=scenarios)
+    if best is None:
+        best = _better(None, _rounded(table, goal, terms, program, bounds), bounds)
+    if best is not None:
+        wrong = verify_solution(table, terms, best)
+        assert not wrong, wrong
+    return best
+
+
+def solve(program: Joint, *, time_limit_s: float, nodes_max: int = NODES_MAX) -> Found | None:
+    """The best that is found within the limits; None when nothing is feasible."""
+    found = milp(
+        program.cost,
+        integrality=program.integrality,
+        bounds=Bounds(program.floor, program.ceiling),
+        constraints=LinearConstraint(program.rows, program.lower, program.upper),
+        options={"mip_rel_gap": SOLVER_GAP, "node_limit": nodes_max, "time_limit": time_limit_s},
+    )
+    if found.status == INFEASIBLE:
+        return None
+    bound = found.mip_dual_bound if found.mip_dual_bound is not None else -np.inf
+    if found.x is None:
+        return Found(variables=None, value=np.nan, bound=program.unit * float(bound))
+    variables = np.asarray(found.x, np.float64)
+    value = float(program.cost @ variables)
+    return Found(variables=variables, value=program.unit * value, bound=program.unit * float(bound))
+
+
+def extract(
+    table: Table,
+    goal: Goal,
+    terms: Terms,
+    counts: Mapping[Column, int],
+    *,
+    left: Mapping[Column, float],
+) -> Solution | None:
+    """Shares [S, J] and objective of ``counts``, worked out from them alone; None when they do not
+    carry what ``goal`` asks for. ``left``: their ``losses``, if one is to be survived. Nothing is
+    said of a bound."""
+    if goal in {"gentle", "thrift"} and not enough(table, terms, counts, left):
+        return None
+    bound, instance = _unbounded(goal), table.instance(counts)
+    if not table.types:
+        shares, objective = np.zeros_like(table.rates), 0.0
+    elif goal == "gentle":
+        found = _gentlest(instance, terms)
+        if found is None:
+            return None
+        shares, objective = found
     else:
-        ...
+        flow = best_flow(instance, "served" if goal == "served" else "headroom")
+        assert flow is not None, "no flow at all is a flow"
+        objective = flow.served if goal == "served" else min([flow.headroom, *left.values()])
+        shares = flow.sent / table.demand
+        if goal != "served" and flow.headroom > 0.0:
+            shares = flow.shares() * (objective if goal == "headroom" else 1.0)
+    if goal == "thrift":
+        objective = float(terms.hourly(table) @ instance.copies)
+    return Solution(goal=goal, counts=counts, shares=shares, objective=objective, bound=bound)
+
+
+def _tried(
+    table: Table, goal: Goal, terms: Terms, found: Found
+) -> tuple[Solution | None, list[Column]]:
+    """What was found, and the columns of which it cannot lose a replica as the program thinks."""
+    if found.variables is None:
+        return None, []
+    counts = _counts(table, found.variables)
+    left = losses(table, counts) if terms.survive else {}
+    needs = found.value if goal == "headroom" else 1.0 / terms.load_after_loss()
+    fails = [lost for lost, share in left.items() if share < needs * (1 - TOLERANCE)]
+    return extract(table, goal, terms, counts, left=left), fails
+
+
+def _rounded(
+    table: Table, goal: Goal, terms: Terms, program: Joint, bounds: list[float]
+) -> Solution | None:
+    """A plan near the linear relaxation of ``program``, whose bound is added to ``bounds``."""
+    relaxed = solve(
+        replace(program, integrality=np.zeros_like(program.integrality)),
+        time_limit_s=RELAXED_S_MAX,
+    )
+    if relaxed is None:
+        return None
+    bounds.append(relaxed.bound)
+    start = np.zeros(len(table.columns))
+    if relaxed.variables is not None:
+        start = relaxed.variables[: len(start)]
+    counts = filled(table, goal, terms, start)
+    if counts is None:
+        return None
+    return extract(table, goal, terms, counts, left=losses(table, counts) if terms.survive else {})
+
+
+def _better(
+    best: Solution | None, other: Solution | None, bounds: Sequence[float]
+) -> Solution | None:
+    """The better of two plans, with the tightest of the ``bounds``, none of which it can beat but
+    by rounding."""
+    found = [solution for solution in (best, other) if solution is not None]
+    if not found:
+        return None
+    if found[0].goal in GREATEST:
+        first = max(found, key=lambda solution: solution.objective)
+        return replace(first, bound=max(first.objective, min(bounds)))
+    first = min(found, key=lambda solution: solution.objective)
+    return replace(first, bound=min(first.objective, max(bounds)))
+
+
+def _unbounded(goal: Goal) -> float:
+    return np.inf if goal in GREATEST else -np.inf
+
+
+def _counts(table: Table, variables: Array) -> dict[Column, int]:
+    whole = np.rint(variables[: len(table.columns)])
+    return {column: int(y) for column, y in zip(table.columns, whole, strict=True) if y > 0}
+
+
+def _gentlest(instance: Instance, terms: Terms) -> tuple[Array, float] | None:
+    """Shares of least cost that load no replica above ``terms.load``, and that cost."""
+    assert terms.cost is not None, "gentle needs a cost for each column and type"
+    load = terms.load * (1 + TOLERANCE)
+    program = flows.formulate(instance, "lean", load=load)
+    weight = instance.demand / instance.demand.sum()
+    k, j = program.arcs
+    variables = flows.solve(replace(program, cost=weight[j] * terms.cost[k, j]))
+    if variables is None:
+        return None
+    shares = flows.extract(instance, program, variables).shares()
+    return shares, float((weight * terms.cost * shares).sum())

@@ -1,10 +1,9 @@
 """A plan when the solver's time is up and it has none: the relaxation rounded down, then filled.
 
-Counts of the linear relaxation, rounded down, fit their nodes, for all packing rows are upper bounds.
+Counts of the linear relaxation, rounded down, fit their nodes: all packing rows are upper bounds.
 What they leave free is given, one replica at a time, to the column that fits and whose dual price
-per GPU (per price, for "thrift") is highest, until nothing fits or, where GPUs cost something or
-answers are to be gentle, enough is carried. The relaxation's objective bounds what any plan can
-reach.
+per GPU (per price, for "thrift") is highest, until nothing fits, or until enough is carried where
+more of it is worth nothing ("gentle", "thrift").
 """
 
 from collections import Counter
@@ -41,9 +40,10 @@ def filled(table: Table, goal: Goal, terms: Terms, relaxed: Array) -> Counter[Co
     every = goal in {"headroom", "served"}
     price = terms.hourly(table) if goal == "thrift" else _gpus(table)
     for _ in range(STEPS_MAX):
-        if not every and enough(table, terms, counts):
+        left = losses(table, counts) if terms.survive else {}
+        if not every and enough(table, terms, counts, left):
             return +counts
-        worth = _worth(table, goal, terms, counts)
+        worth = _worth(table, goal, counts, left)
         options = [
             (worth[s] / max(float(price[s]), ROUNDING), -s)
             for s, column in enumerate(table.columns)
@@ -52,25 +52,29 @@ def filled(table: Table, goal: Goal, terms: Terms, relaxed: Array) -> Counter[Co
         if not options:
             break
         counts[table.columns[-max(options)[1]]] += 1
-    return +counts if every or enough(table, terms, counts) else None
+    return +counts if every else None
 
 
-def enough(table: Table, terms: Terms, counts: Mapping[Column, int]) -> bool:
-    """Whether ``counts`` carry the demand under the load of ``terms``, and after any loss."""
+def enough(
+    table: Table, terms: Terms, counts: Mapping[Column, int], left: Mapping[Column, float]
+) -> bool:
+    """Whether ``counts`` carry the demand under the load of ``terms``, and what is ``left`` after
+    any loss carries it too."""
     if not table.types:
         return True
     flow = best_flow(table.instance(counts), "headroom")
     assert flow is not None, "no flow at all is a flow"
-    if flow.headroom * terms.load < 1.0 - TOLERANCE:
-        return False
-    left = min(losses(table, counts).values(), default=np.inf) if terms.survive else np.inf
-    return left * terms.load_after_loss() >= 1.0 - TOLERANCE
+    after = min(left.values(), default=np.inf)
+    least = min(flow.headroom * terms.load, after * terms.load_after_loss())
+    return least >= 1.0 - TOLERANCE
 
 
-def _worth(table: Table, goal: Goal, terms: Terms, counts: Counter[Column]) -> Array:
-    """[S]: what one more replica would bring; after the worst loss, if one is to be survived."""
+def _worth(
+    table: Table, goal: Goal, counts: Counter[Column], left: Mapping[Column, float]
+) -> Array:
+    """[S]: what one more replica would bring; after the worst of the losses, if there are any."""
     used = +counts
-    if terms.survive and (left := losses(table, used)):
+    if left:
         used = used - Counter({min(left, key=lambda column: (left[column], column)): 1})
     objective = "served" if goal == "served" else "headroom"
     return duals(table.instance(used), objective).replica

@@ -10,8 +10,9 @@ share of each type goes to each.
     share    sum_j d[j] z[s, j] / n[s, j] <= load * y[s]            every column s
     types    sum_s z[s, j] = t (headroom), 1 (gentle, thrift) or <= 1 (served)      every type j
     cover    sum over s with n[s, j] > 0 of y[s] >= t / T (headroom) or 1 (gentle, thrift)
-             for every type j; T is more than any t can be. It follows from the others, and keeps a
-             type that takes next to no time from being served by nothing, within rounding
+             for every type j, or twice that to survive a loss; T is more than any t can be. It
+             follows from the others, and keeps a type that takes next to no time from being served
+             by nothing, within rounding
     packing  sum over s of the pool with b[s] >= c of g[s] y[s] <= sum over nodes of c * [GPUs / c]
              for every pool and size c: sizes are powers of two, so that larger ones leave room in
              whole multiples of c, and this bound is reached by placing the largest first
@@ -39,7 +40,7 @@ Demand is counted in multiples T = GPUs / sum_j (d[j] / most requests/s of type 
 no headroom exceeds and most come close to, so that all numbers are of the order of 1 or of a count.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +62,9 @@ Entries = tuple[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike]  # rows, columns, v
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Joint:
     """min cost @ v with lower <= rows @ v <= upper and floor <= v <= ceiling. Variables are the
-    counts y and, divided by T, the shares z of the arcs in ``arcs`` and, for "headroom", t; then u
-    and z' of each scenario. ``unit`` times cost @ v is the objective in the goal's terms."""
+    counts y; the shares z of each column and type with n > 0 and, for "headroom", t, these divided
+    by T; then u and z' of each scenario. ``unit`` times cost @ v is the objective in the goal's
+    terms."""
 
     cost: Array
     rows: csr_array
@@ -71,16 +73,28 @@ class Joint:
     floor: Array
     ceiling: Array
     integrality: npt.NDArray[np.int_]
-    arcs: tuple[Index, Index]
-    scale: float
     unit: float
 
 
-class _Rows:
-    """Sparse rows, block by block."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Arcs:
+    """Columns, types, and how much of a replica's time all of the type takes."""
 
-    def __init__(self, width: int) -> None:
-        self._width = width
+    s: Index
+    j: Index
+    time: Array
+
+    def of(self, table: Table, model_id: str) -> "_Arcs":
+        own = [column.model_id == model_id for column in table.columns]
+        mine = np.array(own, np.bool_)[self.s]
+        return _Arcs(s=self.s[mine], j=self.j[mine], time=self.time[mine])
+
+
+class _Rows:
+    """Sparse rows, block by block. ``t``: where that variable is, None where there is none."""
+
+    def __init__(self, width: int, goal: Goal, t: int | None) -> None:
+        self._width, self._goal, self._t = width, goal, t
         self._entries: list[tuple[Index, Index, Array]] = []
         self._lower: list[Array] = []
         self._upper: list[Array] = []
@@ -97,6 +111,37 @@ class _Rows:
         self._upper.append(np.broadcast_to(np.asarray(bounds[1], float), count))
         self._count += count
 
+    def flow(
+        self, arcs: _Arcs, start: int, load: float, *, lost: tuple[int, int] | None = None
+    ) -> None:
+        """Rows "share" and "types" of ``arcs``, whose variables begin at ``start``. Rows "rest"
+        and "types'", where one replica of the column ``lost`` [0] is, if variable ``lost`` [1] is
+        1."""
+        at = start + np.arange(len(arcs.s))
+        columns, k = np.unique(arcs.s, return_inverse=True)
+        have: Entries = (np.arange(len(columns)), columns, -1.0)
+        gone: list[Entries] = [(np.flatnonzero(columns == lost[0]), lost[1], 1.0)] if lost else []
+        time: Entries = (k, at, arcs.time / load)
+        self.add((-np.inf, 0.0), len(columns), time, have, *gone)
+        types, i = np.unique(arcs.j, return_inverse=True)
+        self._summed((1.0, 1.0), len(types), (i, at, 1.0), times=1.0)
+
+    def cover(self, arcs: _Arcs, types: int, times: float) -> None:
+        """Rows "cover", of all types: those without an arc have no headroom."""
+        if self._goal != "served":
+            self._summed((1.0 * times, np.inf), types, (arcs.j, arcs.s, 1.0), times=times)
+
+    def _summed(
+        self, bounds: tuple[float, float], count: int, part: Entries, *, times: float
+    ) -> None:
+        """Rows of sums that are within ``bounds``, or the same relative to t."""
+        if self._t is not None:
+            t: Entries = (np.arange(count), self._t, -times)
+            self.add((0.0, bounds[1] - bounds[0]), count, part, t)
+        else:
+            least = -np.inf if self._goal == "served" else bounds[0]
+            self.add((least, bounds[1]), count, part)
+
     def matrix(self) -> tuple[csr_array, Array, Array]:
         row, column, value = (np.concatenate(part) for part in zip(*self._entries, strict=True))
         shape = (self._count, self._width)
@@ -104,102 +149,49 @@ class _Rows:
         return rows, np.concatenate(self._lower), np.concatenate(self._upper)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class _Arcs:
-    """Arcs of some types: columns, types, and the time of a replica that all of a type takes."""
-
-    s: Index
-    j: Index
-    time: Array
-
-
 def formulate(
     table: Table, goal: Goal, terms: Terms, *, scenarios: Collection[Column] = ()
 ) -> Joint:
-    """The program of ``goal``, with what is left after a loss of each of the ``scenarios``. ``table``
-    has a column, and a type unless the goal is "thrift"."""
+    """The program of ``goal``, with what is left after a loss of a replica of each of the
+    ``scenarios``. ``table`` has a column, and a type unless the goal is "thrift"."""
     columns = len(table.columns)
     scale = most_headroom(table) if goal == "headroom" else 1.0
     packing, room = pack_rows(table)
-    floor = np.array([float(terms.floor.get(column, 0)) for column in table.columns])
     ceiling = np.where(dominated(table, goal, terms), 0.0, _ceiling(table, packing, room))
     arcs = _arcs(table, ceiling, scale)
-    own = [_only(table, arcs, lost.model_id) for lost in scenarios]
-    t = columns + len(arcs.s)  # where t is, if it is
-    first = t + (goal == "headroom")
+    own = [arcs.of(table, lost.model_id) for lost in scenarios]
+    first = columns + len(arcs.s) + (goal == "headroom")
     starts = first + np.cumsum([0, *(1 + len(part.s) for part in own)])
-    rows = _Rows(int(starts[-1]))
-    load = terms.load if goal in {"gentle", "thrift"} else 1.0
-    _flow(rows, table, arcs, start=columns, load=load, goal=goal, t=t)
-    _cover(rows, table, ceiling, goal=goal, t=t)
-    rows.add((-np.inf, room), len(room), (*np.nonzero(packing), packing[np.nonzero(packing)]))
+    width = int(starts[-1])
+    rows = _Rows(width, goal, first - 1 if goal == "headroom" else None)
+    loaded = goal in {"gentle", "thrift"}
+    rows.flow(arcs, columns, terms.load if loaded else 1.0)
+    rows.cover(arcs, len(table.types), 2.0 if terms.survive else 1.0)
+    filled = np.nonzero(packing)
+    rows.add((-np.inf, room), len(room), (filled[0], filled[1], packing[filled]))
     for model_id, count in terms.replicas_min().items():
         mine = [s for s, column in enumerate(table.columns) if column.model_id == model_id]
-        rows.add((count, np.inf), 1, (0, mine, 1.0))
-    for lost, part, start in zip(scenarios, own, starts[:-1], strict=True):
-        s = table.columns.index(lost)
-        rows.add((-np.inf, 0.0), 1, (0, [s, start], [1.0, -max(1.0, ceiling[s])]))
-        load = terms.load_after_loss() if goal in {"gentle", "thrift"} else 1.0
-        _flow(rows, table, part, start=start + 1, load=load, goal=goal, t=t, lost=(s, start))
+        rows.add((float(count), np.inf), 1, (0, mine, 1.0))
+    for lost, part, start in zip(scenarios, own, starts, strict=False):  # starts has the end too
+        s, u = table.columns.index(lost), int(start)
+        rows.add((-np.inf, 0.0), 1, (0, [s, u], [1.0, -max(1.0, float(ceiling[s]))]))
+        rows.flow(part, u + 1, terms.load_after_loss() if loaded else 1.0, lost=(s, u))
     matrix, lower, upper = rows.matrix()
-    extra = int(starts[-1]) - columns
     cost, unit = _cost(table, goal, terms, arcs)
-    integrality = np.concatenate([np.ones(columns, np.int_), np.zeros(extra, np.int_)])
-    integrality[starts[:-1]] = 1
-    most = np.concatenate([ceiling, np.full(extra, np.inf)])
-    most[starts[:-1]] = 1.0
+    floor, most, whole = np.zeros(width), np.full(width, np.inf), np.zeros(width, np.int_)
+    floor[:columns] = [float(terms.floor.get(column, 0)) for column in table.columns]
+    most[:columns], most[starts[:-1]] = ceiling, 1.0
+    whole[:columns], whole[starts[:-1]] = 1, 1
     return Joint(
-        cost=np.concatenate([cost, np.zeros(int(starts[-1]) - len(cost))]),
-        rows=matrix, lower=lower, upper=upper,
-        floor=np.concatenate([floor, np.zeros(extra)]), ceiling=most,
-        integrality=integrality, arcs=(arcs.s, arcs.j), scale=scale, unit=unit,
+        cost=np.concatenate([cost, np.zeros(width - len(cost))]), unit=unit,
+        rows=matrix, lower=lower, upper=upper, floor=floor, ceiling=most, integrality=whole,
     )  # fmt: skip
-
-
-def _flow(
-    rows: _Rows, table: Table, arcs: _Arcs, *, start: int, load: float, goal: Goal, t: int,
-    lost: tuple[int, int] | None = None,
-) -> None:  # fmt: skip
-    """Rows "share" and "types" of the arcs at ``start``, or "rest" and "types'" where one replica
-    of the column ``lost`` [0] is, if variable ``lost`` [1] is 1."""
-    at = start + np.arange(len(arcs.s))
-    if lost:  # columns and types of one model
-        columns, k = np.unique(arcs.s, return_inverse=True)
-        types, i = np.unique(arcs.j, return_inverse=True)
-        gone = [(np.flatnonzero(columns == lost[0]), lost[1], 1.0)]
-    else:
-        columns, k = np.arange(len(table.columns)), arcs.s
-        types, i, gone = np.arange(len(table.types)), arcs.j, []
-    have = (np.arange(len(columns)), columns, -1.0)
-    rows.add((-np.inf, 0.0), len(columns), (k, at, arcs.time / load), have, *gone)
-    count = len(types)
-    sums = (i, at, 1.0)
-    if goal == "headroom":
-        rows.add((0.0, 0.0), count, sums, (np.arange(count), t, -1.0))
-    else:
-        rows.add((-np.inf if goal == "served" else 1.0, 1.0), count, sums)
-
-
-def _cover(rows: _Rows, table: Table, ceiling: Array, *, goal: Goal, t: int) -> None:
-    if goal == "served":
-        return
-    s, j = np.nonzero((table.rates > 0) & (ceiling > 0)[:, None])
-    count = len(table.types)
-    if goal == "headroom":
-        rows.add((0.0, np.inf), count, (j, s, 1.0), (np.arange(count), t, -1.0))
-    else:
-        rows.add((1.0, np.inf), count, (j, s, 1.0))
 
 
 def _arcs(table: Table, ceiling: Array, scale: float) -> _Arcs:
     s, j = np.nonzero((table.rates > 0) & (ceiling > 0)[:, None])
     time = np.maximum(scale * table.demand[j] / table.rates[s, j], TIME_MIN)
     return _Arcs(s=s, j=j, time=time)
-
-
-def _only(table: Table, arcs: _Arcs, model_id: str) -> _Arcs:
-    mine = np.array([table.types[j].model_id == model_id for j in arcs.j], np.bool_)
-    return _Arcs(s=arcs.s[mine], j=arcs.j[mine], time=arcs.time[mine])
 
 
 def _cost(table: Table, goal: Goal, terms: Terms, arcs: _Arcs) -> tuple[Array, float]:
@@ -253,8 +245,3 @@ def _ceiling(table: Table, packing: Array, room: Array) -> Array:
         for k, c in enumerate(table.columns)
     ]
     return np.floor(np.array(most) + ROUNDING)
-
-
-def counts_of(table: Table, values: Array) -> Mapping[Column, int]:
-    """Counts above 0, of whole numbers [S]."""
-    return {column: int(y) for column, y in zip(table.columns, values, strict=True) if y > 0}

@@ -21,12 +21,12 @@ GAP_MAX = 1e-4
 class Terms:
     """What any plan has to keep to.
 
-    ``wanted``: models that get a replica whatever is expected of them; ``least``: the same as a
-    number by model, the larger of both counts, and 0 is as if it said nothing. ``load``: of "gentle"
-    and "thrift", the largest share of a replica's time. ``cost`` [S, J]: of "gentle". ``floor``:
-    replicas that are given, of columns that are ``plannable``. ``survive``: 1 when the rest must do
-    after the loss of any one replica, which "served" cannot be asked for: it is the answer to too
-    few GPUs. ``prices``: of "thrift", per GPU-hour by kind; 1 where it says nothing.
+    ``wanted``: models that get a replica whatever is expected of them. ``least``: replicas by
+    model; where both name one, the larger number counts, and 0 asks for none. ``load``: the largest
+    share of a replica's time that "gentle" and "thrift" take. ``cost`` [S, J]: of "gentle".
+    ``floor``: replicas that are given, of columns that are ``plannable``. ``survive``: 1 when the
+    rest has to do after the loss of any one replica. That cannot be asked of "served", which is the
+    answer to too few GPUs. ``prices``: of "thrift", per GPU-hour by kind; 1 where it says nothing.
     """
 
     wanted: Collection[str] = ()

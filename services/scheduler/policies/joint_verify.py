@@ -1,7 +1,7 @@
 """Whether a joint plan holds what it says, worked out without the program's rows.
 
-Replicas are put on nodes one by one, loads are added up from shares, and every single loss is tried:
-a replica is taken away and the flow of the rest solved anew.
+Replicas are put on nodes one by one, loads are added up from shares, and every single loss is
+tried: a replica is taken away, and the flow of the rest solved anew.
 """
 
 from collections import Counter

@@ -2,7 +2,7 @@
 
 from services.scheduler.policies.capacity import Table
 from services.scheduler.policies.interface import Problem
-from services.scheduler.policies.joint import plannable
+from services.scheduler.policies.joint_terms import plannable
 
 
 def minimums(problem: Problem, table: Table) -> list[dict[str, int]]:

@@ -127,6 +127,5 @@ def _count(
         more = here.get((then, waiting), 0) if then <= step.room else 0
         return after.get((used, waiting), 0) + more
     return sum(
-        after.get((used + count * step.gpus, waiting), 0)
-        for count in range(_most(step, used) + 1)
+        after.get((used + count * step.gpus, waiting), 0) for count in range(_most(step, used) + 1)
     )

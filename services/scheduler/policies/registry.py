@@ -13,6 +13,20 @@ from services.scheduler.policies.uniform import Uniform
 from services.scheduler.static_policy import Static
 
 
+def _melange(_: SchedulerConfig) -> Policy:
+    from services.scheduler.policies.melange import Melange  # noqa: PLC0415  # loads scipy
+
+    return Melange()
+
+
+def _exhaustive(_: SchedulerConfig) -> Policy:
+    from services.scheduler.policies.exhaustive_policy import (  # noqa: PLC0415  # loads scipy
+        Exhaustive,
+    )
+
+    return Exhaustive()
+
+
 def _oserve_paper(_: SchedulerConfig) -> Policy:
     from services.scheduler.policies.oserve_paper_policy import (  # noqa: PLC0415  # loads scipy
         OServePaper,
@@ -31,6 +45,8 @@ POLICIES: Mapping[PolicyName, Callable[[SchedulerConfig], Policy]] = {
     "static": lambda _: Static(),
     "uniform": lambda _: Uniform(),
     "dynamo": Dynamo.of,
+    "melange": _melange,
+    "exhaustive": _exhaustive,
     "oserve-paper": _oserve_paper,
     "oserve": _oserve,
 }

@@ -6,7 +6,7 @@ is in force meanwhile is a plan. They are sorted by what they bring per GPU, so 
 as early as it can, and divided into as many batches of about as many GPUs as are asked for.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from services.scheduler.policies.transition import Change, change
@@ -38,14 +38,13 @@ def components(made: Change) -> list[Change]:
     ]
 
 
-def batches(
-    parts: Iterable[Change], count: int, worth: Callable[[ReplicaSpec], float]
-) -> list[list[Change]]:
-    """At most ``count`` batches of ``parts``, none empty, those first that bring most per GPU;
-    ``worth`` of a replica: what it could serve, to any scale."""
+def batches(parts: Iterable[Change], count: int, worth: Mapping[str, float]) -> list[list[Change]]:
+    """At most ``count`` batches of ``parts``, none empty, those first that bring most per GPU.
+    ``worth``, by replica: what it could serve, to any scale."""
 
     def brings(part: Change) -> tuple[float, int]:
-        more = sum(map(worth, part.coming)) - sum(map(worth, part.going))
+        more = sum(worth.get(spec.replica_id, 0.0) for spec in part.coming)
+        more -= sum(worth.get(spec.replica_id, 0.0) for spec in part.going)
         return -more / max(1, gpus_of(part)), gpus_of(part)
 
     ordered = sorted(parts, key=brings)

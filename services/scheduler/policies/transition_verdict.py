@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.flow import Array, best_flow
-from services.scheduler.policies.joint_choice import Candidate, Judge
+from services.scheduler.policies.capacity import Column
+from services.scheduler.policies.flow import best_flow
+from services.scheduler.policies.horizon_judge import Weighed
+from services.scheduler.policies.joint_choice import Candidate
 from services.scheduler.policies.transition import (
     Change,
     Payback,
@@ -32,8 +33,8 @@ from services.scheduler.policies.transition import (
     strains,
     toll,
 )
+from services.scheduler.policies.transition_columns import columns_of, mix_headrooms
 from services.scheduler.policies.transition_steps import batches, components, walk
-from shared.hardware import Parallelism
 from shared.messages.decisions import SwitchOutlook
 from shared.messages.plans import ReplicaSpec
 
@@ -47,9 +48,10 @@ PHASE_S_MIN = 1.0  # over less, queues are no queues
 class Move:
     """The change in question. ``before`` and ``after``: replicas, of ``kept`` and ``choice``;
     ``running``: requests by replica; ``switch_s``: how long each switch takes, None: as the cost
-    model says; ``done``: steps of the same way that were walked already."""
+    model says; ``done``: steps of the same way that were walked already; ``thrifty``: it is made to
+    save GPUs, and need not make anything faster."""
 
-    judge: Judge
+    judge: Weighed
     kept: Candidate
     choice: Candidate
     before: tuple[ReplicaSpec, ...]
@@ -58,6 +60,7 @@ class Move:
     running: Mapping[str, float] = field(default_factory=dict[str, float])
     switch_s: float | None = None
     done: int = 0
+    thrifty: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,26 +110,11 @@ def affordable_way(move: Move) -> Way:
     for count in STEPS:
         if way is not None and (count > len(parts) or len(way.steps) < count // 2):
             break
-        way = meanwhile.judged(walk(move.before, batches(parts, count, worth.__getitem__)))
+        way = meanwhile.judged(walk(move.before, batches(parts, count, worth)))
         if not way.refused:
             return way
     assert way is not None, "there is a way of one step"
     return way
-
-
-def columns_of(table: Table, specs: Iterable[ReplicaSpec]) -> dict[str, Column]:
-    """By replica; those on GPUs that are not on offer are left out."""
-    pool_of = {offer.gpu_id: pool.name for pool in table.pools.values() for offer in pool.offers}
-    known = set(table.columns)
-    found: dict[str, Column] = {}
-    for spec in specs:
-        homes = {pool_of.get(gpu, "") for gpu in spec.gpus}
-        if len(homes) == 1:
-            shape = Parallelism.parse(spec.parallelism)
-            column = Column(spec.model_id, homes.pop(), shape)
-            if column in known:
-                found[spec.replica_id] = column
-    return found
 
 
 class _Meanwhile:
@@ -151,6 +139,8 @@ class _Meanwhile:
             Phase(seconds=each.seconds, lateness=0.0, headroom=headroom / MARGIN)
             for each, headroom in zip(tolls, served, strict=True)
         ]
+        if abandoned := self._abandoned(steps):
+            return replace(way, refused=f"{', '.join(abandoned)} would have no replica meanwhile")
         ahead_s = max(move.lasts_s, OUTLOOK * way.seconds)
         before = Phase(seconds=ahead_s, lateness=0.0, headroom=move.kept.headroom)
         after = Phase(seconds=ahead_s, lateness=0.0, headroom=move.choice.headroom)
@@ -171,8 +161,16 @@ class _Meanwhile:
             after=move.choice.lateness,
             horizon_s=move.lasts_s,
         )
-        refused = "" if sums.gain > sums.cost else "does not pay back"
-        return replace(way, sums=sums, refused=refused)
+        pays = move.thrifty or sums.gain > sums.cost
+        return replace(way, sums=sums, refused="" if pays else "does not pay back")
+
+    def _abandoned(self, steps: Sequence[Change]) -> list[str]:
+        """Models that have a replica before and after all steps, and none between two."""
+        kept = {spec.model_id for spec in self._move.before} & {
+            spec.model_id for spec in self._move.after
+        }
+        between = [{spec.model_id for spec in step.after} for step in steps[:-1]]
+        return sorted({model_id for there in between for model_id in kept - there})
 
     def _toll(self, step: Change) -> Toll:
         judge = self._move.judge
@@ -203,12 +201,3 @@ class _Meanwhile:
         if counts:
             return during.dispatched(counts).lateness
         return during.lateness({}, np.zeros_like(self._table.rates))
-
-
-def mix_headrooms(table: Table) -> Array:
-    """[S]: times the demand of its model that one replica of each column could carry of what it
-    can serve at all, types in the proportion in which they are expected."""
-    demand = table.demand
-    needed = np.divide(demand, table.rates, out=np.zeros_like(table.rates), where=table.rates > 0)
-    time = needed.sum(axis=1)
-    return np.divide(1.0, time, out=np.zeros_like(time), where=time > 0)

@@ -1,0 +1,110 @@
+"""From a policy's answer to what the scheduler asks for: every plan is verified, and corrected by
+what replicas bear now; or it is said why nothing moves."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from services.scheduler.balance import Balance
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.correction import Weights
+from services.scheduler.demands import Demands
+from services.scheduler.events import CORRECTING
+from services.scheduler.fleet import Fleet
+from services.scheduler.policies.interface import Planned, Problem
+from services.scheduler.policies.verify import shortages, verify
+from services.scheduler.standing import Standing
+from services.scheduler.wish import Wish
+from shared.core import Effect, Log
+from shared.mesh import MeshConfig
+from shared.messages.decisions import Decision
+from shared.messages.plans import DeploymentPlan
+
+
+@dataclasses.dataclass(slots=True)
+class Asking:
+    config: SchedulerConfig
+    mesh: MeshConfig
+    fleet: Fleet
+    demands: Demands
+    standing: Standing
+    balance: Balance
+    wish: Wish
+
+    def settle(self, planned: Planned, problem: Problem) -> Iterable[Effect]:
+        """Ask for the plan, if it can be and differs from the one in force as it was decided."""
+        plan, standing = planned.plan, self.standing
+        assert standing.plan is not None
+        as_decided = standing.as_decided()
+        if plan is None:
+            if self._pin_comes_off:
+                yield from self.ask(
+                    dataclasses.replace(planned, plan=as_decided), problem, as_decided.weights
+                )
+            else:
+                yield from self.keep(planned.reason, problem.now_s, planned.decision)
+            return
+        wrong = self.faults(plan, problem)
+        if wrong:
+            yield Log("plan.dropped", {"plan_id": plan.plan_id, "wrong": wrong}, "warning")
+            why = f"the plan computed cannot be: {'; '.join(wrong)}"
+            yield from self.keep(why, problem.now_s, planned.decision)
+        elif plan.plan_id == as_decided.plan_id and not self._pin_comes_off:
+            gone = self.fleet.absent(offer.gpu_id for offer in problem.offers)
+            absent = f"; workers absent: {', '.join(gone)}" if gone else ""
+            why = f"the plan in force is as wished: {planned.reason}{absent}"
+            yield from self.keep(why, problem.now_s, planned.decision)
+        else:
+            asked = dataclasses.replace(planned, plan=self.balance.applied(plan))
+            yield from self.ask(asked, problem, plan.weights)
+
+    def settle_answer(self, planned: Planned, problem: Problem) -> Iterable[Effect]:
+        """``settle`` what a policy answered, which has to heed the minimum of replicas, too."""
+        if planned.plan is None or self.config.policy != CORRECTING:
+            yield from self.settle(planned, problem)
+            return
+        wrong, missing = shortages(
+            planned.plan,
+            problem.offers,
+            self.mesh.model_ids,
+            replicas_min=problem.needs.replicas_min,
+        )
+        if wrong:
+            yield Log("plan.dropped", {"plan_id": planned.plan.plan_id, "wrong": wrong}, "warning")
+            yield from self.keep(f"the plan computed lacks replicas: {'; '.join(wrong)}",
+                                 problem.now_s, planned.decision)  # fmt: skip
+            return
+        reason = "; ".join([planned.reason, *missing])
+        yield from self.settle(dataclasses.replace(planned, reason=reason), problem)
+
+    def faults(self, plan: DeploymentPlan, problem: Problem) -> list[str]:
+        """Why it cannot be; empty if it can."""
+        wished = {wish.replica_id for wish in problem.wishes}
+        return verify(plan, problem.offers, self.mesh.model_ids, across_nodes=wished)
+
+    def ask(self, planned: Planned, problem: Problem, decided: Weights) -> Iterable[Effect]:
+        """Wish for the plan, which has been verified. ``decided``: its weights, uncorrected."""
+        plan, standing = planned.plan, self.standing
+        assert plan is not None
+        assert standing.plan is not None
+        standing.asked_for(plan, decided)
+        yield from self.wish.ask(
+            planned,
+            epoch=standing.epoch,
+            against=(standing.replicas, problem.in_force.replicas),
+            workers=len(problem.offers),
+            expected_rps=self.demands.expected_rps(problem.now_s),
+        )
+
+    def keep(self, why: str, now_s: float, decision: Decision | None = None) -> Iterable[Effect]:
+        return self.wish.keep(
+            why,
+            now_s=now_s,
+            epoch=self.standing.epoch,
+            expected_rps=self.demands.expected_rps(now_s),
+            decision=decision,
+        )
+
+    @property
+    def _pin_comes_off(self) -> bool:
+        """Policies are asked although the plan in force is pinned: it was released."""
+        return self.standing.plan is not None and self.standing.plan.pinned
