@@ -35,13 +35,13 @@ def line_of(file: Path, field: str) -> int:
     except (OSError, UnicodeDecodeError):
         return 0
     steps = [name or int(number) for name, number in _STEP.findall(field)]
-    deepest, found, left = 0, _Table("", 0, 0, 0, is_array=False), steps
-    for table in _tables(lines):
+    tables = list(_tables(lines))
+    before = tables[0].first - 1 if tables else len(lines)
+    deepest, found, left = 0, _Table("", 0, 0, before, is_array=False), steps[:1]
+    for table in tables:
         rest = _inside(table, steps, lines)
         if rest is not None and len(steps) - len(rest) > deepest:
             deepest, found, left = len(steps) - len(rest), table, rest
-    if not deepest:
-        return 0
     for key in [step for step in left if isinstance(step, str)]:
         for number, line in enumerate(lines[found.first : found.last], found.first + 1):
             if re.match(rf"\s*\"?{re.escape(key)}\"?\s*=", line):
@@ -63,9 +63,9 @@ class _Table:
 
 def _tables(lines: list[str]) -> Generator[_Table]:
     headers = [(i, match) for i, line in enumerate(lines, 1) if (match := _HEADER.match(line))]
-    ends = [start - 1 for start, _ in headers[1:]] + [len(lines)]
+    ends = [start - 1 for start, _ in headers] + [len(lines)]
     counts: dict[str, int] = {}
-    for (first, match), last in zip(headers, ends, strict=True):
+    for (first, match), last in zip(headers, ends[1:], strict=True):
         name = match[2].replace('"', "")
         yield _Table(name, counts.get(name, 0), first, last, is_array=match[1] == "[[")
         counts[name] = counts.get(name, 0) + 1
@@ -74,6 +74,8 @@ def _tables(lines: list[str]) -> Generator[_Table]:
 def _inside(table: _Table, steps: list[str | int], lines: list[str]) -> list[str | int] | None:
     """What is left of the path inside the table; None if it leads elsewhere."""
     parts = table.name.split(".")
+    if parts[: len(steps)] == steps:
+        return []  # a table within what is looked for says where that is
     if steps[: len(parts)] != parts:
         return None
     rest = steps[len(parts) :]

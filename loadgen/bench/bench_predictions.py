@@ -58,6 +58,10 @@ REHEARSED_S, HORIZON_S = 120.0, 300.0
 REQUESTS = 2500.0  # simulated, if the time allows
 REHEARSED_SEED = 1234  # not one of the arrivals simulated
 GOODPUT_TIE = 0.01
+OVERLOAD_MAX = (
+    1.5  # plans that are asked for more than that are left out: any way to predict sees it
+)
+WAITING_MAX = 65536  # nobody is refused, so that overload shows as waiting
 Figures = Mapping[str, float]
 Mix = tuple[tuple[float, float, float], ...]  # of each type: weight, tokens in, tokens out
 
@@ -177,7 +181,10 @@ def simulated(
     mesh = MeshConfig(
         name="predictions",
         model=ModelSpec(model_id=ground.model, context_tokens_max=131072),
-        engine=EngineSpec(kind="modelled", modelled=ModelledEngineSettings(timing="profile")),
+        engine=EngineSpec(
+            kind="modelled",
+            modelled=ModelledEngineSettings(timing="profile", waiting_max=WAITING_MAX),
+        ),
         nodes=tuple(
             NodeSpec(node_id=f"n{i}", gpus=min(NODE_GPUS, ground.gpus), gpu_kind=KIND)
             for i in range(nodes)
@@ -289,6 +296,8 @@ def measure(ground: Ground, name: str, load: float, seed: int) -> Iterator[Case]
     foretold = requests(table, seconds=REHEARSED_S, seed=REHEARSED_SEED)
     for counts in every:
         shares = equal_weights(table, counts)
+        if _utilisation(table, counts, shares) > OVERLOAD_MAX:
+            continue
         whole, each = simulated(ground, counts, drawn)
         start_s = time.process_time()
         lateness = judge.lateness(counts, shares)

@@ -23,6 +23,7 @@ TOOLS = Path(os.environ.get("OSERVE_TOOLS", "../shared/tools"))
 HOUR_S = 3600.0
 SWEEP_RPS = 100.0  # more than any deployment here bears: seeds thin it
 PROBE_SCALE = 0.5  # of ServeGen's rates, on which saturation is looked for
+THREE_PROBE_SCALE = 0.25  # the same of three models, of which two have many short requests
 KEPT = 0.5  # of what is drawn for a load
 DRAW_TIMEOUT_S = 1800.0
 _AZURE, _MOONCAKE = "azure2023_code_conv.csv.gz", "mooncake_conversation.jsonl.gz"
@@ -82,12 +83,12 @@ def _swept(level: str) -> Files:
     return files
 
 
-def _servegen(start_s: int, pools: tuple[str, ...]) -> Files:
+def _servegen(start_s: int, pools: tuple[str, ...], *, probe: float = PROBE_SCALE) -> Files:
     """``pools``: one for all models, or one for each in their order."""
 
     def files(cache: Path, models: tuple[str, ...], scale: float | None) -> Offered:
-        drawn = PROBE_SCALE if scale is None else float(f"{PROBE_SCALE * scale / KEPT:.4g}")
-        kept = 1.0 if scale is None else PROBE_SCALE * scale / drawn
+        drawn = probe if scale is None else float(f"{probe * scale / KEPT:.4g}")
+        kept = 1.0 if scale is None else probe * scale / drawn
         own = pools if len(pools) == len(models) else pools * len(models)
         paths = [_drawn(cache, pool, start_s, drawn) for pool in own]
         return Offered({m: str(p) for m, p in zip(models, paths, strict=True)}, kept)
@@ -170,7 +171,7 @@ WORKLOADS: Mapping[str, StudyWorkload] = {
         StudyWorkload(
             "three-models",
             f"ServeGen's m-large, m-mid and m-small from second {WINDOWS_S[0]:,} on, scaled alike",
-            _servegen(WINDOWS_S[0], ("m-large", "m-mid", "m-small")),
+            _servegen(WINDOWS_S[0], ("m-large", "m-mid", "m-small"), probe=THREE_PROBE_SCALE),
             models=THREE,
         ),
     )

@@ -12,7 +12,7 @@ from shared.cost.links import reload_s
 from shared.cost.model import cost_model
 from shared.hardware import Parallelism
 from shared.messages.decisions import PlanOutlook
-from shared.messages.plans import DeploymentPlan
+from shared.messages.plans import DeploymentPlan, ReplicaSpec
 
 Ask = Callable[[Site, Expected], Answer]
 
@@ -67,25 +67,26 @@ def better_link(
 def start_words(site: Site, plan: DeploymentPlan) -> tuple[str, ...]:
     """How long replicas of the plan's shapes take to start, and what of it a faster link would
     save: weights come from the nodes' disks, so it is that one."""
-    kinds = {gpu.gpu_id: gpu.kind for gpu in site.mesh.gpus()}
-    found: dict[tuple[str, str, str], str] = {}
-    for spec in plan.replicas:
-        key = (spec.model_id, spec.parallelism, kinds[spec.gpus[0]])
-        if key in found:
-            continue
-        shape = Parallelism.parse(spec.parallelism)
-        nodes = len({site.mesh.node_of(gpu) for gpu in spec.gpus})
-        name = site.mesh.model_of(spec.model_id).profile_name
-        cost = cost_model(key[2], name, shape, nodes=nodes)
+    found: dict[str, set[str]] = {}
+    for model_id, kind, shape, nodes in sorted({_placed(site, spec) for spec in plan.replicas}):
+        cost = cost_model(kind, site.mesh.model_of(model_id).profile_name, shape, nodes=nodes)
         weights_s = reload_s(cost.profile, cost.gpu, shape, nodes=nodes)
         disk = f"{cost.gpu.disk.bytes_per_s / 1e9:.3g} GB/s"
-        found[key] = (
-            f"A new {spec.parallelism.removesuffix('pp1')} of {spec.model_id} on {key[2]} takes "
-            f"{cost.start_s:.0f} s to start: {cost.gpu.engine_start_s:.0f} s of engine and "
-            f"{weights_s:.0f} s to read its weights from a disk of {disk}. A disk twice as fast "
-            f"saves {weights_s / 2:.0f} s of that; a faster network saves nothing."
+        text = (
+            f"of {model_id} on {kind} takes {cost.start_s:.0f} s to start: "
+            f"{cost.gpu.engine_start_s:.0f} s of engine and {weights_s:.0f} s to read its weights "
+            f"from a disk of {disk}. A disk twice as fast saves {weights_s / 2:.0f} s of that; a "
+            "faster network saves nothing."
         )
-    return tuple(text for _, text in sorted(found.items()))
+        found.setdefault(text, set()).add(str(shape).removesuffix("pp1"))
+    return tuple(f"A new {' or '.join(sorted(names))} {text}" for text, names in found.items())
+
+
+def _placed(site: Site, spec: ReplicaSpec) -> tuple[str, str, Parallelism, int]:
+    """Model, kind of GPU, shape, and nodes that it spans."""
+    kinds = {gpu.gpu_id: gpu.kind for gpu in site.mesh.gpus()}
+    nodes = len({site.mesh.node_of(gpu) for gpu in spec.gpus})
+    return spec.model_id, kinds[spec.gpus[0]], Parallelism.parse(spec.parallelism), nodes
 
 
 def _compared(what: str, base: Answer, other: Answer) -> Brought | None:
@@ -106,9 +107,13 @@ def _compared(what: str, base: Answer, other: Answer) -> Brought | None:
 
 
 def _better(before: PlanOutlook, after: PlanOutlook) -> bool:
+    """More is carried, or what is carried is served better without carrying less than the demand
+    that was carried before."""
     if after.headroom > before.headroom * (1.0 + GAIN_MIN):
         return True
+    if after.headroom < min(1.0, before.headroom):
+        return False
     if after.lateness < before.lateness * (1.0 - GAIN_MIN):
         return True
-    shares = (before.goodput_share, after.goodput_share)
-    return None not in shares and (shares[1] or 0.0) - (shares[0] or 0.0) > GOODPUT_GAIN_MIN
+    first, second = before.goodput_share, after.goodput_share
+    return first is not None and second is not None and second - first > GOODPUT_GAIN_MIN

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 
 from loadgen.compare.options import parse_class, parse_traces
 from loadgen.planning.demand import Expected
@@ -112,7 +112,7 @@ def plan(  # noqa: PLR0913, PLR0917  # one parameter per option of the command l
             what_ifs=tuple(parse_what_if(text) for text in what_if or ()),
             explain=explain,
         )
-        with reserved_stdout():
+        with console.status("planning"), reserved_stdout():
             found = report(question)
         if out is not None and found.answer.plan is not None:
             write_plan(found.answer.plan, out, comments=comments(found.answer))
@@ -190,7 +190,7 @@ class Asked:
             raise ConfigInvalid(
                 field="--model",
                 value=self.model,
-                remedy=f"the demand names {', '.join(name for name in names if name)}: leave it out",
+                remedy=f"the demand names {', '.join(filter(None, names))}: leave it out",
             )
         first = self.model or site.mesh.model.model_id
         return serving(site, [name or first for name in names], alone=bool(self.model))
@@ -212,9 +212,7 @@ def comments(answer: Answer) -> list[str]:
 
 
 def _show(found: Report, console: Console, *, explain: bool) -> None:
-    console.print(plan_tables(found))
-    if explain:
-        for part in explained(found):
-            console.print(part)
-    if found.what_ifs:
-        console.print("", compared(found))
+    parts: list[RenderableType] = [plan_tables(found.answer)]
+    parts += explained(found) if explain else []
+    parts += compared(found) if found.what_ifs else []
+    console.print(Group(*parts))

@@ -89,7 +89,8 @@ def trace_demand(
             )
     if empty is not None and not any(model.types for model in models):
         raise empty
-    source = ", ".join(traces.values())
+    several = len(traces) > 1
+    source = ", ".join(f"{name}={path}" if several else path for name, path in traces.items())
     return Expected(
         models=tuple(models),
         names={},

@@ -1,6 +1,6 @@
 """The machines that a plan is made for: a topology, and what it would be with other hardware."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,13 +155,14 @@ def with_network(mesh: MeshConfig, folder: Path, bytes_per_s: float | None) -> M
     return msgspec.structs.replace(mesh, model=specs[0], more_models=tuple(specs[1:]))
 
 
-def price_per_hour(site: Site) -> float:
-    """Of all its GPUs: as the scheduler's settings say, else as the GPUs' facts do."""
+def price_per_hour(site: Site, gpus: Iterable[str]) -> float:
+    """Of these GPUs: as the scheduler's settings say, else as the GPUs' facts do, in US$."""
+    kinds = {gpu.gpu_id: gpu.kind for gpu in site.mesh.gpus()}
     prices = site.scheduler.gpu_prices or {}
     total = 0.0
-    for node in site.mesh.nodes:
-        price = prices.get(node.gpu_kind)
-        total += node.gpus * (gpu_facts(node.gpu_kind).price_per_hour if price is None else price)
+    for gpu in gpus:
+        price = prices.get(kinds[gpu])
+        total += gpu_facts(kinds[gpu]).price_per_hour if price is None else price
     return total
 
 

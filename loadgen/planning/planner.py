@@ -1,7 +1,9 @@
 """Asks the production policy for a plan, with what a command line knows in place of a mesh."""
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from time import perf_counter
+from typing import Literal
 
 import msgspec
 
@@ -9,12 +11,14 @@ from loadgen.planning.demand import Expected
 from loadgen.planning.machine import Site, price_per_hour
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import engine_limits
-from services.scheduler.policies.capacity import build, kind_of
+from services.scheduler.policies.capacity import Column, build, kind_of
+from services.scheduler.policies.capacity_plan import brief
 from services.scheduler.policies.capacity_rates import CostRates
 from services.scheduler.policies.interface import GpuOffer, Needs, Planned, Policy, Problem
 from services.scheduler.policies.registry import make_policy
 from services.scheduler.policies.verify import verify
 from shared.errors import OServeError
+from shared.hardware import Parallelism
 from shared.messages.decisions import Decision
 from shared.messages.plans import DeploymentPlan
 from shared.slo import SloClass, SloTarget
@@ -22,6 +26,10 @@ from shared.slo import SloClass, SloTarget
 NOTHING = DeploymentPlan(plan_id="none")
 USUAL: SloClass = "standard"
 SERVED_ENOUGH = 1.0 - 1e-6  # headroom of a plan that carries the demand: rounding
+
+Change = Literal["new", "none", "weights", "replicas"]
+"""What a plan changes of the one in force: all, where nothing is; nothing; weights alone; or which
+replicas there are."""
 
 MakePolicy = Callable[[SchedulerConfig], Policy]
 
@@ -45,23 +53,26 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked, and what the policy said. ``gpus`` and ``demand`` are words;
-    ``price_per_hour`` is that of all GPUs. ``targets``: by SLO class, of those expected, and by
-    model where one has its own. ``plan`` is None when nothing can be placed. ``moves``: whether it
-    differs from the plan in force, if there is one. ``missing``: what cannot be served, and what it
-    would take; empty when the plan carries the demand."""
+    """What was asked, and what the policy said. ``gpus`` and ``demand`` are words; ``horizon_s`` is
+    for how long the demand is taken to last. ``targets``: by SLO class, of those expected, and by
+    model where one has its own. ``plan`` is None when nothing can be placed; ``brief`` are its
+    replicas, such as ``2 x tp4``, and ``price_per_hour`` is that of the GPUs that it uses.
+    ``change``: from the plan in force. ``missing``: what cannot be served, and what it would take;
+    empty when the plan carries the demand."""
 
     topology: str
     gpus: str
     demand: str
+    horizon_s: float
     notes: tuple[str, ...]
     price_per_hour: float
     targets: dict[str, SloTarget]
     types: tuple[TypeName, ...]
     plan: DeploymentPlan | None
+    brief: str
     decision: Decision
     reason: str
-    moves: bool
+    change: Change
     missing: tuple[str, ...]
     took_s: float
 
@@ -102,14 +113,16 @@ def ask(
         topology=topology,
         gpus=site.brief(),
         demand=expected.source,
+        horizon_s=max((model.horizon_s for model in expected.models), default=0.0),
         notes=_notes(problem, expected, in_force),
-        price_per_hour=price_per_hour(site),
+        price_per_hour=price_per_hour(site, _gpus(planned.plan)),
         targets=_targets(problem),
         types=_type_names(expected),
         plan=planned.plan,
+        brief=_brief(planned.plan, problem),
         decision=decision,
         reason=planned.reason,
-        moves=planned.plan is not None and planned.plan.plan_id != in_force.plan_id,
+        change=_change(planned.plan, in_force),
         missing=_missing(planned, decision),
         took_s=took_s,
     )
@@ -193,6 +206,28 @@ def _missing(planned: Planned, decision: Decision) -> tuple[str, ...]:
         )
         return (short,)
     return ()
+
+
+def _change(plan: DeploymentPlan | None, in_force: DeploymentPlan) -> Change:
+    if not in_force.replicas:
+        return "new"
+    if plan is None or plan.plan_id == in_force.plan_id:
+        return "none"
+    return "weights" if set(plan.replicas) == set(in_force.replicas) else "replicas"
+
+
+def _brief(plan: DeploymentPlan | None, problem: Problem) -> str:
+    replicas = plan.replicas if plan else ()
+    return brief(
+        Counter(
+            Column(spec.model_id, problem.kinds[spec.gpus[0]], Parallelism.parse(spec.parallelism))
+            for spec in replicas
+        )
+    )
+
+
+def _gpus(plan: DeploymentPlan | None) -> list[str]:
+    return [gpu for spec in plan.replicas for gpu in spec.gpus] if plan else []
 
 
 def _targets(problem: Problem) -> dict[str, SloTarget]:

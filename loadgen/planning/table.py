@@ -7,37 +7,75 @@ from rich.table import Table
 from rich.text import Text
 
 from loadgen.planning import words
-from loadgen.planning.planner import Answer
-from loadgen.planning.report import Report
+from loadgen.planning.grid import Row, left, right, section, wide
+from loadgen.planning.planner import Answer, Change
 from loadgen.report_table import share
-from shared.messages.decisions import Decision, PlanOutlook, ReplicaOutlook, TypeOutlook
+from shared.messages.decisions import (
+    Decision,
+    PlanOutlook,
+    ReplicaOutlook,
+    SwitchOutlook,
+    TypeOutlook,
+)
 
 REPLICAS_SHOWN = 24
 """Beyond, replicas that are alike in all that is shown share a line."""
 
-_OBJECTIVES = {
-    "headroom": "any plan carries at most {:.4g} x the demand",
-    "served": "any plan serves at most {:.4g} requests/s of it",
-    "thrift": "no plan that carries it is cheaper than {:.4g} per hour",
+_NO_PLAN = {
+    "headroom": "no plan carries more than {:.4g} x the p90 of the demand",
+    "served": "no plan serves more than {:.4g} requests/s of it",
+    "thrift": "no plan that carries the demand costs less than {:.4g} per hour",
+}
+
+_CHANGES: dict[Change, str] = {
+    "new": "",
+    "replicas": "",
+    "none": "; that is in force already",
+    "weights": "; the replicas in force, with other weights",
 }
 
 
-def plan_tables(report: Report) -> RenderableType:
-    """The plan, what it is worth, and what else was asked."""
-    answer = report.answer
+def plan_tables(answer: Answer) -> RenderableType:
+    """The plan, what it is worth, what it cannot do."""
     parts: list[RenderableType] = [_headline(answer)]
     decision = answer.decision
     if decision.replicas:
-        parts += ["", _replicas(answer)]
+        parts += _replicas(answer)
     if decision.types:
-        parts += ["", _types(answer)]
-    parts += _lines("Missing", answer.missing, style="red")
-    parts += _lines("Note", answer.notes)
+        parts += _types(answer)
+    if answer.missing or answer.notes:
+        parts.append("")
+    parts += [Text(f"Missing: {text}", style="red") for text in answer.missing]
+    parts += [Text(f"Note: {text}") for text in answer.notes]
     return Group(*parts)
 
 
+def worth(outlook: PlanOutlook) -> str:
+    """Headroom, tails and goodput of a plan. Plans are made for the 90th percentile of demand."""
+    parts = [f"carries {words.times(outlook.headroom)} the p90 of the demand"]
+    if outlook.goodput_share is not None:
+        parts.append(f"{share(outlook.goodput_share)} of requests within targets")
+    if outlook.e2e_s_p99 is not None:
+        parts.append(f"E2E p99 {words.seconds(outlook.e2e_s_p99)} s")
+    parts.append(f"p99 of TTFT and TPOT at {words.percent(outlook.lateness)} of targets")
+    return ", ".join(parts)
+
+
+def proof(decision: Decision, took_s: float) -> str:
+    """How far from the best the plan may be, and what finding it took."""
+    time = f"solved in {decision.solve_s or took_s:.2f} s"
+    if decision.objective is None or decision.gap is None:
+        return f"no bound was worked out; {time}"
+    bound = decision.objective if decision.bound is None else decision.bound
+    limit = _NO_PLAN.get(decision.goal, "no plan is better than {:.4g}").format(bound)
+    gap = f"gap {100 * decision.gap:.2f} %"
+    if decision.optimal:
+        return f"{limit}: proven, {gap}; {time}"
+    return f"{limit}; {decision.objective:.4g} was found in time, {gap}; {time}"
+
+
 def _headline(answer: Answer) -> Table:
-    table = Table(title="Plan", show_header=False, title_justify="left", show_lines=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, text in _summary(answer):
@@ -48,20 +86,31 @@ def _headline(answer: Answer) -> Table:
 def _summary(answer: Answer) -> list[tuple[str, str]]:
     decision, chosen = answer.decision, answer.decision.chosen
     rows = [
-        ("demand", answer.demand),
+        ("demand", f"{answer.demand}: {_offered(answer)}"),
         ("targets", _targets(answer)),
         ("machines", f"{answer.gpus}; {answer.topology}"),
     ]
     if chosen is None or answer.plan is None:
         return [*rows, ("plan", "none")]
-    rows.append(("plan", f"{chosen.plan}, on {chosen.gpus} GPUs"))
+    gpus = sum(len(spec.gpus) for spec in answer.plan.replicas)
+    price = f"{answer.price_per_hour:,.2f} per hour"
+    rows.append(("plan", f"{answer.brief}, on {gpus} GPUs for {price}{_CHANGES[answer.change]}"))
+    if chosen.plan != answer.brief:
+        rows.append(("on the way to", chosen.plan))
     rows.append(("worth", worth(chosen)))
     rows.append(("proof", proof(decision, answer.took_s)))
-    if decision.in_force is not None:
+    if decision.in_force is not None and answer.change == "replicas":
         rows.append(("in force", f"{decision.in_force.plan}: {worth(decision.in_force)}"))
     if decision.switch is not None:
-        rows.append(("switch", _switch(decision)))
+        rows.append(("switch", _switch(decision.switch)))
     return rows
+
+
+def _offered(answer: Answer) -> str:
+    types, horizon_s = answer.decision.types, answer.horizon_s
+    total = words.rate(sum(kind.arrivals_rps for kind in types))
+    lasts = f", for {horizon_s:,.0f} s" if horizon_s else ""
+    return f"{total} requests/s of {len(types)} type{'s' if len(types) > 1 else ''}{lasts}"
 
 
 def _targets(answer: Answer) -> str:
@@ -71,33 +120,7 @@ def _targets(answer: Answer) -> str:
     )
 
 
-def worth(outlook: PlanOutlook) -> str:
-    """Headroom, goodput, tails and price of a plan."""
-    parts = [f"carries {words.times(outlook.headroom)} the demand"]
-    if outlook.goodput_share is not None:
-        parts.append(f"{share(outlook.goodput_share)} of requests within targets")
-    if outlook.e2e_s_p99 is not None:
-        parts.append(f"E2E p99 {words.seconds(outlook.e2e_s_p99)} s")
-    parts.append(f"tails at {100 * outlook.lateness:.0f} % of their targets")
-    if outlook.price_per_hour is not None:
-        parts.append(f"{outlook.price_per_hour:,.2f} per hour")
-    return ", ".join(parts)
-
-
-def proof(decision: Decision, took_s: float) -> str:
-    """How far from the best the plan may be, and what finding it took."""
-    time = f"solved in {decision.solve_s or took_s:.2f} s"
-    if decision.objective is None or decision.gap is None:
-        return f"no bound was worked out; {time}"
-    objective = _OBJECTIVES.get(decision.goal, "{:.4g}").format(decision.objective)
-    how = "proven best" if decision.optimal else "the best found in time"
-    bound = "" if decision.bound is None else f"bound {decision.bound:.4g}, "
-    return f"{objective}, {how} ({bound}gap {100 * decision.gap:.2g} %); {time}"
-
-
-def _switch(decision: Decision) -> str:
-    switch = decision.switch
-    assert switch is not None
+def _switch(switch: SwitchOutlook) -> str:
     verdict = "pays" if switch.moves else "does not pay"
     served = share(switch.served_share)
     moved = f"{switch.bytes_moved / 1e9:,.0f} GB"
@@ -111,38 +134,32 @@ def _switch(decision: Decision) -> str:
         parts.append(f"the forecast is trusted for {switch.horizon_s:,.0f} s")
     if switch.payback_s is not None:
         parts.append(f"paid back after {switch.payback_s:,.0f} s")
-    parts += [text for text in (switch.step, switch.why) if text]
+    parts += [text for text in (switch.step, switch.why) if text and text not in verdict]
     return "; ".join(parts)
 
 
-def _replicas(answer: Answer) -> Table:
-    decision = answer.decision
-    table = Table(title="Replicas (times in ms, p50 / p99)", title_justify="left")
-    table.add_column("replica", overflow="fold", ratio=3)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("GPUs", overflow="fold", ratio=3)
-    table.add_column("sent, requests/s", overflow="fold", ratio=3)
-    for name in ("busy", "TTFT", "TPOT"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for group in _alike(answer, decision.replicas):
+def _replicas(answer: Answer) -> list[RenderableType]:
+    replicas = answer.decision.replicas
+    title = "Replicas: what each is sent, in requests/s, and predicted times, in ms at p50 / p99"
+    told, there = len(replicas), len(answer.plan.replicas) if answer.plan else 0
+    if told < there:
+        title += f"; {told} of {there}, the others are in the plan file (--out)"
+    columns = (*wide("replica"), *left("shape"), *wide("GPUs", "sent"))
+    columns += right("busy", "TTFT", "TPOT")
+    rows: list[Row] = []
+    for group in _alike(answer, replicas):
         first = group[0]
         name, gpus = first.replica_id, words.gpus(first.gpus)
         if len(group) > 1:
             name = f"{len(group)} x {first.model_id}"
             gpus = f"{sum(len(one.gpus) for one in group)}: {gpus} ..."
-        table.add_row(
-            Text(name),
-            Text(words.shape(first.parallelism)),
-            Text(gpus),
-            Text(_sent(answer, first)),
-            _busy(first.utilisation),
-            words.pair(first.ttft_s_p50, first.ttft_s_p99),
-            words.pair(first.tpot_s_p50, first.tpot_s_p99),
+        rows.append(
+            Row(
+                cells=(name, words.shape(first.parallelism), gpus, *_figures(answer, first)),
+                style="red" if first.utilisation > 1.0 else "",
+            )
         )
-    told, there = len(decision.replicas), len(answer.plan.replicas) if answer.plan else 0
-    if told < there:
-        table.caption = f"{told} of {there} replicas; the plan file has all"
-    return table
+    return section(title, columns, rows)
 
 
 def _alike(answer: Answer, replicas: Sequence[ReplicaOutlook]) -> list[list[ReplicaOutlook]]:
@@ -151,60 +168,53 @@ def _alike(answer: Answer, replicas: Sequence[ReplicaOutlook]) -> list[list[Repl
     for one in replicas:
         key: object = one.replica_id
         if len(replicas) > REPLICAS_SHOWN:
-            key = (
-                one.model_id,
-                one.parallelism,
-                _sent(answer, one),
-                _busy(one.utilisation).plain,
-                words.pair(one.ttft_s_p50, one.ttft_s_p99),
-                words.pair(one.tpot_s_p50, one.tpot_s_p99),
-            )
+            key = (one.model_id, one.parallelism, _figures(answer, one))
         groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 
-def _sent(answer: Answer, one: ReplicaOutlook) -> str:
-    return words.counted(
+def _figures(answer: Answer, one: ReplicaOutlook) -> tuple[str, ...]:
+    sent = (
         (answer.type_name(one.model_id, number), value)
         for number, value in sorted(one.arrivals_rps.items())
         if value > 0.0
     )
+    return (
+        words.counted(sent),
+        words.percent(one.utilisation),
+        words.pair(one.ttft_s_p50, one.ttft_s_p99),
+        words.pair(one.tpot_s_p50, one.tpot_s_p99),
+    )
 
 
-def _busy(utilisation: float) -> Text:
-    return Text(f"{100 * utilisation:.0f} %", style="red" if utilisation > 1.0 else "")
-
-
-def _types(answer: Answer) -> Table:
-    models = {kind.model_id for kind in answer.decision.types}
-    table = Table(title="Types (times in ms, p50 / p99)", title_justify="left")
-    table.add_column("type", overflow="fold")
-    table.add_column("arrivals, requests/s", justify="right")
-    table.add_column("tokens in / out", justify="right", no_wrap=True)
-    for name in ("TTFT", "TPOT"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("E2E p99, s", justify="right")
-    table.add_column("within targets", justify="right")
+def _types(answer: Answer) -> list[RenderableType]:
+    several = len({kind.model_id for kind in answer.decision.types}) > 1
+    columns = (
+        *wide("type"),
+        *right("arrivals", "p10 to p90", "tokens in / out", "TTFT", "TPOT", "E2E p99, s"),
+        *right("in time"),
+    )
+    title = "Types: requests/s, mean tokens, predicted times in ms at p50 / p99, within targets"
+    rows: list[Row] = []
     for kind in answer.decision.types:
         name = answer.type_name(kind.model_id, kind.request_type)
-        table.add_row(
-            Text(f"{kind.model_id} {name}" if len(models) > 1 else name),
-            _arrivals(kind),
-            f"{kind.input_tokens:,.0f} / {kind.output_tokens:,.0f}",
-            words.pair(kind.ttft_s_p50, kind.ttft_s_p99),
-            words.pair(kind.tpot_s_p50, kind.tpot_s_p99),
-            words.seconds(kind.e2e_s_p99),
-            share(kind.goodput_share),
+        rows.append(
+            Row(
+                cells=(
+                    f"{kind.model_id} {name}" if several else name,
+                    words.rate(kind.arrivals_rps),
+                    _range(kind),
+                    f"{kind.input_tokens:,.0f} / {kind.output_tokens:,.0f}",
+                    words.pair(kind.ttft_s_p50, kind.ttft_s_p99),
+                    words.pair(kind.tpot_s_p50, kind.tpot_s_p99),
+                    words.seconds(kind.e2e_s_p99),
+                    share(kind.goodput_share),
+                )
+            )
         )
-    return table
+    return section(title, columns, rows)
 
 
-def _arrivals(kind: TypeOutlook) -> str:
+def _range(kind: TypeOutlook) -> str:
     low, high = kind.arrivals_rps_p10, kind.arrivals_rps_p90
-    if low == high:
-        return words.rate(kind.arrivals_rps)
-    return f"{words.rate(kind.arrivals_rps)} ({words.rate(low)} to {words.rate(high)})"
-
-
-def _lines(title: str, texts: Sequence[str], *, style: str = "") -> list[RenderableType]:
-    return [Text(f"{title}: {text}", style=style) for text in texts]
+    return words.NOTHING if low == high else f"{words.rate(low)} to {words.rate(high)}"

@@ -3,90 +3,97 @@
 from collections.abc import Sequence
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from loadgen.planning import words
 from loadgen.planning.advice import Brought
+from loadgen.planning.grid import Column, Row, left, right, section, wide
 from loadgen.planning.planner import Answer, Rate
 from loadgen.planning.report import Report
 from loadgen.report_table import share
 from shared.hardware import Parallelism
 from shared.messages.decisions import PlanOutlook
 
+ABREAST = 3
+"""What-ifs side by side: more would not be readable."""
+
+_WORTH = right("carries", "p99 / targets", "in time", "E2E p99, s")
+
 
 def explained(report: Report) -> list[RenderableType]:
     """The other plans, the bottleneck, what more hardware brings, and what each shape serves."""
     answer, decision = report.answer, report.answer.decision
     parts: list[RenderableType] = []
-    outlooks = [o for o in (decision.chosen, *decision.alternatives) if o is not None]
-    if outlooks:
-        parts += ["", _alternatives(outlooks)]
-    if decision.bottleneck:
-        parts.append(Text(f"Bottleneck: {decision.bottleneck}"))
-    parts += [Text(f"Advice: {text}") for text in decision.advice]
+    if decision.chosen is not None:
+        parts += _alternatives(decision.chosen, decision.alternatives)
+    said = [f"Bottleneck: {decision.bottleneck}"] if decision.bottleneck else []
+    said += [f"Advice: {text}" for text in decision.advice]
+    parts += ["", *(Text(text) for text in said)] if said else []
     if report.brought:
-        parts += ["", _brought(report.brought)]
-    parts += [Text(text) for text in report.starts]
+        parts += _brought(report.brought)
+    parts += ["", *(Text(text) for text in report.starts)] if report.starts else []
     if report.rates:
-        parts += ["", _rates(answer, report.rates)]
+        parts += _rates(answer, report.rates)
     return parts
 
 
-def compared(report: Report) -> RenderableType:
-    """The plan beside those of each what-if; ratios are to the first column's."""
-    answers = [report.fresh or report.answer, *(changed.answer for changed in report.what_ifs)]
-    names = ["now", *(changed.what_if for changed in report.what_ifs)]
-    title = "What if (ratios to the first)"
+def compared(report: Report) -> list[RenderableType]:
+    """The plan beside those of each what-if, a few at a time; ratios are to the first column's."""
+    title = "What if: ratios to what is"
     if report.fresh is not None:
-        title = "What if (ratios to the first; all as if nothing were in force)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(Text(name, overflow="fold"), overflow="fold")
-    first = answers[0]
-    table.add_row("machines", *(Text(one.gpus) for one in answers))
-    table.add_row(
-        "list price, US$/h",
-        *(_ratio(one.price_per_hour, first.price_per_hour, f"{one.price_per_hour:,.2f}")
-          for one in answers),
-    )  # fmt: skip
-    table.add_row("plan", *(Text(one.decision.chosen.plan if one.decision.chosen else "none")
-                            for one in answers))  # fmt: skip
-    for name, cells in _figures(answers):
-        table.add_row(name, *cells)
-    return table
+        title += "; all as if nothing were in force"
+    base = ("as it is", report.fresh or report.answer)
+    others = [(changed.what_if, changed.answer) for changed in report.what_ifs]
+    parts: list[RenderableType] = []
+    for first in range(0, len(others), ABREAST):
+        parts += _compared(title, [base, *others[first : first + ABREAST]])
+    return parts
 
 
-def _figures(answers: Sequence[Answer]) -> list[tuple[str, list[str]]]:
-    def row(name: str, values: Sequence[float | None], texts: Sequence[str]) -> None:
-        cells = [_ratio(value, values[0], text) for value, text in zip(values, texts, strict=True)]
-        rows.append((name, cells))
+def _compared(title: str, named: Sequence[tuple[str, Answer]]) -> list[RenderableType]:
+    answers = [answer for _, answer in named]
+    prices = [one.price_per_hour for one in answers]
+    used = [_gpus_used(one) for one in answers]
+    rows = [
+        _words("machines", [one.gpus for one in answers]),
+        _words("plan", [one.brief for one in answers]),
+        _ratios("GPUs used", used, [str(count) for count in used]),
+        _ratios("their price per hour", prices, [f"{price:,.2f}" for price in prices]),
+        *_figures(answers),
+    ]
+    rows = [row for row in rows if any(cell != words.NOTHING for cell in row.cells[1:])]
+    return section(title, (*left(""), *wide(*(name for name, _ in named))), rows)
 
-    rows: list[tuple[str, list[str]]] = []
-    demands = [_offered(one) for one in answers]
+
+def _gpus_used(answer: Answer) -> int:
+    return sum(len(spec.gpus) for spec in answer.plan.replicas) if answer.plan else 0
+
+
+def _figures(answers: Sequence[Answer]) -> list[Row]:
     chosen = [one.decision.chosen for one in answers]
-    row("demand, requests/s", demands, [words.rate(value) for value in demands])
+    demands = [sum(kind.arrivals_rps for kind in one.decision.types) for one in answers]
     headrooms = [outlook.headroom if outlook else None for outlook in chosen]
-    row("carries, times its demand", headrooms, [words.times(value) for value in headrooms])
-    rows.append(
-        (
-            "within targets",
-            [share(outlook.goodput_share if outlook else None) for outlook in chosen],
-        )
-    )
-    for name, of in (("TTFT p99, ms", "ttft_s_p99"), ("TPOT p99, ms", "tpot_s_p99")):
-        values = [_worst(one, of) for one in answers]
-        row(f"{name}, worst type", values, [words.milliseconds(value) for value in values])
+    shares = [share(outlook.goodput_share if outlook else None) for outlook in chosen]
+    late = [outlook.lateness if outlook else None for outlook in chosen]
+    rows = [
+        _ratios("demand, requests/s", demands, [words.rate(value) for value in demands]),
+        _ratios("carries, times its p90", headrooms, [words.times(value) for value in headrooms]),
+        _ratios("p99 / targets", late, [words.percent(value) for value in late]),
+        _words("in time", shares),
+    ]
+    for name, field in (("TTFT p99, ms", "ttft_s_p99"), ("TPOT p99, ms", "tpot_s_p99")):
+        values = [_worst(one, field) for one in answers]
+        texts = [words.milliseconds(value) for value in values]
+        rows.append(_ratios(f"{name}, slowest type", values, texts))
     e2es = [outlook.e2e_s_p99 if outlook else None for outlook in chosen]
-    row("E2E p99, s", e2es, [words.seconds(value) for value in e2es])
-    busiest = [_busiest(one) for one in answers]
-    row("busiest replica, %", busiest, [_percent(value) for value in busiest])
+    rows.append(_ratios("E2E p99, s", e2es, [words.seconds(value) for value in e2es]))
+    busiest = [
+        max((replica.utilisation for replica in one.decision.replicas), default=None)
+        for one in answers
+    ]
+    texts = [words.percent(value) for value in busiest]
+    rows.append(_ratios("busiest replica", busiest, texts))
     return rows
-
-
-def _offered(answer: Answer) -> float:
-    return sum(kind.arrivals_rps for kind in answer.decision.types)
 
 
 def _worst(answer: Answer, field: str) -> float | None:
@@ -96,84 +103,76 @@ def _worst(answer: Answer, field: str) -> float | None:
     return max(values, default=None)
 
 
-def _busiest(answer: Answer) -> float | None:
-    return max((one.utilisation for one in answer.decision.replicas), default=None)
+def _words(name: str, texts: Sequence[str]) -> Row:
+    return Row(cells=(name, *texts))
 
 
-def _percent(value: float | None) -> str:
-    return words.NOTHING if value is None else f"{100 * value:.0f} %"
+def _ratios(name: str, values: Sequence[float | None], texts: Sequence[str]) -> Row:
+    first = values[0]
+    cells = [
+        f"{text} ({value / first:.2f} x)"
+        if value != first and value is not None and first
+        else text
+        for value, text in zip(values, texts, strict=True)
+    ]
+    return Row(cells=(name, *cells))
 
 
-def _ratio(value: float | None, first: float | None, text: str) -> str:
-    if value is None or not first or value == first:
-        return text
-    return f"{text}  ({value / first:.2f} x)"
+def _alternatives(chosen: PlanOutlook, others: Sequence[PlanOutlook]) -> list[RenderableType]:
+    columns = (*wide("plan"), *right("GPUs"), *_WORTH, *wide("why"))
+    why = f"chosen: {chosen.why}" if chosen.why else "chosen"
+    rows = [Row(cells=(*_line(chosen), why), style="bold")]
+    rows += [Row(cells=(*_line(other), other.why or words.NOTHING)) for other in others]
+    return section("The plan, and those that lost", columns, rows)
 
 
-def _alternatives(outlooks: Sequence[PlanOutlook]) -> Table:
-    table = Table(title="The plan and those that lost", title_justify="left")
-    table.add_column("plan", overflow="fold", ratio=3)
-    table.add_column("GPUs", justify="right")
-    table.add_column("carries", justify="right", no_wrap=True)
-    table.add_column("tails / targets", justify="right")
-    table.add_column("within targets", justify="right")
-    table.add_column("E2E p99, s", justify="right")
-    table.add_column("why", overflow="fold", ratio=3)
-    for number, outlook in enumerate(outlooks):
-        table.add_row(
-            Text(outlook.plan),
-            str(outlook.gpus),
-            words.times(outlook.headroom),
-            f"{100 * outlook.lateness:.0f} %",
-            share(outlook.goodput_share),
-            words.seconds(outlook.e2e_s_p99),
-            Text(outlook.why or ("chosen" if number == 0 else words.NOTHING)),
-            style="bold" if number == 0 else "",
-        )
-    return table
-
-
-def _brought(brought: Sequence[Brought]) -> Table:
-    table = Table(title="What more hardware would bring", title_justify="left")
-    table.add_column("added", overflow="fold", ratio=2)
-    table.add_column("plan", overflow="fold", ratio=3)
-    table.add_column("carries", justify="right")
-    table.add_column("tails / targets", justify="right")
-    table.add_column("within targets", justify="right")
-    table.add_column("E2E p99, s", justify="right")
-    table.add_column("", no_wrap=True)
-    for one in brought:
-        table.add_row(
-            Text(one.what),
-            Text(one.plan),
-            f"{words.times(one.headroom)} ({100 * one.gain:+.0f} %)",
-            f"{100 * one.lateness:.0f} %",
-            share(one.goodput_share),
-            words.seconds(one.e2e_s_p99),
-            "helps" if one.worth_it else "no gain",
-        )
-    return table
-
-
-def _rates(answer: Answer, rates: Sequence[Rate]) -> Table:
-    """One row for each shape, one column for each type."""
-    types = list(dict.fromkeys((one.model_id, one.request_type) for one in rates))
-    models = {model_id for model_id, _ in types}
-    found = {(r.model_id, r.gpu_kind, r.parallelism, r.request_type): r for r in rates}
-    table = Table(
-        title="What one replica serves of one type alone, within its targets, requests/s",
-        title_justify="left",
+def _line(outlook: PlanOutlook) -> tuple[str, ...]:
+    return (
+        outlook.plan,
+        str(outlook.gpus),
+        words.times(outlook.headroom),
+        words.percent(outlook.lateness),
+        share(outlook.goodput_share),
+        words.seconds(outlook.e2e_s_p99),
     )
-    table.add_column("shape", no_wrap=True)
-    for model_id, number in types:
-        name = answer.type_name(model_id, number)
-        heading = f"{model_id} {name}" if len(models) > 1 else name
-        table.add_column(Text(heading), justify="right", overflow="fold")
+
+
+def _brought(brought: Sequence[Brought]) -> list[RenderableType]:
+    columns = (*wide("added", "best plan then"), *_WORTH, *left(""))
+    rows = [
+        Row(
+            cells=(
+                one.what,
+                one.plan,
+                f"{words.times(one.headroom)} ({100 * one.gain:+.0f} %)",
+                words.percent(one.lateness),
+                share(one.goodput_share),
+                words.seconds(one.e2e_s_p99),
+                "helps" if one.worth_it else "no gain",
+            )
+        )
+        for one in brought
+    ]
+    return section("What more hardware would bring", columns, rows)
+
+
+def _rates(answer: Answer, rates: Sequence[Rate]) -> list[RenderableType]:
+    """One row for each shape, one column for each type; bold is what the plan uses."""
+    types = list(dict.fromkeys((one.model_id, one.request_type) for one in rates))
+    several = len({model_id for model_id, _ in types}) > 1
+    names = [(model_id, answer.type_name(model_id, number)) for model_id, number in types]
+    columns: list[Column] = [
+        *left("shape"),
+        *right(*(f"{model_id} {name}" if several else name for model_id, name in names)),
+    ]
+    found = {(r.model_id, r.gpu_kind, r.parallelism, r.request_type): r for r in rates}
     shapes = sorted(
         {(r.gpu_kind, Parallelism.parse(r.parallelism)) for r in rates},
         key=lambda key: (key[0], key[1].gpus, key[1]),
     )
-    several = len({kind for kind, _ in shapes}) > 1
+    kinds = {kind for kind, _ in shapes}
+    used = {one.parallelism for one in answer.decision.replicas}
+    rows: list[Row] = []
     for kind, parallelism in shapes:
         cells = [
             words.rate(one.requests_per_s)
@@ -181,8 +180,8 @@ def _rates(answer: Answer, rates: Sequence[Rate]) -> Table:
             else words.NOTHING
             for model_id, number in types
         ]
-        shape = words.shape(str(parallelism))
-        used = any(one.parallelism == str(parallelism) for one in answer.decision.replicas)
-        name = f"{shape} on {kind}" if several else shape
-        table.add_row(Text(name), *cells, style="bold" if used else "")
-    return table
+        name = words.shape(str(parallelism))
+        name = f"{name} on {kind}" if len(kinds) > 1 else name
+        rows.append(Row(cells=(name, *cells), style="bold" if str(parallelism) in used else ""))
+    title = "What one replica serves of one type alone within its targets, requests/s"
+    return section(title, columns, rows)

@@ -4,7 +4,7 @@ replica, type or plan."""
 import msgspec
 
 from loadgen.planning.advice import Brought
-from loadgen.planning.planner import Answer, Rate
+from loadgen.planning.planner import Answer, Change, Rate
 from loadgen.planning.report import Report
 from shared.messages.decisions import PlanOutlook, ReplicaOutlook, SwitchOutlook, TypeOutlook
 from shared.messages.plans import ReplicaSpec
@@ -18,12 +18,13 @@ class PlanView(msgspec.Struct, frozen=True, kw_only=True):
     topology: str
     gpus: str
     demand_source: str
+    horizon_s: float
     notes: tuple[str, ...]
     targets: dict[str, SloTarget]
     feasible: bool
     missing: tuple[str, ...]
     plan_id: str | None
-    moves: bool
+    change: Change
     reason: str
     replicas: tuple[ReplicaSpec, ...]
     weights: dict[str, dict[str, float]]
@@ -89,12 +90,13 @@ def plan_view(answer: Answer) -> PlanView:
         topology=answer.topology,
         gpus=answer.gpus,
         demand_source=answer.demand,
+        horizon_s=answer.horizon_s,
         notes=answer.notes,
         targets=answer.targets,
         feasible=answer.feasible,
         missing=answer.missing,
         plan_id=None if plan is None else plan.plan_id,
-        moves=answer.moves,
+        change=answer.change,
         reason=answer.reason,
         replicas=() if plan is None else plan.replicas,
         weights={} if plan is None else plan.weights,

@@ -23,16 +23,23 @@ def pair(first: float | None, second: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:,.3g}" if value < 1000.0 else f"{value:,.0f}"  # noqa: PLR2004  # three digits
+    """As they are."""
+    return NOTHING if value is None else rate(value)
 
 
 def rate(value: float) -> str:
-    """Requests/s."""
+    """A figure without its unit, three digits of it."""
     return f"{value:.3g}" if value < 1000.0 else f"{value:,.0f}"  # noqa: PLR2004  # three digits
 
 
 def times(value: float | None) -> str:
+    """``1.43 x``."""
     return NOTHING if value is None else f"{value:.2f} x"
+
+
+def percent(value: float | None) -> str:
+    """A share or a ratio, whole."""
+    return NOTHING if value is None else f"{100 * value:,.0f} %"
 
 
 def shape(parallelism: str) -> str:
@@ -67,5 +74,5 @@ def _run(run: Sequence[str]) -> str:
 
 
 def counted(items: Iterable[tuple[str, float]]) -> str:
-    """``chat 3.2, code 1.1``: rates by name."""
-    return ", ".join(f"{name} {rate(value)}" for name, value in items) or NOTHING
+    """``chat: 3.2, code: 1.1``: rates by name."""
+    return ", ".join(f"{name}: {rate(value)}" for name, value in items) or NOTHING

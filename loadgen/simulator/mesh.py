@@ -35,7 +35,7 @@ from shared.core import Core
 from shared.hardware import GpuSpec, Parallelism
 from shared.mesh import MeshConfig, ReplicaWish
 from shared.mesh import NodeSpec as Host
-from shared.messages.plans import StoredPlan
+from shared.messages.plans import DeploymentPlan, StoredPlan
 from shared.messages.requests import FailureCode
 from shared.models import ModelSpec
 
@@ -76,6 +76,7 @@ class Outcome:
 class Mesh:
     FAULTS_S = 20.0
     SETTLE_S = 60.0  # once calm: far beyond the sum of all timeouts above
+    ALSO: tuple[str, ...] = ()  # processes of a richer mesh that incidents strike, too
 
     def __init__(self, seed: int, *, trace_max: int = 2000) -> None:
         self.seed = seed
@@ -136,13 +137,17 @@ class Mesh:
         assert isinstance(brain, scheduler.Scheduler)
         if not brain.content:
             waiting.append(f"the scheduler wishes for {brain.wish}")
-        placed = {spec.replica_id for spec in stored.in_force.replicas}
-        if not self.world.lost and placed != {wish.replica_id for wish in self._wishes}:
-            waiting.append(f"placed are only {sorted(placed)}")
+        if not self.as_wished(stored.in_force):
+            waiting.append(f"placed are only {stored.in_force.replicas}")
         wanted = {(gpu, spec.replica_id) for spec in stored.in_force.replicas for gpu in spec.gpus}
         if (held := self._held()) != wanted:
             waiting.append(f"workers serve {sorted(held)}, the plan says {sorted(wanted)}")
         return waiting
+
+    def as_wished(self, plan: DeploymentPlan) -> bool:
+        """Whether ``plan`` is what should serve in the end."""
+        placed = {spec.replica_id for spec in plan.replicas}
+        return bool(self.world.lost) or placed == {wish.replica_id for wish in self._wishes}
 
     def _stored(self) -> StoredPlan | None:
         return cast("StoredPlan | None", self.world.bucket.load(switcher.KEY)[0])
@@ -173,13 +178,7 @@ class Mesh:
                     queries=router.QUERIES,
                 )
             )
-        add(
-            NodeSpec(
-                name="scheduler",
-                make=lambda _n, _p: (scheduler.Scheduler(SCHEDULER, self._topology()), {}),
-                inputs=scheduler.INPUTS,
-            )
-        )
+        add(self.scheduler())
         add(
             NodeSpec(
                 name="switcher",
@@ -191,6 +190,14 @@ class Mesh:
             for gpu in host.gpu_specs():
                 add(self._worker(host.node_id, gpu))
         self._add_ingress(rng)
+
+    def scheduler(self) -> NodeSpec:
+        return NodeSpec(
+            name="scheduler",
+            make=lambda _n, _p: (scheduler.Scheduler(SCHEDULER, self.topology()), {}),
+            inputs=scheduler.INPUTS,
+            queries=scheduler.QUERIES,
+        )
 
     def _add_ingress(self, rng: random.Random) -> None:
         """In most runs it waits as long as it takes, so that no request may fail at all."""
@@ -225,12 +232,12 @@ class Mesh:
         inputs = tuple(subject.of(worker_id=worker_id) for subject in WORKER_INPUTS)
         return NodeSpec(name=worker_id, make=make, inputs=inputs)
 
-    def _topology(self) -> MeshConfig:
+    def topology(self) -> MeshConfig:
         return MeshConfig(model=MODEL, nodes=self._hosts, replicas=self._wishes).checked()
 
     def _plan_faults(self, rng: random.Random) -> None:
         workers = [gpu.gpu_id for host in self._hosts for gpu in host.gpu_specs()]
-        services = ["switcher", "scheduler", "router-0", "router-1", INGRESS]
+        services = ["switcher", "scheduler", "router-0", "router-1", INGRESS, *self.ALSO]
         incidents = draw_incidents(
             rng,
             nodes=[*workers, *services, "switcher", "switcher", "scheduler"],

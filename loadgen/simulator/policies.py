@@ -31,6 +31,9 @@ STATIC = "static-"
 RELOAD_S = 50.0
 FAST_SWITCH_S = 10.0
 PAPER_PERIOD_S = 60.0
+_FAST_S = SwitcherConfig().drain_timeout_s + FAST_SWITCH_S
+"""What a switch takes at most where a replica starts in FAST_SWITCH_S: running requests may end
+first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,7 @@ _LEAST_LOAD = RouterConfig(policy="least_load")
 _DISK = "New replicas start as the cost model says, weights from disk."
 _TEN = (
     "A new replica takes 10 s to start, the published bound that oserve-paper and uniform-fast are "
-    "given too: the same switches for all, so that only the plans differ."
+    "given too, and the scheduler knows it: the same switches for all, so that only plans differ."
 )
 _BEGINS = (
     "It begins with what it plans itself for the arrivals of the warm-up, which an operator has as "
@@ -195,7 +198,9 @@ POLICIES: Mapping[str, Policy] = {
         *(
             Policy(
                 name=name,
-                scheduler=SchedulerConfig(policy="oserve", elastic=elastic),
+                scheduler=SchedulerConfig(
+                    policy="oserve", elastic=elastic, switch_s=_FAST_S if start_s else 0.0
+                ),
                 begin="planned",
                 start_s=start_s,
                 known="What this project's scheduler, router and switcher do today" + more,

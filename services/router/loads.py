@@ -10,6 +10,12 @@ UNKNOWN_PRESSURE = 1.0
 """What a silent replica is taken for: one whose every slot is busy. Others come first, and still
 it is not shunned for a number from the past."""
 
+QUEUE_FULL = 16
+"""Requests in a replica's queue that count as much as all of its slots. A queue is no matter of
+slots: whoever waits makes no progress, since prompts come faster than they are computed, and one
+long prompt may be the work of a hundred tokens' decoding. Measured by the slots alone, five such
+prompts would look like nothing beside a few percent of the KV cache."""
+
 
 class ReplicaLoad:
     """Load of one replica at one leader. ``pressure`` is kept ready, since each decision reads
@@ -83,15 +89,15 @@ class ReplicaLoad:
             self._recompute(self.report)
 
     def _recompute(self, report: ReplicaReport) -> None:
-        """Pressure: slots taken or KV blocks taken, whichever is scarcer, and the queue again on
-        top, because a request that waits makes no progress. Relative to the replica's own size,
-        so that unlike replicas compare."""
+        """Pressure: slots taken or KV blocks taken, whichever is scarcer, relative to the replica's
+        own size, so that unlike replicas compare; and the queue on top."""
         recent = len(self._decided_s)
         self.slots = report.running_max or max(1, report.running)
         self.in_flight = report.running + report.waiting + recent
         queued = report.waiting + max(0, recent - max(0, self.slots - report.running))
         blocks = report.kv_blocks_used / report.kv_blocks_total if report.kv_blocks_total else 0.0
-        self.pressure = max(self.in_flight / self.slots, blocks) + queued / self.slots
+        self.pressure = max(self.in_flight / self.slots, blocks)
+        self.pressure += queued / min(self.slots, QUEUE_FULL)
         full = 0 < report.waiting_max <= queued
         self.open = report.phase == "serving" and not full
 

@@ -1,7 +1,9 @@
 """When the scheduler's next decision is due, and whether a solve is under way."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from services.scheduler.policies.interface import Planned
 from shared.messages.plans import ReplicaSpec
 
 EARLY = 0.9
@@ -32,6 +34,7 @@ class Agenda:
         self._outlook = Outlook(gpus=frozenset(), forecasts=0, starting=True)
         self.solving_since_s: float | None = None
         self.solving_for: tuple[ReplicaSpec, ...] = ()  # the replicas that the solve goes out from
+        self._step: frozenset[ReplicaSpec] | None = None
         self.overdue = False  # the solve under way has had its time: its answer counts no more
 
     @property
@@ -55,6 +58,17 @@ class Agenda:
     def again(self) -> None:
         """The last decision came to nothing: the next one is due now."""
         self._decided_s = None
+
+    def leads_to(self, planned: Planned) -> None:
+        """What was decided: when a step of a longer way stands, the next decision is due."""
+        plan = planned.plan if planned.unfinished else None
+        self._step = frozenset(plan.replicas) if plan else None
+
+    def stands(self, replicas: Collection[ReplicaSpec]) -> None:
+        """These are in force."""
+        if self._step is not None and self._step == frozenset(replicas):
+            self._step = None
+            self.again()
 
     def solve_started(self, now_s: float, replicas: tuple[ReplicaSpec, ...]) -> None:
         assert not self.solving, "one solve at a time"

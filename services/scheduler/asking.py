@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from services.scheduler.balance import Balance
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.correction import Weights
+from services.scheduler.correction import Weights, largest_move
 from services.scheduler.demands import Demands
 from services.scheduler.events import CORRECTING
 from services.scheduler.fleet import Fleet
@@ -18,6 +18,9 @@ from shared.core import Effect, Log
 from shared.mesh import MeshConfig
 from shared.messages.decisions import Decision
 from shared.messages.plans import DeploymentPlan
+
+SAME = 1e-4
+"""Of a model's requests: weights that differ by less differ by rounding."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,7 +51,7 @@ class Asking:
             yield Log("plan.dropped", {"plan_id": plan.plan_id, "wrong": wrong}, "warning")
             why = f"the plan computed cannot be: {'; '.join(wrong)}"
             yield from self.keep(why, problem.now_s, planned.decision)
-        elif plan.plan_id == as_decided.plan_id and not self._pin_comes_off:
+        elif _same(plan, as_decided) and not self._pin_comes_off:
             gone = self.fleet.absent(offer.gpu_id for offer in problem.offers)
             absent = f"; workers absent: {', '.join(gone)}" if gone else ""
             why = f"the plan in force is as wished: {planned.reason}{absent}"
@@ -75,6 +78,15 @@ class Asking:
             return
         reason = "; ".join([planned.reason, *missing])
         yield from self.settle(dataclasses.replace(planned, reason=reason), problem)
+
+    def correct(self, problem: Problem) -> Iterable[Effect]:
+        """Between decisions, weights alone."""
+        standing, loads, now_s = self.standing, self.demands.loads, problem.now_s
+        self.balance.look(standing, loads, now_s)
+        if self.wish.plan is None:
+            planned = self.balance.proposal(standing, loads, now_s)
+            if planned and planned.plan and not self.faults(planned.plan, problem):
+                yield from self.ask(planned, problem, standing.weights)
 
     def faults(self, plan: DeploymentPlan, problem: Problem) -> list[str]:
         """Why it cannot be; empty if it can."""
@@ -108,3 +120,11 @@ class Asking:
     def _pin_comes_off(self) -> bool:
         """Policies are asked although the plan in force is pinned: it was released."""
         return self.standing.plan is not None and self.standing.plan.pinned
+
+
+def _same(plan: DeploymentPlan, other: DeploymentPlan) -> bool:
+    if plan.plan_id == other.plan_id:
+        return True
+    if plan.replicas != other.replicas or plan.weights.keys() != other.weights.keys():
+        return False
+    return largest_move(plan.weights, other.weights, plan.replicas).size < SAME

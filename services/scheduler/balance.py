@@ -7,13 +7,13 @@ from services.scheduler.correction import (
     CHANGE_MIN,
     Bias,
     advanced,
-    change,
     corrected,
+    largest_move,
 )
 from services.scheduler.plan_id import renamed
 from services.scheduler.policies.interface import Planned
 from services.scheduler.standing import Standing
-from shared.messages.plans import DeploymentPlan
+from shared.messages.plans import DeploymentPlan, ReplicaSpec
 from shared.messages.replicas import ReplicaReport
 
 
@@ -23,6 +23,7 @@ class Balance:
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
         self._bias = Bias()
+        self._replicas: tuple[ReplicaSpec, ...] = ()  # of which it was learnt
         self._seen_s: float | None = None
         self._proposed_s = float("-inf")
 
@@ -36,12 +37,17 @@ class Balance:
             seconds = 0.0 if self._seen_s is None else max(0.0, now_s - self._seen_s)
             self._seen_s = now_s
             self._bias = advanced(
-                self._bias, standing.replicas, standing.weights, loads, seconds=seconds
+                self._known_of(standing.replicas),
+                standing.replicas,
+                standing.weights,
+                loads,
+                seconds=seconds,
             )
+            self._replicas = standing.replicas
 
     def applied(self, plan: DeploymentPlan) -> DeploymentPlan:
         """``plan`` with its weights corrected by what is known of the replicas that it keeps."""
-        weights = corrected(plan.weights, plan.replicas, self._bias)
+        weights = corrected(plan.weights, plan.replicas, self._known_of(plan.replicas))
         return renamed(plan, weights=weights, pinned=plan.pinned)
 
     def proposal(
@@ -53,12 +59,19 @@ class Balance:
         if in_force is None or self._period_s <= 0.0 or now_s - self._proposed_s < self._period_s:
             return None
         plan = self.applied(standing.as_decided())
-        largest, where = change(in_force.weights, plan.weights, standing.replicas)
+        move = largest_move(in_force.weights, plan.weights, standing.replicas)
         even = plan.weights == standing.weights
-        if largest <= CHANGE_MIN and not (even and largest > 0.0):
+        if move.size <= CHANGE_MIN and not (even and move.size > 0.0):
             return None
         self._proposed_s = now_s
-        load = {report.replica_id: report for report in loads}.get(where)
-        words = f", where {load.waiting} wait behind {load.running} that run" if load else ""
-        why = "replicas are even: weights as they were decided" if even else "weights corrected"
-        return Planned(plan=plan, reason=f"{why}: {largest:.0%} of requests at {where}{words}")
+        load = {report.replica_id: report for report in loads}.get(move.replica_id)
+        where = f", where {load.waiting} wait behind {load.running} that run" if load else ""
+        why = "replicas are even, weights as they were decided" if even else "weights corrected"
+        share = f"{move.after:.2f} instead of {move.before:.2f}"
+        return Planned(plan=plan, reason=f"{why}: {share} to {move.replica_id}{where}")
+
+    def _known_of(self, replicas: Sequence[ReplicaSpec]) -> Bias:
+        """Of those that stay as they are: an id may come back elsewhere."""
+        if replicas == self._replicas:
+            return self._bias
+        return self._bias.of({spec.replica_id for spec in replicas if spec in self._replicas})

@@ -81,6 +81,7 @@ class Scheduler:
             wish=self._wish,
         )
         self._pins = Pins(self._asking)
+        self._before_loss: DeploymentPlan | None = None  # since when no policy has answered
         self._started_s = 0.0
         self._deciding = False
 
@@ -153,10 +154,11 @@ class Scheduler:
         in_force = (event.replica_id, event.worker_id) in {
             (spec.replica_id, gpu) for spec in self._standing.replicas for gpu in spec.gpus
         }
-        if in_force and self._corrects and self._pins.plan is None:
+        if not in_force or not self._corrects or self._pins.plan is not None:
+            return
+        if self._fleet.failed(event.worker_id, now_s):
             fields = {"replica_id": event.replica_id, "worker_id": event.worker_id}
             yield Log("gpu.distrusted", {**fields, "detail": event.detail}, "warning")
-            self._fleet.failed(event.worker_id, now_s)
             if self._deciding:
                 yield from self._decide(now_s)
 
@@ -164,6 +166,7 @@ class Scheduler:
         if self._standing.hear(event, now_s):
             self._demands.keep_loads(self._standing.leaders)
             self._wish.came_true(event.plan.plan_id)
+            self._agenda.stands(self._standing.replicas)
 
     def _on_loaded(self, event: Loaded, now_s: float) -> None:
         if isinstance(event.message, StoredPlan):
@@ -179,7 +182,10 @@ class Scheduler:
             if self._forecasts_count:
                 yield from self._demands.news(now_s)
             yield from self._decide(now_s)
-            yield from self._correct(now_s)
+            if self._pins.plan is None:
+                yield from self._asking.correct(self._problem(now_s))
+            else:
+                self._balance.rest()
 
     def _decide(self, now_s: float) -> Iterable[Effect]:
         """Decide if that is due, else repeat the wish. One that was computed against replicas in
@@ -189,10 +195,11 @@ class Scheduler:
             yield from self._pins.keep_to(self._pins.plan, problem)
             return
         outlook = self._outlook(problem)
-        if self._policy.slow and not outlook.starting:
+        blind = self._forecasts_count and self._demands.blind(now_s)
+        if self._policy.slow and not outlook.starting and not blind:
             problem, effects = self._without_lost(problem)
             yield from effects
-        orphaned = self._standing.plan is not None and self._wish.orphaned(self._standing.plan)
+        orphaned = self._wish.orphaned(self._standing.plan)
         if agenda.solving or not (orphaned or agenda.due(now_s, outlook)):
             if not orphaned:
                 yield from self._wish.repeat(self._standing.epoch)
@@ -200,7 +207,7 @@ class Scheduler:
         agenda.decided(now_s, outlook)
         if outlook.starting:
             yield from self._take(attempt(self._policy.start, problem), problem)
-        elif self._forecasts_count and self._demands.blind(now_s):
+        elif blind:
             yield from self._asking.settle(repair(problem, why="no word of demand"), problem)
         elif self._policy.slow:
             agenda.solve_started(now_s, problem.in_force.replicas)
@@ -224,27 +231,16 @@ class Scheduler:
         unless something better is, and what the policy is to go out from."""
         if not lost(problem.in_force, problem):
             return problem, []
-        left = survivors(problem, why="GPUs are gone")
-        if left.plan is None:
-            return problem, []
+        left, wish = survivors(problem, why="GPUs lost"), self._wish.plan
         effects: list[Effect] = []
-        wish = self._wish.plan
-        if wish is None or lost(wish, problem):
+        if left.plan is None:
+            if wish is not None and lost(wish, problem):
+                effects = list(self._asking.keep(left.reason, problem.now_s))
+            return problem, effects
+        if wish is None or self._wish.orphaned(self._standing.plan) or lost(wish, problem):
+            self._before_loss = self._before_loss or problem.in_force
             effects = list(self._asking.settle(left, problem))
         return replace(problem, in_force=left.plan), effects
-
-    def _correct(self, now_s: float) -> Iterable[Effect]:
-        """Between decisions, weights alone."""
-        loads = self._demands.loads
-        if not self._corrects or self._pins.plan is not None:
-            self._balance.rest()
-            return
-        self._balance.look(self._standing, loads, now_s)
-        if self._wish.plan is None:
-            planned = self._balance.proposal(self._standing, loads, now_s)
-            problem = self._problem(now_s)
-            if planned and planned.plan and not self._asking.faults(planned.plan, problem):
-                yield from self._asking.ask(planned, problem, self._standing.weights)
 
     def _problem(self, now_s: float) -> Problem:
         return self._framing.problem(self._fleet, self._demands, self._standing, now_s)
@@ -253,23 +249,22 @@ class Scheduler:
         agenda = self._agenda
         if not agenda.solving:
             return
-        overdue, wish = agenda.overdue, self._wish.plan
+        late = "it took too long" if agenda.overdue else ""
+        why = "a plan was pinned meanwhile" if self._pins.plan is not None else late
         agenda.solve_ended()
         fields = {"took_s": round(event.took_s, 3), "based_on_epoch": event.based_on_epoch}
-        stand = (self._standing.replicas, wish.replicas if wish else self._standing.replicas)
-        if overdue:
-            yield Log("solve.dropped", {**fields, "why": "it took too long"}, "warning")
-        elif self._pins.plan is not None:
-            yield Log("solve.dropped", {**fields, "why": "a plan was pinned meanwhile"})
-        elif agenda.solving_for not in stand:
+        if why:
+            yield Log("solve.dropped", {**fields, "why": why}, "warning")
+            return
+        problem, effects = self._without_lost(self._problem(now_s))
+        yield from effects
+        if agenda.solving_for in (self._standing.replicas, problem.in_force.replicas):
+            yield Log("solve.ended", fields, "debug")
+            yield from self._take(event, problem)
+        else:
             why = f"other replicas are in force meanwhile, of epoch {self._standing.epoch}"
             yield Log("solve.dropped", {**fields, "why": why}, "warning")
             agenda.again()
-        else:
-            yield Log("solve.ended", fields, "debug")
-            problem, effects = self._without_lost(self._problem(now_s))
-            yield from effects
-            yield from self._take(event, problem)
 
     def _on_deadline(self, event: SolveDeadline, now_s: float) -> Iterable[Effect]:
         if self._agenda.solving_since_s == event.started_s and not self._agenda.overdue:
@@ -283,10 +278,13 @@ class Scheduler:
         if solved.planned is None:
             yield from self._fall_back(solved.failure, problem)
         else:
+            self._before_loss = None
+            self._agenda.leads_to(solved.planned)
             yield from self._asking.settle_answer(solved.planned, problem)
 
     def _fall_back(self, failure: str, problem: Problem) -> Iterable[Effect]:
         """The policy failed: keep its last plan, on the GPUs that are left."""
+        problem = replace(problem, in_force=self._before_loss or problem.in_force)
         reason = f"policy {self._config.policy} failed: {failure}"
         yield Log("policy.failed", {"policy": self._config.policy, "reason": failure}, "error")
         yield from self._asking.settle(repair(problem, why=reason), problem)

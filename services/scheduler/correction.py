@@ -21,12 +21,12 @@ when all that serve a type are overloaded and others of the model are idle, thes
 ``LENT_MAX`` of it, as long as their KV cache is no smaller.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 from statistics import median
 
-from services.scheduler.policies.weights import rounded
+from services.scheduler.policies.weights import ANY_TYPE, rounded
 from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import ReplicaReport
 
@@ -38,7 +38,7 @@ DEAD = 0.5  # a queue of half of what runs, or steps half as long again: within 
 GAIN = 0.4
 RATE = 0.03  # per second
 FORGET_S = 120.0
-FACTOR_MAX = 3.0
+FACTOR_MAX = 2.0
 FEW = 4  # so few running requests, and one that waits is chance
 STRAIN_MAX = 3.0
 STEP_S_MAX = 5.0  # between two corrections: a gap in time is no evidence
@@ -65,6 +65,17 @@ class Bias:
     errors: Mapping[str, float] = field(default_factory=dict[str, float])  # beyond the dead band
     integrals: Mapping[str, float] = field(default_factory=dict[str, float])
     loans: Mapping[tuple[str, str], Loan] = field(default_factory=dict[tuple[str, str], Loan])
+
+    def of(self, replica_ids: Collection[str]) -> "Bias":
+        """What it says of these replicas."""
+        kept = [
+            {id_: value for id_, value in values.items() if id_ in replica_ids}
+            for values in (self.strains, self.errors, self.integrals)
+        ]
+        loans = {
+            key: loan for key, loan in self.loans.items() if set(loan.to).issubset(replica_ids)
+        }
+        return Bias(strains=kept[0], errors=kept[1], integrals=kept[2], loans=loans)
 
     def factor(self, replica_id: str) -> float:
         """What the shares of that replica are multiplied by, before rows are made whole again."""
@@ -121,19 +132,31 @@ def corrected(
     return result
 
 
-def change(before: Weights, after: Weights, replicas: Sequence[ReplicaSpec]) -> tuple[float, str]:
-    """The largest difference of any share, in parts of its model's requests, and its replica."""
-    largest, where = 0.0, ""
-    for name, row in after.items():
-        old = before.get(name, {})
-        for model_id in {spec.model_id for spec in replicas}:
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A change of one share, in parts of its model's requests of that row."""
+
+    replica_id: str
+    before: float
+    after: float
+
+    @property
+    def size(self) -> float:
+        return abs(self.after - self.before)
+
+
+def largest_move(before: Weights, after: Weights, replicas: Sequence[ReplicaSpec]) -> Move:
+    """From ``before`` to ``after``, both of the same replicas."""
+    largest = Move("", 0.0, 0.0)
+    for name in sorted(before.keys() | after.keys()):
+        old, new = (rows.get(name, rows.get(ANY_TYPE, {})) for rows in (before, after))
+        for model_id in sorted({spec.model_id for spec in replicas}):
             own = [spec.replica_id for spec in replicas if spec.model_id == model_id]
-            total = sum(row.get(id_, 0.0) for id_ in own)
-            for id_ in own if total > 0.0 else ():
-                moved = abs(row.get(id_, 0.0) - old.get(id_, 0.0)) / total
-                if moved > largest:
-                    largest, where = moved, id_
-    return largest, where
+            total = sum(new.get(id_, 0.0) for id_ in own) or 1.0
+            for id_ in own:
+                move = Move(id_, old.get(id_, 0.0) / total, new.get(id_, 0.0) / total)
+                largest = max(largest, move, key=lambda move: move.size)
+    return largest
 
 
 def _strains(

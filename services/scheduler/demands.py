@@ -165,17 +165,17 @@ class Demands:
         return "none" if heard is None else "stale"
 
     def _demand(self, model_id: str, now_s: float) -> ModelDemand:
+        heard, windows = self._forecasts.get(model_id), self._windows.get(model_id)
         source = self._source(model_id, now_s)
+        outlived = heard and windows and windows.at_s > heard.at_s and source == "stale"
         types: tuple[TypeForecast, ...] = ()
         horizon_s = 0.0
-        if source in ("forecast", "stale"):
-            report = self._forecasts[model_id].forecast
-            types = tuple(kind for kind in report.types if _plausible(kind))[:TYPES_MAX]
-            horizon_s = report.horizon_s if isfinite(report.horizon_s) else 0.0
-        elif source == "observed":
-            window = self._windows[model_id].newest
-            types = tuple(kind for kind in _observed(window) if _plausible(kind))[:TYPES_MAX]
-            horizon_s = window.window_s if isfinite(window.window_s) else 0.0
+        if windows and (source == "observed" or outlived):
+            types, horizon_s = _observed(windows.newest), windows.newest.window_s
+        elif heard and source != "none":
+            types, horizon_s = heard.forecast.types, heard.forecast.horizon_s
+        types = tuple(kind for kind in types if _plausible(kind))[:TYPES_MAX]
+        horizon_s = horizon_s if isfinite(horizon_s) else 0.0
         return ModelDemand(
             model_id=model_id, types=types or self._nominal(model_id, now_s), horizon_s=horizon_s
         )

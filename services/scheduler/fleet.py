@@ -53,14 +53,15 @@ class Fleet:
             worker.appeared_s = now_s
         return report.leaving and not was_leaving
 
-    def failed(self, worker_id: str, now_s: float) -> None:
-        """A replica in force broke there."""
+    def failed(self, worker_id: str, now_s: float) -> bool:
+        """A replica in force broke there; False if that is known already."""
         worker = self._workers.get(worker_id)
         if worker is None or not worker.trusted(now_s):
-            return  # the word of the same failure, again
+            return False
         forgiven = now_s - worker.failed_s > FORGIVEN_S
         worker.failures = 1 if forgiven else worker.failures + 1
         worker.failed_s = now_s
+        return True
 
     @property
     def complete(self) -> bool:
@@ -85,7 +86,7 @@ class Fleet:
                 if worker_id not in self._expected:
                     del self._workers[worker_id]  # of no topology we know: forget it
                 continue
-            settled = now_s - worker.appeared_s >= self._config.settle_s
+            settled = worker.seen_s - worker.appeared_s >= self._config.settle_s
             models = self._models.intersection(report.models)
             there = worker.trusted(now_s) and not report.leaving
             if there and models and (settled or worker_id in in_use):

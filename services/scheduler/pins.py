@@ -22,13 +22,13 @@ TOO_EARLY = "what is in force, or which workers there are, is not known yet: ask
 class Pins:
     def __init__(self, asking: Asking) -> None:
         self._asking, self._wish, self._standing = asking, asking.wish, asking.standing
-        self._released: frozenset[str] = frozenset()  # plans whose flag counts no more
+        self._released = False  # flags count no more, whichever plan still comes with one
 
     @property
     def plan(self) -> DeploymentPlan | None:
         """The pinned plan to keep to: what is wished for, else what is in force, if it is one."""
-        plans = (self._wish.plan, self._standing.plan)
-        return next((plan for plan in plans if plan and self._holds(plan)), None)
+        plans = () if self._released else (self._wish.plan, self._standing.plan)
+        return next((plan for plan in plans if plan and plan.pinned), None)
 
     def keep_to(self, plan: DeploymentPlan, problem: Problem) -> Iterable[Effect]:
         """``plan``, as long as there are GPUs for it; else as much of it as there is room for."""
@@ -66,12 +66,12 @@ class Pins:
         kept = self.plan
         if kept is None or kept.plan_id != plan.plan_id:
             wrong = tuple(self._asking.faults(plan, problem))
-            fields = {"plan_id": plan.plan_id, "wrong": wrong}
-            yield Log("plan.pin_refused" if wrong else "plan.pinned", fields)
             if wrong:
+                yield Log("plan.pin_refused", {"plan_id": plan.plan_id, "wrong": wrong}, "warning")
                 yield self._reply(reply_to, wrong=wrong)
                 return
-            self._released -= {plan.plan_id}
+            yield Log("plan.pinned", {"plan_id": plan.plan_id})
+            self._released = False
             in_force = self._standing.plan
             if in_force is not None and in_force.plan_id == plan.plan_id:
                 self._wish.withdraw()  # it was released a moment ago, and is pinned once more
@@ -81,10 +81,10 @@ class Pins:
         yield self._reply(reply_to, plan_id=plan.plan_id)
 
     def _on_release(self, problem: Problem, reply_to: str) -> Iterable[Effect]:
-        wish, in_force = self._wish.plan, self._standing.plan
-        if self.plan is not None:
-            yield Log("plan.released", {"plan_id": self.plan.plan_id})
-            self._released = frozenset(p.plan_id for p in (wish, in_force) if p and p.pinned)
+        in_force, kept = self._standing.plan, self.plan
+        self._released = True
+        if kept is not None:
+            yield Log("plan.released", {"plan_id": kept.plan_id})
             self._wish.withdraw()
             planned = Planned(plan=problem.in_force, reason="released: plans are made again")
             if in_force and in_force.pinned and not lost(in_force, problem):
@@ -93,9 +93,6 @@ class Pins:
 
     def _reply(self, to: str, *, plan_id: str = "", wrong: tuple[str, ...] = ()) -> Reply:
         return Reply(to, PinAnswer(plan_id=plan_id, epoch=self._standing.epoch, wrong=wrong))
-
-    def _holds(self, plan: DeploymentPlan) -> bool:
-        return plan.pinned and plan.plan_id not in self._released
 
 
 def _pinned(asked: DeploymentPlan) -> DeploymentPlan:

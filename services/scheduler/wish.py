@@ -40,9 +40,10 @@ class Wish:
         """Whether the last decision was to keep the plan in force."""
         return self.plan is None and bool(self._said)
 
-    def orphaned(self, in_force: DeploymentPlan) -> bool:
+    def orphaned(self, in_force: DeploymentPlan | None) -> bool:
         """Whether the plan was computed against replicas that are in force no more."""
-        return self.plan is not None and in_force.replicas not in self._against
+        known = self.plan is not None and in_force is not None
+        return known and in_force.replicas not in self._against
 
     def came_true(self, plan_id: str) -> None:
         if self.plan is not None and self.plan.plan_id == plan_id:

@@ -8,8 +8,15 @@ import pytest
 from msgspec import structs
 
 from services.scheduler.policies.capacity import Column, build, pools, standing
-from services.scheduler.policies.capacity_plan import brief, place_counts, spread, weights
+from services.scheduler.policies.capacity_plan import (
+    brief,
+    even_shares,
+    place_counts,
+    spread,
+    weights,
+)
 from services.scheduler.policies.capacity_rates import CostRates
+from services.scheduler.policies.capacity_types import ARRIVALS_MIN
 from services.scheduler.policies.interface import GpuOffer, ModelDemand
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
@@ -92,6 +99,85 @@ def test_caution_adds_the_error_that_forecasts_have_had() -> None:
     case = replace(case, models=(ModelDemand(model_id=M, types=(sure, unsure)),))
     assert list(build(case, MadeUpRates(), caution=1.25).demand) == [2.0, 2.5]
     assert list(build(case, MadeUpRates()).demand) == [2.0, 2.0]
+
+
+def test_a_quantile_is_planned_for_where_the_forecast_has_it() -> None:
+    """All tables of a problem have the same types, or their shares could not be compared."""
+    case = problem({M: [(2.0, 100.0, 100.0)] * 3}, offers(4))
+    both, lone, odd = case.models[0].types
+    both = structs.replace(both, arrivals_rps_p10=0.0, arrivals_rps_p90=5.0)
+    lone = structs.replace(lone, error_rps_mae=0.4)
+    odd = structs.replace(odd, arrivals_rps_p90=float("nan"))
+    case = replace(case, models=(ModelDemand(model_id=M, types=(both, lone, odd)),))
+    high = build(case, MadeUpRates(), caution=1.25, quantile="p90")
+    low = build(case, MadeUpRates(), caution=1.25, quantile="p10")
+    assert list(high.demand) == [5.0, 2.5, 2.0]
+    assert list(low.demand) == [ARRIVALS_MIN, 2.5, 2.0]
+    assert np.array_equal(high.rates, low.rates)
+
+
+def test_rates_are_within_the_targets_of_every_frequent_class() -> None:
+    """A replica that answers a tenth of its requests too late does not serve them; a twentieth that
+    asks for more does not make all the others pay for it."""
+    case = problem({M: [(1.0, 2000.0, 100.0)] * 5}, offers(8))
+    first, *others = case.models[0].types
+    classes: list[dict[str, float]] = [
+        {"interactive": 0.1, "standard": 0.9},
+        {"interactive": 0.05, "standard": 0.95},
+        {"batch": 1.0},
+        {"unheard-of": 1.0},
+    ]
+    types = (
+        first,
+        *(structs.replace(k, class_shares=c) for k, c in zip(others, classes, strict=True)),
+    )
+    case = replace(case, models=(ModelDemand(model_id=M, types=types),))
+    built = build(case, MadeUpRates())
+    own, interactive, batch = (
+        case.targets[M],
+        case.class_targets["interactive"],
+        case.class_targets["batch"],
+    )
+    assert [kind.target for kind in built.types] == [own, interactive, own, batch, own]
+    assert built.types[1].class_shares == {"interactive": 0.1, "standard": 0.9}
+    plain, strict, rarely, loose, unknown = built.rates.T
+    assert np.array_equal(plain, rarely)
+    assert np.array_equal(plain, unknown)
+    assert np.all(strict <= plain)
+    assert np.sum(strict < plain) > 1
+    assert np.all(loose >= plain)
+    assert np.any(loose > plain)
+    aimed = build(case, MadeUpRates(), target=SloTarget(ttft_s=9.0, tpot_s=9.0))
+    assert {kind.target.ttft_s for kind in aimed.types} == {9.0}
+
+
+def test_targets_that_no_shape_meets_give_way_to_the_models_own_first() -> None:
+    """Planning without any target where only the strictest is out of reach would give up more than
+    has to be."""
+    hurried = {"interactive": SloTarget(ttft_s=1e-3, tpot_s=0.05)}
+    case = problem({M: [(1.0, 2000.0, 100.0)] * 2}, offers(8))
+    first, second = case.models[0].types
+    second = structs.replace(second, class_shares={"interactive": 1.0})
+    case = replace(
+        case,
+        models=(ModelDemand(model_id=M, types=(first, second)),),
+        class_targets=hurried,
+    )
+    built = build(case, MadeUpRates())
+    assert built.late == (1,)
+    assert np.array_equal(built.rates[:, 0], built.rates[:, 1])
+    assert built.types[1].target == hurried["interactive"]
+
+
+def test_even_shares_serve_what_can_be_served() -> None:
+    """A type that a maximum flow leaves out entirely is routed all the same."""
+    case = table({(M, "tp1"): (1.0, 0.5), (SMALL, "tp1"): (1.0,)}, {M: (3.0, 3.0)}, offers(2))
+    large, _ = case.columns
+    assert even_shares(case, {large: 1}) == pytest.approx(np.array([[1.0, 1.0], [0.0, 0.0]]))
+    both = table({(M, "tp1"): (1.0, 0.0), (M, "tp2"): (0.0, 0.0)}, {M: (1.0, 1.0)}, offers(2))
+    assert even_shares(both, {both.columns[0]: 1}) == pytest.approx(
+        np.array([[1.0, 0.0], [0.0, 0.0]])
+    )
 
 
 def test_replicas_that_lost_a_gpu_do_not_stand() -> None:

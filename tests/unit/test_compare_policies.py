@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from loadgen.compare.asked import workload_of
 from loadgen.compare.options import (
     Options,
     parse_forecast,
@@ -15,6 +16,7 @@ from loadgen.compare.options import (
     parse_traces,
 )
 from loadgen.compare.study import best_of, expand
+from loadgen.compare.workload import history
 from loadgen.simulator.demand import Demand, busy
 from loadgen.simulator.deployments import (
     Deployment,
@@ -141,6 +143,24 @@ def test_default_serves_every_model() -> None:
 def test_what_finds_no_room_is_no_deployment() -> None:
     """A plan with fewer replicas than its name says would be simulated."""
     assert deployment(site_of(2, 2), {("m", TP4): 1}) is None
+
+
+def test_history_knows_kinds_and_not_what_comes_later(tmp_path: Path) -> None:
+    """A policy that begins with what it plans for the warm-up would see the future."""
+    rows = ["timestamp_s,input_tokens,output_tokens,label"]
+    rows += [f"{i}.0,{1000 if i % 2 else 10},{10 if i % 2 else 100},x" for i in range(60)]
+    rows += [f"{60 + i}.0,9000,900,x" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    mesh = site_of(4).mesh
+    workload = workload_of(
+        {"": str(tmp_path / "t.csv")}, mesh, start_s=0.0, duration_s=None, slo_class="standard"
+    )
+    found = history(workload, 60.0)
+    assert [(kind.label, kind.requests) for kind in found] == [
+        ("long-in/short-out", 30), ("short-in/long-out", 30),
+    ]  # fmt: skip
+    assert [(kind.input_tokens, kind.output_tokens) for kind in found] == [(1000, 10), (10, 100)]
+    assert history(workload, 0.0) == ()
 
 
 def test_busy_is_work_per_second() -> None:

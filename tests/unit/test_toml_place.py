@@ -66,3 +66,16 @@ def test_what_was_set_elsewhere_is_not_blamed_on_the_file(file: Path, field: str
         with located(file, sections=("mesh",), but=("mesh.name",)):
             raise ConfigInvalid(field=field, value="x", remedy="write another")
     assert str(file) not in str(caught.value)
+
+
+def test_fields_of_files_without_tables_and_of_quoted_ones_are_found(tmp_path: Path) -> None:
+    """A file of one line would end in a stack trace, and a row for "*" have no line."""
+    file = tmp_path / "plan.toml"
+    file.write_text("horizon_s = 1\n")
+    assert line_of(file, "horizon_s") == 1
+    assert line_of(file, "other.horizon_s") == 0
+    file.write_text('[[replicas]]\nid = "a"\n[weights."*"]\na = 1.0\n')
+    assert line_of(file, "weights.*.a") == 4
+    assert line_of(file, "weights") == 3
+    file.write_text("")
+    assert line_of(file, "weights") == 0

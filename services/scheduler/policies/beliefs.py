@@ -22,10 +22,10 @@ replica of column k serves of type j alone,
 a column's time is the same in both: sum_i d'[i] z'[k, i] / n'[k, i] = sum_j d[j] z[k, j] / n[k, j].
 If z' sums to t for each believed type, z does for each true one, so headroom is the same as well.
 
-Where a column cannot serve some true type (n = 0: not within the target that others meet, or not at
-all), it serves a believed type if that is ``PART_MIN`` of it at most; that part takes as long as the
-slowest of the others, and is late. A believed type of which that leaves no column is served by those
-that can serve most of it: nothing else can be told apart from it.
+Where a column cannot serve some true type (n = 0: not within the target that others meet, or not
+at all), it serves a believed type if that is ``PART_MIN`` of it at most; that part takes as long as
+the slowest of the others, and is late. A believed type of which that leaves no column is served by
+those that can serve most of it: routers cannot tell its parts apart.
 
 Not counted: limits on the output that clients set, and tenants' own habits, by which routers tell
 more than this; and that inputs within a type may spread more or less than s. A centre is taken as
@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 
 from services.scheduler.policies.capacity import Table
 from services.scheduler.policies.capacity_types import CLASS_SHARE_MIN, TypeDemand, strictest
@@ -89,19 +90,51 @@ def _confusion(types: Sequence[TypeDemand], spread_ln: float) -> Array:
     """Of one model's types: the mean over ``DRAWS`` equally likely input lengths of each, since
     rounding to certainty is a step, which a quadrature of higher order would smear."""
     centres = np.log1p([kind.input_tokens for kind in types])
-    arrivals = np.array([kind.arrivals_rps for kind in types])
-    prior = np.maximum(SHARE_MIN, arrivals / arrivals.sum())
     normal = NormalDist()
     steps = np.array([normal.inv_cdf((draw + 0.5) / DRAWS) for draw in range(DRAWS)])
     inputs = centres[:, None] + spread_ln * steps  # [J, draws]
-    logs = -0.5 * ((inputs[..., None] - centres) / spread_ln) ** 2 + np.log(prior)
+    return _chances(types, inputs, spread_ln).mean(axis=1)
+
+
+def _chances(types: Sequence[TypeDemand], inputs_ln: Array, spread_ln: float) -> Array:
+    """[..., J]: the weight that a router gives each type's row for requests of one model with
+    ln(1 + input tokens) ``inputs_ln`` [...]."""
+    centres = np.log1p([kind.input_tokens for kind in types])
+    arrivals = np.array([kind.arrivals_rps for kind in types])
+    prior = np.maximum(SHARE_MIN, arrivals / arrivals.sum())
+    logs = -0.5 * ((inputs_ln[..., None] - centres) / spread_ln) ** 2 + np.log(prior)
     scores = np.exp(logs - logs.max(axis=-1, keepdims=True))
-    chances = scores / scores.sum(axis=-1, keepdims=True)  # [J, draws, I]
+    chances = scores / scores.sum(axis=-1, keepdims=True)
     best = chances.max(axis=-1, keepdims=True)
-    counted = np.where(chances > min(NEGLIGIBLE, 1.0 / (2 * len(types))), chances, 0.0)
+    counted = np.where((chances > NEGLIGIBLE) | (best <= NEGLIGIBLE), chances, 0.0)
     mixed = counted / counted.sum(axis=-1, keepdims=True)
     certain = np.eye(len(types))[chances.argmax(axis=-1)]
-    return np.where(best >= CERTAIN, certain, mixed).mean(axis=1)
+    return np.where(best >= CERTAIN, certain, mixed)
+
+
+def guessed(
+    types: Sequence[TypeDemand],
+    kinds: npt.NDArray[np.intp],
+    input_tokens: Array,
+    lots: Array,
+    *,
+    spread_ln: float = SPREAD_LN,
+) -> npt.NDArray[np.intp]:
+    """[N]: by which type's row a router sends each request, of true type ``kinds`` [N] and with
+    ``input_tokens`` [N], drawn by its chances and ``lots`` [N], uniform on [0, 1). On average that
+    is what mixing rows comes to."""
+    found = kinds.copy()
+    for model_id in dict.fromkeys(kind.model_id for kind in types):
+        mine = [j for j, kind in enumerate(types) if kind.model_id == model_id]
+        own = np.array(mine, np.intp)
+        rows = np.flatnonzero(np.isin(kinds, own))
+        if len(own) < 2 or not len(rows):  # noqa: PLR2004  # nothing to tell apart
+            continue
+        chances = _chances([types[j] for j in mine], np.log1p(input_tokens[rows]), spread_ln)
+        upto = chances.cumsum(axis=1)
+        place = (upto < lots[rows, None]).sum(axis=1)
+        found[rows] = own[np.minimum(place, len(own) - 1)]
+    return found
 
 
 def _believed(table: Table, chances: Array, kept: Sequence[int]) -> Table:

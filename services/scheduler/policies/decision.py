@@ -1,183 +1,160 @@
 """The figures of one decision, as ``shared/messages/decisions.py`` has them.
 
-How requests should fare is predicted for the usual demand; capacity (``headroom``) is told of the
-high one, which plans are made for.
+How requests should fare is what was seen when the plan was played through under the usual demand
+(``rehearsal``); capacity (``headroom``) is told of the high one, which plans are made for.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil, isfinite
 
-import numpy as np
-
-from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.capacity_plan import Placed, brief
+from services.scheduler.policies.capacity import Column
+from services.scheduler.policies.capacity_plan import Placed
 from services.scheduler.policies.horizon import Foreseen
 from services.scheduler.policies.horizon_judge import Weighed
-from services.scheduler.policies.joint import Solution, Terms
-from services.scheduler.policies.joint_choice import Candidate
-from services.scheduler.policies.joint_latency import Load, Tail, tails
+from services.scheduler.policies.joint_judge import Candidate
+from services.scheduler.policies.joint_terms import Solution
+from services.scheduler.policies.minimums import left_out
+from services.scheduler.policies.rehearsal_choice import outlook, rehearsed
+from services.scheduler.policies.rehearsal_outlook import replica_outlooks, type_outlooks
+from services.scheduler.policies.transition_rehearsed import Played
 from shared.messages.decisions import (
     ALTERNATIVES_MAX,
-    DETAILS_MAX,
+    Decision,
     PlanOutlook,
-    ReplicaOutlook,
-    TypeOutlook,
+    SwitchOutlook,
 )
 
 NOTHING = 1e-9  # times the demand: a solver's zero
 
 
-def plan_outlook(judge: Weighed, candidate: Candidate, why: str) -> PlanOutlook:
-    """One line."""
-    counts = candidate.counts
-    return PlanOutlook(
-        plan=brief(counts),
-        gpus=gpus_of(counts),
-        headroom=candidate.headroom,
-        lateness=candidate.lateness,
-        price_per_hour=price_of(judge, counts),
-        why=why,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What one decision saw. ``shortcomings``: of what is on offer; ``best``: how much fits at all;
+    ``found``: plans compared; ``lasts_s``: for how long they are expected to last; ``played``: the
+    best of them, rehearsed."""
+
+    judge: Weighed
+    foreseen: Foreseen
+    shortcomings: str
+    best: Solution | None
+    lasts_s: float
+    found: Sequence[Candidate] = ()
+    played: Played | None = None
+
+    @property
+    def elastic(self) -> bool:
+        """Whether GPUs may be left unused, and need not all be used."""
+        return self.best is not None and self.best.goal == "thrift"
+
+
+def decision(  # noqa: PLR0913  # what a decision is
+    look: Look,
+    *,
+    chosen: Candidate,
+    now: Candidate,
+    placed: Placed,
+    kept: Candidate | None = None,
+    refused: Candidate | None = None,
+    switch: SwitchOutlook | None = None,
+) -> Decision:
+    """``chosen``: what it leads to; ``now``: the plan that is asked for, a step on the way there,
+    or the one in force; ``refused``: better, and not worth going to."""
+    judge, best = look.judge, look.best
+    seen = rehearsed(judge.usual, [now], keep=1).outcome
+    gap = best.gap if best and isfinite(best.gap) else None
+    return Decision(
+        policy="oserve",
+        goal=best.goal if best else "",
+        objective=best.objective if best else None,
+        bound=best.bound if best and isfinite(best.bound) else None,
+        gap=gap,
+        optimal=best.optimal if best else False,
+        horizon_s=look.lasts_s,
+        types=type_outlooks(judge.usual.table, seen, look.foreseen.between),
+        replicas=replica_outlooks(judge.usual.table, placed, now, seen),
+        chosen=outlook(chosen, _why_chosen(chosen, kept, switch), seen if now is chosen else None),
+        in_force=outlook(kept, "in force", seen if now is kept else None) if kept else None,
+        alternatives=alternatives(look, chosen, refused, switch),
+        switch=switch,
+        missing=missing(look),
     )
 
 
+def notes(look: Look) -> list[str]:
+    """What is worth a word beside the verdict."""
+    best, found = look.best, list[str]()
+    if best is not None:
+        what = {
+            "headroom": "times the demand could be served",
+            "served": "requests/s could be served",
+        }
+        least = f"at least {best.objective:.3g} per hour are needed"
+        said = f"at most {best.objective:.3g} {what[best.goal]}" if best.goal in what else least
+        proof = "proven best" if best.optimal else f"bound {best.bound:.3g}, time was up"
+        found.append(f"{said} ({proof}); {len(look.found)} plans compared")
+    return [*found, *missing(look), *look.foreseen.notes]
+
+
+def _why_chosen(chosen: Candidate, kept: Candidate | None, switch: SwitchOutlook | None) -> str:
+    if kept is None:
+        return "nothing stands yet"
+    if chosen is not kept:
+        return "pays back" if switch and switch.payback_s is not None else "carries more or saves"
+    return f"stays: {switch.why}" if switch and switch.why else "the best found"
+
+
 def alternatives(
-    judge: Weighed, chosen: Candidate, found: Iterable[Candidate]
+    look: Look, chosen: Candidate, refused: Candidate | None, switch: SwitchOutlook | None
 ) -> tuple[PlanOutlook, ...]:
-    """The other plans that were compared, the least late first, and what each lost by."""
+    """The other plans that were compared, the best first, and what each lost by."""
+    if look.played is not None and refused is None:
+        return look.played.ranking.alternatives
     best: dict[tuple[tuple[Column, int], ...], Candidate] = {}
-    for candidate in found:
-        key = tuple(sorted(candidate.counts.items()))
-        if key != tuple(sorted(chosen.counts.items())):
-            best[key] = min(best.get(key, candidate), candidate, key=lambda each: each.lateness)
+    for candidate in [*look.found, *([refused] if refused else [])]:
+        key = _key(candidate)
+        best[key] = min(best.get(key, candidate), candidate, key=lambda each: each.lateness)
+    best.pop(_key(chosen), None)
     ranked = sorted(best.values(), key=lambda each: (each.lateness, -each.headroom))
+    why = {_key(refused): f"not worth the switch: {switch.why}"} if refused and switch else {}
     return tuple(
-        plan_outlook(judge, each, lost_by(judge, each, chosen))
+        outlook(each, why.get(_key(each)) or lost_by(each, winner=refused or chosen))
         for each in ranked[:ALTERNATIVES_MAX]
     )
 
 
-def lost_by(judge: Weighed, loser: Candidate, winner: Candidate) -> str:
+def _key(candidate: Candidate) -> tuple[tuple[Column, int], ...]:
+    return tuple(sorted(candidate.counts.items()))
+
+
+def lost_by(loser: Candidate, *, winner: Candidate) -> str:
     """In words."""
     if winner.headroom >= 1.0 > loser.headroom:
         return f"carries only {loser.headroom:.3g} times the demand"
-    if loser.lateness > winner.lateness:
-        more = loser.lateness / winner.lateness - 1.0 if winner.lateness > 0.0 else np.inf
-        return f"its slowest 1 % are {more:.0%} later" if isfinite(more) else "later"
-    if price_of(judge, loser.counts) > price_of(judge, winner.counts):
+    if loser.lateness > winner.lateness > 0.0:
+        return f"its slowest 1 % are {loser.lateness / winner.lateness - 1.0:.0%} later"
+    if loser.price > winner.price:
         return "costs more per hour, and the targets do not need it"
-    return f"as late, but carries {loser.headroom:.3g} times the demand only"
+    if loser.headroom < winner.headroom:
+        return f"about as late, and carries only {loser.headroom:.3g} times the demand"
+    return "about as late"
 
 
-def price_of(judge: Weighed, counts: Mapping[Column, int]) -> float:
-    """Per hour, by the operator's prices."""
-    hourly = Terms(prices=judge.problem.needs.gpu_prices).hourly(judge.table)
-    each = dict(zip(judge.table.columns, hourly, strict=True))
-    return float(sum(count * each[column] for column, count in counts.items()))
-
-
-def gpus_of(counts: Mapping[Column, int]) -> int:
-    return sum(column.shape.gpus * count for column, count in counts.items())
-
-
-def replica_outlooks(
-    judge: Weighed, candidate: Candidate, placed: Placed
-) -> tuple[ReplicaOutlook, ...]:
-    """Each replica and what it should bear, by id."""
-    table = judge.usual.table
-    index = {column: s for s, column in enumerate(table.columns)}
-    fares = _fares(judge, candidate)
-    found: list[ReplicaOutlook] = []
-    for spec in placed.replicas[:DETAILS_MAX]:
-        column = placed.columns[spec.replica_id]
-        s, copies = index[column], max(1, candidate.counts.get(column, 0))
-        each = candidate.shares[s] / copies
-        sent = {
-            kind.name: kind.arrivals_rps * float(share)
-            for kind, share in zip(table.types, each, strict=True)
-            if share > 0
-        }
-        rates = {
-            kind.name: float(rate)
-            for kind, rate in zip(table.types, table.rates[s], strict=True)
-            if rate > 0
-        }
-        own = [tail for (row, _), tail in fares.items() if row == s]
-        found.append(
-            ReplicaOutlook(
-                replica_id=spec.replica_id,
-                model_id=spec.model_id,
-                parallelism=spec.parallelism,
-                gpus=spec.gpus,
-                utilisation=max((tail.utilisation for tail in own), default=0.0),
-                arrivals_rps=sent,
-                rates_rps=rates,
-                ttft_s_p99=max((tail.ttft_s for tail in own), default=None),
-                tpot_s_p99=max((tail.tpot_s for tail in own), default=None),
-            )
-        )
-    return tuple(found)
-
-
-def type_outlooks(
-    judge: Weighed, candidate: Candidate, foreseen: Foreseen
-) -> tuple[TypeOutlook, ...]:
-    """Each type as it was planned for; its percentiles are means over where it is sent."""
-    table = judge.usual.table
-    fares = _fares(judge, candidate)
-    found: list[TypeOutlook] = []
-    for j, kind in enumerate(table.types[:DETAILS_MAX]):
-        line = foreseen.line(kind)
-        own = [(candidate.shares[s, j], tail) for (s, of), tail in fares.items() if of == j]
-        total = float(sum(share for share, _ in own))
-        found.append(
-            TypeOutlook(
-                model_id=kind.model_id,
-                request_type=kind.name,
-                arrivals_rps=kind.arrivals_rps,
-                arrivals_rps_p10=line.low_rps if line else kind.arrivals_rps,
-                arrivals_rps_p90=line.high_rps if line else kind.arrivals_rps,
-                input_tokens=kind.input_tokens,
-                output_tokens=kind.output_tokens,
-                ttft_s_p99=sum(w * tail.ttft_s for w, tail in own) / total if total else None,
-                tpot_s_p99=sum(w * tail.tpot_s for w, tail in own) / total if total else None,
-            )
-        )
-    return tuple(found)
-
-
-def missing(table: Table, best: Solution, shortcomings: str, left_out: str) -> tuple[str, ...]:
+def missing(look: Look) -> tuple[str, ...]:
     """What cannot be served, and what it would take; empty when nothing is missing."""
-    notes = [shortcomings, left_out]
-    if best.goal == "served":
-        share = best.objective / max(NOTHING, float(table.demand.sum()))
-        notes.append(f"the GPUs on offer serve {share:.0%} of the requests expected at most")
-    elif best.objective < 1.0:
-        more = ceil(table.gpus() * (1.0 / max(NOTHING, best.objective) - 1.0))
-        notes.append(
-            f"the GPUs on offer carry {best.objective:.3g} times the demand: about {more} more "
-            "like them, or as much less demand, would do"
+    table, best = look.judge.table, look.best
+    found = [look.shortcomings]
+    if best is not None:
+        found.append(left_out(look.judge.problem, {column.model_id for column in best.counts}))
+    if best is not None and best.goal == "served":
+        share = best.objective / float(table.demand.sum())
+        found.append(
+            f"GPUs do not suffice to serve some of every type: {share:.0%} of the requests at most"
         )
-    return tuple(note for note in notes if note)
-
-
-def _fares(judge: Weighed, candidate: Candidate) -> dict[tuple[int, int], Tail]:
-    """How each type should fare on each column that it is sent to, at the usual demand."""
-    usual, found = judge.usual, dict[tuple[int, int], Tail]()
-    for s, column in enumerate(usual.table.columns):
-        count = candidate.counts.get(column, 0)
-        types = [int(j) for j in np.flatnonzero(candidate.shares[s])] if count else []
-        if not types:
-            continue
-        loads = [
-            Load(
-                arrivals_rps=usual.table.types[j].arrivals_rps
-                * float(candidate.shares[s, j])
-                / count,
-                input_tokens=usual.table.types[j].input_tokens,
-                output_tokens=usual.table.types[j].output_tokens,
-            )
-            for j in types
-        ]
-        seen = tails(usual.model(column), loads, usual.problem.limits, horizon_s=usual.horizon_s)
-        found |= {(s, j): tail for j, tail in zip(types, seen, strict=True)}
-    return found
+    elif best is not None and best.goal == "headroom" and best.objective < 1.0:
+        more = ceil(table.gpus() * (1.0 / max(NOTHING, best.objective) - 1.0))
+        found.append(
+            f"the GPUs carry {best.objective:.3g} times the demand: about {more} more like them "
+            "would carry it"
+        )
+    return tuple(note for note in found if note)

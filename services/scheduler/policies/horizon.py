@@ -90,6 +90,11 @@ class Foreseen:
         )
         return replace(table, types=types)
 
+    def between(self, kind: TypeDemand) -> tuple[float, float]:
+        """10th and 90th percentile of a type's arrivals."""
+        line = self.line(kind)
+        return (line.low_rps, line.high_rps) if line else (kind.arrivals_rps, kind.arrivals_rps)
+
     def line(self, kind: TypeDemand) -> Line | None:
         """None for the nominal type of a model of which nothing is expected."""
         return None if kind.name == ANY_TYPE else self.lines[kind.model_id, int(kind.name)]

@@ -22,7 +22,7 @@ from services.scheduler.policies.horizon import Line
 LASTS_S = 300.0  # what a plan is expected to last at first: HexGen-3's stability window
 LASTS_S_MIN, LASTS_S_MAX = 60.0, 3600.0
 NEAR = 0.2  # demands this near are the same: plans for them hardly differ
-RATE = 0.5  # weight of the newest observation
+RATE = 0.3  # weight of the newest observation: a step that takes two periods counts as two
 NOISE = 2.0  # times what chance alone puts between two samples of one demand
 
 Demand = Mapping[tuple[str, int], Line]
@@ -42,7 +42,8 @@ class Lasting:
             self._since_s, self._reference = now_s, demand
         stayed_s = now_s - self._since_s
         if not near(self._reference, demand, horizon_s=horizon_s):
-            self._mean_s += RATE * (min(stayed_s, LASTS_S_MAX) - self._mean_s)
+            lasted_s = min(max(stayed_s, LASTS_S_MIN), LASTS_S_MAX)
+            self._mean_s += RATE * (lasted_s - self._mean_s)
             self._since_s, self._reference = now_s, demand
             stayed_s = 0.0
         return min(max(self._mean_s, stayed_s, LASTS_S_MIN), LASTS_S_MAX)

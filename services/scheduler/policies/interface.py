@@ -37,12 +37,14 @@ class GpuOffer:
 class Planned:
     """The plan, or None when nothing can be placed or nothing should move; and why it is what it
     is. ``dropped`` names replicas asked for that found no room. ``decision``: the figures, of a
-    policy that has any."""
+    policy that has any. ``unfinished``: it is a step of a longer way, and how to go on is to be
+    asked as soon as it is in force."""
 
     plan: DeploymentPlan | None
     reason: str
     dropped: tuple[str, ...] = ()
     decision: Decision | None = None
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the ma
 SOLVER_GAP = 0.9 * GAP_MAX  # what the solver is asked for: rounding may cost the rest
 ROUNDS_MAX = 6  # of adding scenarios; the last one has them all
 RELAXED_S_MAX = 1.0  # for the linear relaxation alone, after the time was up
-INFEASIBLE = 2  # a status of scipy's milp
+SOLVED, INFEASIBLE = 0, 2  # statuses of scipy's milp
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -105,7 +105,9 @@ def solve(program: Joint, *, time_limit_s: float, nodes_max: int = NODES_MAX) ->
     )
     if found.status == INFEASIBLE:
         return None
-    bound = found.mip_dual_bound if found.mip_dual_bound is not None else -np.inf
+    bound = found.fun if found.status == SOLVED else -np.inf
+    if found.mip_dual_bound is not None:  # it is None of programs without whole numbers
+        bound = found.mip_dual_bound
     if found.x is None:
         return Found(variables=None, value=np.nan, bound=program.unit * float(bound))
     variables = np.asarray(found.x, np.float64)

@@ -18,32 +18,35 @@ not hear of it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from services.scheduler.policies.capacity import Column, Table, build
+from services.scheduler.policies.capacity import Table, build
 from services.scheduler.policies.capacity_plan import Placed, place_counts, weights
 from services.scheduler.policies.capacity_rates import CostRates
-from services.scheduler.policies.decision import Look, capacity_note, decision
+from services.scheduler.policies.decision import Look, decision, notes
 from services.scheduler.policies.horizon import HORIZON_S, Foresight
 from services.scheduler.policies.horizon_judge import weighed
 from services.scheduler.policies.horizon_lasting import LASTS_S, Lasting
 from services.scheduler.policies.interface import Planned, Problem
 from services.scheduler.policies.joint_choice import (
+    TIE,
     Candidate,
     LatencySource,
     candidates,
     choose,
     solve_capacity,
 )
-from services.scheduler.policies.joint_refine import refine
+from services.scheduler.policies.joint_refine import keeps, refine
+from services.scheduler.policies.joint_terms import Terms
 from services.scheduler.policies.starting import plan_default
-from services.scheduler.policies.transition import Change
 from services.scheduler.policies.transition_columns import columns_of
-from services.scheduler.policies.transition_memory import Asked, Memory
-from services.scheduler.policies.transition_verdict import Verdict, verdict
+from services.scheduler.policies.transition_memory import Asked, Memory, offered
+from services.scheduler.policies.transition_rehearsed import played
+from services.scheduler.policies.transition_rules import Verdict, ruled, words
+from services.scheduler.policies.transition_verdict import Move
 from services.scheduler.policies.weights import planned
-from shared.messages.decisions import Decision, SwitchOutlook
+from shared.messages.decisions import Decision
 
 PERIOD_S = 30.0
 SHARE_MIN = 0.02  # weights that differ less stay
@@ -75,8 +78,7 @@ class OServe:
         if under_way is not None:
             return under_way
         foreseen = self._foresight.foresee(problem)
-        horizon_s = max((m.horizon_s for m in problem.models), default=0.0) or HORIZON_S
-        lasts_s = self._lasting.now(foreseen.lines, problem.now_s, horizon_s=horizon_s)
+        lasts_s = self._lasting.now(foreseen.lines, problem.now_s, horizon_s=_horizon_s(problem))
         every = build(foreseen.high, self._source)
         table = every.only(every.servable())
         if not table.columns or not table.types:
@@ -88,12 +90,192 @@ class OServe:
         models = [model.model_id for model in problem.models]
         best, terms = solve_capacity(table, models, time_limit_s=limit_s, needs=problem.needs)
         look = Look(
-            judge=judge, foreseen=foreseen, every=every, best=best, terms=terms, lasts_s=lasts_s
+            judge=judge,
+            foreseen=foreseen,
+            shortcomings=every.shortcomings(),
+            best=best,
+            lasts_s=lasts_s,
+            found=candidates(judge, best, terms, time_limit_s=limit_s) if best else [],
         )
         if best is None or not best.counts:
             return self._unsolved(look, limit_s)
-        look.found += candidates(judge, best, terms, time_limit_s=limit_s)
-        choice = choose(look.found, elastic=best.goal == "thrift")
-        if best.goal != "thrift":
+        return self._answer(look, terms)
+
+    def _answer(self, look: Look, terms: Terms) -> Planned:
+        """The best plan found, if it is worth going to, else the one in force."""
+        judge, in_force = look.judge, look.judge.problem.in_force
+        columns = columns_of(judge.table, in_force.replicas)
+        kept = judge.dispatched(Counter(columns.values())) if columns else None
+        choice = choose([*look.found, *([kept] if kept else [])], elastic=look.elastic)
+        if not look.elastic:
             choice = refine(judge, choice, terms)
-        return self._answer(look, choice)
+        if kept is None:
+            return self._begun(look, choice)
+        choice, placed, done = self._onwards(look, *_placed(look, choice))
+        move = Move(
+            judge=judge,
+            kept=kept,
+            choice=choice,
+            before=tuple(spec for spec in in_force.replicas if spec.replica_id in columns),
+            placed=placed,
+            lasts_s=look.lasts_s,
+            switch_s=self._switch_s,
+            done=done,
+        )
+        held = self._memory.holds(
+            judge.problem, look.foreseen.lines, horizon_s=_horizon_s(judge.problem)
+        )
+        lacking = _lacking(judge.table, kept, choice, terms)
+        found = ruled(move, held=held, lacking=lacking)
+        if found.moves and not done and not lacking:  # a step on was played through at the first
+            look, move = _played(look, move)
+            found = ruled(move, held=held)
+        return self._stepped(look, move, found) if found.moves else self._kept(look, move, found)
+
+    def _begun(self, look: Look, choice: Candidate) -> Planned:
+        """Nothing stands that could be kept: the best that was found and played through."""
+        tried = played(look.judge, look.found, choice, choice, elastic=look.elastic)
+        choice, placed = _placed(look, tried.choice)
+        look = replace(look, played=tried)
+        told = decision(look, chosen=choice, now=choice, placed=placed)
+        return self._plan(look, choice, placed, words("the plan", choice), told)
+
+    def _onwards(
+        self, look: Look, choice: Candidate, placed: Placed
+    ) -> tuple[Candidate, Placed, int]:
+        """Where the way leads that the replicas in force are a step of, and how many steps were
+        walked, as long as nothing better was found; else the choice."""
+        way = self._memory.way(look.judge.problem)
+        if way is None:
+            return choice, placed, 0
+        target, done = way
+        columns = columns_of(look.judge.table, target)
+        if len(columns) < len(target):
+            return choice, placed, 0
+        onwards = look.judge.dispatched(Counter(columns.values()))
+        if onwards.lateness > choice.lateness * (1 + TIE):
+            return choice, placed, 0
+        return onwards, Placed(replicas=target, columns=columns, dropped=(), reason=""), done
+
+    def _stepped(self, look: Look, move: Move, found: Verdict) -> Planned:
+        """The first step of the way, a complete plan by itself."""
+        assert found.way is not None, "who moves knows the way"
+        problem, step = look.judge.problem, found.way.steps[0]
+        now, placed = move.choice, move.placed
+        if len(found.way.steps) > 1:
+            columns = columns_of(look.judge.table, step.after)
+            now = look.judge.dispatched(Counter(columns.values()))
+            placed = Placed(replicas=step.after, columns=columns, dropped=(), reason="")
+        told = decision(
+            look, chosen=move.choice, now=now, placed=placed, kept=move.kept, switch=found.switch
+        )
+        answer = self._plan(look, now, placed, found.why, told)
+        answer = replace(answer, unfinished=len(found.way.steps) > 1)
+        self._memory.asked(
+            Asked(
+                answer=answer,
+                at_s=problem.now_s,
+                seconds=found.way.tolls[0].seconds,
+                epoch=problem.epoch,
+                before=frozenset(problem.in_force.replicas),
+                after=frozenset(step.after),
+                target=move.after,
+                done=move.done + 1,
+                demand=look.foreseen.lines,
+                offered=offered(problem),
+            )
+        )
+        return answer
+
+    def _kept(self, look: Look, move: Move, found: Verdict) -> Planned:
+        """The replicas in force, with the shares that are best for them now."""
+        problem, kept = look.judge.problem, move.kept
+        columns = columns_of(look.judge.table, move.before)
+        placed = Placed(replicas=move.before, columns=columns, dropped=(), reason="")
+        told = decision(
+            look, chosen=kept, now=kept, placed=placed, kept=kept, switch=found.switch,
+            refused=None if found.switch is None else move.choice,
+        )  # fmt: skip
+        lost = len(problem.in_force.replicas) - len(placed.replicas)
+        change = _largest_change(
+            problem.in_force.weights, weights(look.judge.table, placed, kept.shares)
+        )
+        if not lost and change < SHARE_MIN:
+            reason = _joined([found.why, *notes(look), "its weights still fit"])
+            return Planned(plan=problem.in_force, reason=reason, decision=told)
+        what = f"{lost} replicas lost" if lost else f"weights change by up to {change:.2f}"
+        return self._plan(look, kept, placed, _joined([found.why, what]), told)
+
+    def _unsolved(self, look: Look, limit_s: float) -> Planned:
+        """No plan was found in time: the replicas in force, or the default ones."""
+        judge, in_force = look.judge, look.judge.problem.in_force
+        why = f"no plan was found within {limit_s:g} s"
+        columns = columns_of(judge.table, in_force.replicas)
+        if not columns:
+            default = plan_default(judge.problem)
+            told = Decision(policy="oserve", missing=(why,))
+            return Planned(plan=default.plan, reason=f"{why}: {default.reason}", decision=told)
+        kept = judge.dispatched(Counter(columns.values()))
+        standing = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
+        placed = Placed(replicas=standing, columns=columns, dropped=(), reason="")
+        told = decision(look, chosen=kept, now=kept, placed=placed, kept=kept)
+        return self._plan(look, kept, placed, f"{why}: the replicas in force are kept", told)
+
+    def _plan(
+        self, look: Look, now: Candidate, placed: Placed, why: str, told: Decision
+    ) -> Planned:
+        answer = planned(
+            placed.replicas,
+            weights(look.judge.table, placed, now.shares),
+            reason=_joined([why, *notes(look), placed.reason]),
+            dropped=placed.dropped,
+        )
+        return replace(answer, decision=told)
+
+
+def _placed(look: Look, choice: Candidate) -> tuple[Candidate, Placed]:
+    """Its replicas on GPUs, and itself, or what is left of it where not all found room."""
+    placed = place_counts(look.judge.table, choice.counts, look.judge.problem.in_force)
+    if placed.dropped and placed.counts:
+        choice = look.judge.dispatched(placed.counts)
+    return choice, placed
+
+
+def _played(look: Look, move: Move) -> tuple[Look, Move]:
+    """The same choice, or a better one, with the lateness that was seen."""
+    tried = played(look.judge, look.found, move.kept, move.choice, elastic=look.elastic)
+    placed = move.placed
+    if Counter(tried.choice.counts) != Counter(move.choice.counts):
+        placed = place_counts(look.judge.table, tried.choice.counts, look.judge.problem.in_force)
+        if placed.dropped:  # what was played through cannot be had
+            return look, move
+    return replace(look, played=tried), replace(
+        move, kept=tried.kept, choice=tried.choice, placed=placed, scale=tried.scale
+    )
+
+
+def _lacking(table: Table, kept: Candidate, choice: Candidate, terms: Terms) -> str:
+    """What the operator asks of any plan that the choice has and those in force have not."""
+    if keeps(table, kept.counts, terms) or not keeps(table, choice.counts, terms):
+        return ""
+    return "the replicas in force are too few" + (" to lose one" if terms.survive else "")
+
+
+def _horizon_s(problem: Problem) -> float:
+    return max((model.horizon_s for model in problem.models), default=0.0) or HORIZON_S
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _largest_change(
+    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> float:
+    """Of any share in ``after``; a row that is new counts against the row for "*"."""
+    largest = 0.0
+    for name, row in after.items():
+        old = before.get(name, before.get("*", {}))
+        for replica_id in row.keys() | old.keys():
+            largest = max(largest, abs(row.get(replica_id, 0.0) - old.get(replica_id, 0.0)))
+    return largest

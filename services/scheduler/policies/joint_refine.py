@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.joint import plannable, verify
+from services.scheduler.policies.joint import Terms, losses, plannable, verify
 from services.scheduler.policies.joint_choice import Candidate, Judge
 
 STEPS_MAX = 8
@@ -18,8 +18,9 @@ PLANS_MAX = 400  # judged in all: some 5 ms each
 GAIN_MIN = 0.02  # relative; smaller steps are not worth their time
 
 
-def refine(judge: Judge, start: Candidate) -> Candidate:
-    """``start``, or what at most ``STEPS_MAX`` steps over ``PLANS_MAX`` plans lead to."""
+def refine(judge: Judge, start: Candidate, terms: Terms) -> Candidate:
+    """``start``, or what at most ``STEPS_MAX`` steps over ``PLANS_MAX`` plans lead to; all of them
+    keep ``terms`` if it does."""
     best = start
     seen = {_key(start.counts)}
     for _ in range(STEPS_MAX):
@@ -28,11 +29,23 @@ def refine(judge: Judge, start: Candidate) -> Candidate:
             if _key(counts) in seen or len(seen) > PLANS_MAX:
                 continue
             seen.add(_key(counts))
+            if not keeps(judge.table, counts, terms):
+                continue
             step = min(step, judge.dispatched(counts), key=lambda candidate: candidate.lateness)
         if step.lateness > best.lateness * (1 - GAIN_MIN):
             return best
         best = step
     return best
+
+
+def keeps(table: Table, counts: Mapping[Column, int], terms: Terms) -> bool:
+    """Whether models have the replicas asked for, and any may be lost."""
+    own = Counter[str]()
+    for column, count in counts.items():
+        own[column.model_id] += count
+    if any(own[model_id] < least for model_id, least in terms.replicas_min().items()):
+        return False
+    return not terms.survive or all(share >= 1.0 for share in losses(table, counts).values())
 
 
 def neighbours(table: Table, counts: Mapping[Column, int]) -> Iterator[Counter[Column]]:

@@ -178,9 +178,9 @@ def formulate(
         rows.flow(part, u + 1, terms.load_after_loss() if loaded else 1.0, lost=(s, u))
     matrix, lower, upper = rows.matrix()
     cost, unit = _cost(table, goal, terms, arcs)
-    floor, most, whole = np.zeros(width), np.full(width, np.inf), np.zeros(width, np.int_)
+    floor, most, whole = np.zeros(width), np.ones(width), np.zeros(width, np.int_)
     floor[:columns] = [float(terms.floor.get(column, 0)) for column in table.columns]
-    most[:columns], most[starts[:-1]] = ceiling, 1.0
+    most[:columns] = ceiling  # shares and t are 1 at most, u is 0 or 1
     whole[:columns], whole[starts[:-1]] = 1, 1
     return Joint(
         cost=np.concatenate([cost, np.zeros(width - len(cost))]), unit=unit,

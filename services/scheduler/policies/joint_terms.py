@@ -71,9 +71,10 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """Relative, between ``objective`` and ``bound``; infinite where nothing is known."""
+        """Between ``objective`` and ``bound``, relative to the former unless that is 0; infinite
+        where nothing is known."""
         apart = abs(self.bound - self.objective)
-        return apart / abs(self.objective) if self.objective else (np.inf if apart else 0.0)
+        return apart / abs(self.objective) if self.objective else apart
 
     @property
     def optimal(self) -> bool:

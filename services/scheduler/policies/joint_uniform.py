@@ -43,7 +43,7 @@ def _options(
     table: Table, counts: Counter[Column], terms: Terms, group: tuple[str, str]
 ) -> Iterator[Counter[Column]]:
     """``counts`` with the replicas of one model on one pool in one shape, each that there is."""
-    pool, model_id = group
+    pool, _ = group
     others = Counter({c: n for c, n in counts.items() if (c.pool, c.model_id) != group and n > 0})
     if any(column.pool == pool for column in others):
         gpus = sum(n * c.shape.gpus for c, n in counts.items() if (c.pool, c.model_id) == group)
@@ -80,7 +80,8 @@ def _shrunk(table: Table, counts: Counter[Column], terms: Terms, column: Column)
     while low < high:
         middle = (low + high) // 2
         plan = with_count(middle)
-        if enough(table, terms, plan) and _keeps(table, plan, terms):
+        left = losses(table, plan) if terms.survive else {}
+        if enough(table, terms, plan, left) and _keeps(table, plan, terms):
             high = middle
         else:
             low = middle + 1

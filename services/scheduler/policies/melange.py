@@ -24,6 +24,7 @@ Inferred here:
 - No more GPUs than are on offer, packed on nodes, and the least replicas of models.
 - Where the GPUs do not suffice, the demand is reduced alike for all buckets to what would fit if
   replicas could be cut up (the relaxation), and of its slices the most requests are served.
+- Of what costs as little, that which takes the least of the replicas' time.
 - A bucket's requests go as its slices do. What is left over of the GPUs idles, as in the original.
 - Without prices each GPU costs 1. It is solved each minute, and moved to whenever it differs.
 """
@@ -32,6 +33,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from services.scheduler.policies.capacity import Column, RateSource, Table, build
@@ -55,11 +57,12 @@ PERIOD_S = 60.0
 SLICES = 4  # of each bucket
 GAP_MAX = 1e-4
 NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the machine's speed
-PROGRAMS = 8  # solved for one decision at most, each in its part of the time limit
+PROGRAMS = 12  # solved for one decision at most, each in its part of the time limit
 
 
 SLICE_TIME_MIN = 1e-4  # of a replica, that a slice takes: less would be lost in a tolerance
 NOTHING = 1e-9  # of the demand: a solver's zero
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -119,6 +122,17 @@ class Melange:
         return None
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Program:
+    """``rows`` over the variables, which are integers from 0 to ``ceiling``; ``time`` of a replica
+    that a slice takes on each of the ``arcs``."""
+
+    rows: tuple[LinearConstraint, ...]
+    ceiling: Array
+    arcs: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]
+    time: Array
+
+
 class Market:
     """The programs of one table; ``prices`` [S] of a replica, ``least`` replicas by model, and
     ``slices`` of each bucket. Variables are the counts y and the slices a of the arcs (s, j)."""
@@ -136,61 +150,61 @@ class Market:
         self._ceiling = np.array([_most_alone(table, column) for column in table.columns])
 
     def cheapest(self, limit_s: float) -> Bought | None:
-        """The least that carries all of the demand; None where nothing does, or none is found in
-        time."""
-        return self._solved(1.0, limit_s, every=True)
+        """The least that carries all of the demand, and of what costs as little that whose replicas
+        it takes the least time of; None where nothing carries it, or none is found in time."""
+        program = self._program(1.0, every=True)
+        cost = np.append(self._prices, np.zeros(len(program.arcs[0])))
+        found = _solve(program, cost, limit_s)
+        if found is None:
+            return None
+        price = float(cost @ found[0])
+        capped = LinearConstraint(cost[None, :], -np.inf, price * (1 + ROUNDING))
+        again = _solve(program, np.append(0.0 * self._prices, program.time), limit_s, capped)
+        values = found[0] if again is None else again[0]
+        return replace(self._bought(program, values, 1.0), price=price, bound=found[1])
 
     def most(self, limit_s: float) -> Bought | None:
         """What serves most of as much of the demand as would fit if replicas could be cut up; None
         where the least replicas do not fit."""
         share = self._relaxed()
-        return None if share is None else self._solved(share, limit_s, every=False)
+        if share is None:
+            return None
+        program = self._program(share, every=False)
+        demand = self._table.demand
+        served = demand[program.arcs[1]] / demand.sum()
+        found = _solve(program, np.append(0.0 * self._prices, -served), limit_s)
+        return None if found is None else self._bought(program, found[0], share)
 
-    def _solved(self, share: float, limit_s: float, *, every: bool) -> Bought | None:
-        """Of ``share`` of the demand ``every`` slice at the least price, or as much as can be."""
+    def _program(self, share: float, *, every: bool) -> _Program:
+        """Of ``share`` of the demand ``every`` slice, or any number of them."""
         table, columns = self._table, len(self._table.columns)
         with np.errstate(divide="ignore"):
             time = share * table.demand / (self._slices * table.rates)
         s, j = np.nonzero(time <= self._ceiling[:, None])
-        arcs = np.arange(len(s))
+        each, arcs = np.maximum(time[s, j], SLICE_TIME_MIN), columns + np.arange(len(s))
         load = np.zeros((columns, columns + len(s)))
-        load[s, columns + arcs] = np.maximum(time[s, j], SLICE_TIME_MIN)
+        load[s, arcs] = each
         load[np.arange(columns), np.arange(columns)] = -1.0
         sliced = np.zeros((len(table.types), columns + len(s)))
-        sliced[j, columns + arcs] = 1.0
+        sliced[j, arcs] = 1.0
         counted = np.hstack([self._counted, np.zeros((len(self._counted), len(s)))])
-        least = float(self._slices) if every else 0.0
-        served = -table.demand[j] / table.demand.sum()
-        found = milp(
-            np.append(self._prices, 0.0 * served)
-            if every
-            else np.append(np.zeros(columns), served),
-            integrality=np.ones(columns + len(s), np.int_),
-            bounds=Bounds(
-                np.zeros(columns + len(s)),
-                np.append(self._ceiling, np.full(len(s), float(self._slices))),
-            ),
-            constraints=[
+        return _Program(
+            rows=(
                 LinearConstraint(load, -np.inf, 0.0),
-                LinearConstraint(sliced, least, float(self._slices)),
+                LinearConstraint(sliced, float(self._slices) if every else 0.0, self._slices),
                 LinearConstraint(counted, self._least, self._most),
-            ],
-            options={"mip_rel_gap": GAP_MAX, "node_limit": NODES_MAX, "time_limit": limit_s},
+            ),
+            ceiling=np.append(self._ceiling, np.full(len(s), float(self._slices))),
+            arcs=(s, j),
+            time=each,
         )
-        if found.x is None:
-            return None
-        values = np.rint(found.x)
-        slices = np.zeros_like(table.rates)
-        slices[s, j] = values[columns:]
-        return Bought(
-            counts={
-                c: int(y) for c, y in zip(table.columns, values[:columns], strict=True) if y > 0
-            },
-            slices=slices,
-            share=share,
-            price=float(self._prices @ values[:columns]) if every else None,
-            bound=float(found.mip_dual_bound) if every else None,
-        )
+
+    def _bought(self, program: _Program, values: Array, share: float) -> Bought:
+        columns = self._table.columns
+        slices = np.zeros_like(self._table.rates)
+        slices[program.arcs] = values[len(columns) :]
+        counts = {column: int(y) for column, y in zip(columns, values, strict=False) if y > 0}
+        return Bought(counts=counts, slices=slices, share=share)
 
     def _relaxed(self) -> float | None:
         """How much of the demand fits if replicas could be cut up, at most 1: also where that is
@@ -218,6 +232,22 @@ class Market:
             return None
         share = float(found.x[-1]) / scale
         return min(1.0, share) if share > NOTHING else 1.0
+
+
+def _solve(
+    program: _Program, cost: Array, limit_s: float, *more: LinearConstraint
+) -> tuple[Array, float] | None:
+    """Integers of least ``cost``, and its bound; None when there are none, or none in time."""
+    found = milp(
+        cost,
+        integrality=np.ones(len(cost), np.int_),
+        bounds=Bounds(np.zeros(len(cost)), program.ceiling),
+        constraints=[*program.rows, *more],
+        options={"mip_rel_gap": GAP_MAX, "node_limit": NODES_MAX, "time_limit": limit_s},
+    )
+    if found.x is None:
+        return None
+    return np.rint(np.asarray(found.x, np.float64)), float(found.mip_dual_bound)
 
 
 def _most_alone(table: Table, column: Column) -> float:

@@ -35,10 +35,10 @@ def _oserve_paper(_: SchedulerConfig) -> Policy:
     return OServePaper()
 
 
-def _oserve(_: SchedulerConfig) -> Policy:
+def _oserve(config: SchedulerConfig) -> Policy:
     from services.scheduler.policies.joint_policy import OServe  # noqa: PLC0415  # loads scipy
 
-    return OServe()
+    return OServe(switch_s=config.switch_s or None)
 
 
 POLICIES: Mapping[PolicyName, Callable[[SchedulerConfig], Policy]] = {

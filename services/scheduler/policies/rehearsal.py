@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from services.scheduler.policies.capacity import Column, Table
 from services.scheduler.policies.flow import Array
+from services.scheduler.policies.history import Pattern
 from services.scheduler.policies.rehearsal_outcome import Fared, Goals, Seen, fared
 from services.scheduler.policies.rehearsal_replica import NONE, Log, Replica
 from services.scheduler.policies.rehearsal_requests import Drawn, draw
@@ -66,10 +67,16 @@ class Rehearsed:
 
 
 def requests(
-    table: Table, *, seconds: float, seed: int, backlog: Mapping[int, int] | None = None
+    table: Table,
+    *,
+    seconds: float,
+    seed: int,
+    backlog: Mapping[int, int] | None = None,
+    pattern: Pattern | None = None,
 ) -> Drawn:
-    """What ``table`` expects. ``backlog``: by index of a type, requests that wait already."""
-    return draw(table.types, seconds=seconds, seed=seed, backlog=backlog)
+    """What ``table`` expects. ``backlog``: by index of a type, requests that wait already;
+    ``pattern``: how the types' rates change, if they do."""
+    return draw(table.types, seconds=seconds, seed=seed, backlog=backlog, pattern=pattern)
 
 
 def rehearse(scene: Scene, counts: Mapping[Column, int], shares: Array, drawn: Drawn) -> Rehearsed:
@@ -82,8 +89,8 @@ def rehearse(scene: Scene, counts: Mapping[Column, int], shares: Array, drawn: D
         part[home] = shares[s] * copy / counts[columns[s]]
     part[-1] = np.clip(1.0 - sum(shares[s] for s, _ in copies), 0.0, 1.0)
     kept = np.minimum(part.sum(axis=0), 1.0)
-    rows = np.flatnonzero(drawn.lots < kept[drawn.kinds])
-    kinds = drawn.kinds[rows]
+    rows = np.flatnonzero(drawn.lots < kept[drawn.taken_for])
+    kinds, taken_for = drawn.kinds[rows], drawn.taken_for[rows]
     log = Log(
         drawn.at_s[rows].tolist(),
         drawn.input_tokens[rows].tolist(),
@@ -94,12 +101,12 @@ def rehearse(scene: Scene, counts: Mapping[Column, int], shares: Array, drawn: D
         Replica(scene.model_of(columns[copies[home][0]]), scene.limits, log) for home in homes
     ]
     each = np.array([part[home] / copies[home][1] for home in homes] + [part[-1]])
-    sent = _serve(log, kinds.tolist(), replicas, _Dispatch(each, len(replicas)))
+    sent = _serve(log, taken_for.tolist(), replicas, _Dispatch(each, len(replicas)))
     bound_s = (1.0 + DRAINS) * drawn.seconds
     for replica in replicas:
         replica.advance(bound_s)
     homes_of = np.array([*homes, NONE])[sent]
-    seen = Seen.of(log, kinds, homes_of, weights=1.0 / kept[kinds], bound_s=bound_s)
+    seen = Seen.of(log, kinds, homes_of, weights=1.0 / kept[taken_for], bound_s=bound_s)
     seen = seen.only(seen.at_s >= drawn.warm_s)
     return Rehearsed(
         types=tuple(fared(seen.only(seen.kinds == j), scene.goals) for j in range(len(types))),

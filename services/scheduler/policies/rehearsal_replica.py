@@ -22,6 +22,7 @@ from shared.cost.model import CostModel
 from shared.cost.step import PS_PER_S, Prefill
 
 NONE = -1
+QUEUE_FULL = 16  # routers' own: services/router/loads.py
 
 
 @dataclass(slots=True)
@@ -78,7 +79,8 @@ class Replica:
         """As routers reckon it from reports: seats or KV taken, and the queue on top."""
         alive, running = self.sent - self.ended, len(self._running)
         held = self._context + self._reserved + self._half_block * running
-        return max(alive * self.seat, held / self.tokens_max) + (alive - running) * self.seat
+        queue = (alive - running) * max(self.seat, 1.0 / QUEUE_FULL)
+        return max(alive * self.seat, held / self.tokens_max) + queue
 
     def advance(self, until_s: float) -> None:
         """Perform all steps that begin before ``until_s``."""

@@ -13,8 +13,10 @@ of both parts could carry most, and its neighbours:
     w[s, G]    sum over types j of part G of d[j] / n[s, j]: replicas of column s that G would fill
     carry(G)   sum over replicas of G of 1 / w[s, G]
 
-Within a part, shares are those of greatest headroom. Whether apart is better than together depends
-on bursts and targets: that is for ``rehearsal.py`` to say.
+Within a part, shares are those of greatest headroom. Each split comes in three ways: strictly
+apart; with a way out for shorter prompts, ``LEAK`` of them on the replicas of longer ones; and with
+one for both. Whether apart is better than together, and which way, depends on bursts and targets:
+that is for ``rehearsal.py`` to say.
 """
 
 from collections import Counter
@@ -30,6 +32,7 @@ from services.scheduler.policies.flow import Array, Instance, best_flow
 APART = 1.25  # prompts that differ by less cannot be told apart by a router
 LONG = 1  # the group of replicas for longer prompts; 0 is that of all others
 NOTHING = 1e-9  # a solver's zero
+LEAK = 0.1  # of a part, on the replicas of the other
 NEIGHBOURS = 1 / 16  # of the replicas: how far from the even split others are tried
 
 
@@ -47,14 +50,30 @@ class Dispatch:
 def together(table: Table, counts: Mapping[Column, int]) -> Dispatch:
     """All types on all replicas, by greatest headroom; types that nothing can serve are left
     out."""
-    return Dispatch(table=table, counts=counts, shares=_shares(table, counts, table.rates))
+    models = sorted({kind.model_id for kind in table.types})
+    shares = np.zeros_like(table.rates)
+    for model_id in models:
+        own = [j for j, kind in enumerate(table.types) if kind.model_id == model_id]
+        shares[:, own] = _shares(table, counts, table.rates, own)
+    return Dispatch(table=table, counts=counts, shares=shares)
 
 
-def apart(table: Table, counts: Mapping[Column, int], model_id: str) -> Iterator[Dispatch]:
-    """Dispatches of ``counts`` that keep longer prompts of ``model_id`` apart from its others."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Apart:
+    """One split in its three ways."""
+
+    strict: Dispatch
+    one_way: Dispatch
+    both_ways: Dispatch
+
+
+def apart(base: Dispatch, model_id: str) -> Iterator[Apart]:
+    """``base`` with longer prompts of ``model_id``, whose replicas are in no groups yet, kept apart
+    from its others; other models are left as they are."""
+    table = base.table
     types = [j for j, kind in enumerate(table.types) if kind.model_id == model_id]
     types.sort(key=lambda j: table.types[j].input_tokens)
-    own = {c: n for c, n in sorted(counts.items()) if c.model_id == model_id and n > 0}
+    own = {c: n for c, n in sorted(base.counts.items()) if c.model_id == model_id and n > 0}
     if sum(own.values()) < 2:  # noqa: PLR2004  # two groups need two replicas
         return
     for place in range(1, len(types)):
@@ -64,7 +83,12 @@ def apart(table: Table, counts: Mapping[Column, int], model_id: str) -> Iterator
             continue
         threshold = (below * above) ** 0.5
         for long in splits(table, own, shorter, longer):
-            yield _parted(table, counts, long, (shorter, longer), threshold)
+            strict = _parted(base, long, (shorter, longer), threshold)
+            yield Apart(
+                strict=strict,
+                one_way=_leaky(strict, shorter, "shorter ones"),
+                both_ways=_leaky(strict, types, "any"),
+            )
 
 
 def splits(
@@ -115,45 +139,57 @@ def ungrouped(counts: Mapping[Column, int]) -> Counter[Column]:
 
 
 def _parted(
-    table: Table,
-    counts: Mapping[Column, int],
+    base: Dispatch,
     long: Counter[Column],
     parts: tuple[Sequence[int], Sequence[int]],
     threshold: float,
 ) -> Dispatch:
-    """``counts`` with ``long`` for the types of the second of ``parts``."""
+    """``base`` with ``long`` for the types of the second of ``parts``."""
+    (model_id,) = {column.model_id for column in long}
     moved = {replace(column, group=LONG): count for column, count in long.items()}
-    split = {**(Counter(counts) - long), **moved}
-    base = {column: s for s, column in enumerate(table.columns)}
-    columns = tuple(sorted({*table.columns, *moved}))
-    rates = table.rates[[base[replace(column, group=0)] for column in columns]]
-    wide = replace(table, columns=columns, rates=rates)
-    allowed = rates.copy()
-    models = {column.model_id for column in long}
-    for s, column in enumerate(columns):
-        if column.model_id in models:
-            allowed[s, list(parts[0 if column.group == LONG else 1])] = 0.0
-    total = sum(count for column, count in counts.items() if column.model_id in models)
+    counts = {**(Counter(base.counts) - long), **moved}
+    index = {column: s for s, column in enumerate(base.table.columns)}
+    columns = tuple(sorted({*base.table.columns, *moved}))
+    origins = [index[c if c in index else replace(c, group=0)] for c in columns]
+    rates = base.table.rates[origins]
+    table = replace(base.table, columns=columns, rates=rates)
+    shares = base.shares[origins]
+    shares[[s for s, c in enumerate(columns) if c not in index]] = 0.0
+    for part, group in zip(parts, (0, LONG), strict=True):
+        allowed = rates.copy()
+        others = [s for s, c in enumerate(columns) if c.model_id == model_id and c.group != group]
+        allowed[others] = 0.0
+        shares[:, list(part)] = _shares(table, counts, allowed, part)
+    total = sum(count for column, count in base.counts.items() if column.model_id == model_id)
     words = f"prompts over {threshold:.0f} tokens on {sum(long.values())} of {total} replicas"
-    return Dispatch(table=wide, counts=split, shares=_shares(wide, split, allowed), words=words)
+    words = "; ".join(filter(None, (base.words, words)))
+    return Dispatch(table=table, counts=counts, shares=shares, words=words)
 
 
-def _shares(table: Table, counts: Mapping[Column, int], rates: Array) -> Array:
-    """[S, J] by greatest headroom over the arcs of ``rates``, each model by itself; types that have
-    no arc there, or get nothing, go wherever they can be served at all."""
+def _leaky(strict: Dispatch, types: Sequence[int], which: str) -> Dispatch:
+    """``strict`` with ``LEAK`` of ``types`` anywhere: little in calm, but routers divide shares by
+    a replica's load, so that it is a way out of a queue."""
+    copies = np.array([float(strict.counts.get(column, 0)) for column in strict.table.columns])
+    anywhere = spread(strict.table.rates * copies[:, None])
+    shares, some = strict.shares.copy(), list(types)
+    shares[:, some] = (1.0 - LEAK) * shares[:, some] + LEAK * anywhere[:, some]
+    return replace(strict, shares=shares, words=f"{strict.words}, {which} elsewhere at need")
+
+
+def _shares(
+    table: Table, counts: Mapping[Column, int], rates: Array, types: Sequence[int]
+) -> Array:
+    """[S, types] by greatest headroom over the arcs of ``rates``, for these types alone; those that
+    have no arc there, or get nothing, go wherever they can be served at all."""
     copies = np.array([float(counts.get(column, 0)) for column in table.columns])
-    shares = spread(table.rates * copies[:, None])
-    servable = (rates * copies[:, None]).any(axis=0)
-    for model_id in sorted({kind.model_id for kind in table.types}):
-        kept = [
-            j for j, kind in enumerate(table.types) if kind.model_id == model_id and servable[j]
-        ]
-        if not kept:
-            continue
-        unbounded = np.full((len(copies), len(kept)), np.inf)
-        some = Instance(rates[:, kept], unbounded, copies, table.demand[kept])
-        flow = best_flow(some, "headroom")
-        assert flow is not None, "no flow at all is a flow"
-        sent = flow.shares()
-        shares[:, kept] = np.where(sent.any(axis=0), spread(sent), shares[:, kept])
+    shares = spread(table.rates[:, list(types)] * copies[:, None])
+    servable = np.flatnonzero((rates[:, list(types)] * copies[:, None]).any(axis=0))
+    kept = [types[int(i)] for i in servable]
+    if not kept:
+        return shares
+    unbounded = np.full((len(copies), len(kept)), np.inf)
+    flow = best_flow(Instance(rates[:, kept], unbounded, copies, table.demand[kept]), "headroom")
+    assert flow is not None, "no flow at all is a flow"
+    sent = flow.shares()
+    shares[:, servable] = np.where(sent.any(axis=0), spread(sent), shares[:, servable])
     return shares

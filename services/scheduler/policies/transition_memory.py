@@ -55,7 +55,7 @@ class Memory:
     def under_way(self, problem: Problem) -> Planned | None:
         """The answer that is being put in force, to be given again."""
         asked = self._asked
-        if asked is None or asked.epoch != problem.epoch or asked.offered != _offered(problem):
+        if asked is None or asked.epoch != problem.epoch or asked.offered != offered(problem):
             return None
         same = asked.before == frozenset(problem.in_force.replicas)
         waited_s = problem.now_s - asked.at_s
@@ -69,7 +69,7 @@ class Memory:
         if asked is None or self._stands_since_s is None:
             return None
         gpus = {gpu for spec in asked.target for gpu in spec.gpus}
-        if asked.after == frozenset(asked.target) or not gpus <= _offered(problem):
+        if asked.after == frozenset(asked.target) or not gpus <= offered(problem):
             return None
         return asked.target, asked.done
 
@@ -77,7 +77,7 @@ class Memory:
         """Why replicas stay whatever else is better, as far as demand and GPUs tell; empty when
         they need not."""
         asked = self._asked
-        if asked is None or self._stands_since_s is None or asked.offered != _offered(problem):
+        if asked is None or self._stands_since_s is None or asked.offered != offered(problem):
             return ""
         stood_s = min(problem.dwell_s, problem.now_s - self._stands_since_s)
         if stood_s >= HELD_S or not near(asked.demand, demand, horizon_s=horizon_s):
@@ -85,5 +85,6 @@ class Memory:
         return f"chosen for this demand and in force for {stood_s:.0f} s of {HELD_S:.0f}"
 
 
-def _offered(problem: Problem) -> frozenset[str]:
+def offered(problem: Problem) -> frozenset[str]:
+    """GPUs that may be planned onto."""
     return frozenset(offer.gpu_id for offer in problem.offers)

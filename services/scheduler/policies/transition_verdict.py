@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from services.scheduler.policies.capacity import Column
+from services.scheduler.policies.capacity_plan import Placed
 from services.scheduler.policies.flow import best_flow
 from services.scheduler.policies.horizon_judge import Weighed
 from services.scheduler.policies.joint_choice import Candidate
@@ -46,21 +47,26 @@ PHASE_S_MIN = 1.0  # over less, queues are no queues
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """The change in question. ``before`` and ``after``: replicas, of ``kept`` and ``choice``;
+    """The change in question. ``before``: replicas of ``kept``; ``placed``: those of ``choice``;
     ``running``: requests by replica; ``switch_s``: how long each switch takes, None: as the cost
-    model says; ``done``: steps of the same way that were walked already; ``thrifty``: it is made to
-    save GPUs, and need not make anything faster."""
+    model says; ``done``: steps of the same way that were walked already; ``must_pay``: whether it
+    is made for what it gains in lateness; ``scale``: times the lateness that formulas predict."""
 
     judge: Weighed
     kept: Candidate
     choice: Candidate
     before: tuple[ReplicaSpec, ...]
-    after: tuple[ReplicaSpec, ...]
+    placed: Placed
     lasts_s: float
     running: Mapping[str, float] = field(default_factory=dict[str, float])
     switch_s: float | None = None
     done: int = 0
-    thrifty: bool = False
+    must_pay: bool = True
+    scale: float = 1.0
+
+    @property
+    def after(self) -> tuple[ReplicaSpec, ...]:
+        return self.placed.replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +84,9 @@ class Way:
     def seconds(self) -> float:
         return sum(each.seconds for each in self.tolls)
 
-    def outlook(self, move: Move, why: str) -> SwitchOutlook:
-        """In words and figures: its first step, and what the whole way costs and gains."""
+    def outlook(self, move: Move, why: str, *, moves: bool) -> SwitchOutlook:
+        """Its first step, and what the whole way costs and gains."""
         first, sums = self.tolls[0], self.sums
-        moves = not self.refused
         several = len(self.steps) + move.done > 1
         return SwitchOutlook(
             seconds=first.seconds,
@@ -114,7 +119,7 @@ def affordable_way(move: Move) -> Way:
         if not way.refused:
             return way
     assert way is not None, "there is a way of one step"
-    return way
+    return way if way.sums else replace(way, sums=meanwhile.summed(way))
 
 
 class _Meanwhile:
@@ -151,18 +156,27 @@ class _Meanwhile:
                 refused=f"while switching for {way.seconds:.0f} s only {least:.3g} times the "
                 "demand is served, and what waits then is not worked off in time",
             )
+        sums = self.summed(way)
+        pays = sums.gain > sums.cost or not move.must_pay
+        return replace(way, sums=sums, refused="" if pays else "does not pay back")
+
+    def summed(self, way: Way) -> Payback:
+        """What the way gains and costs in lateness."""
+        move = self._move
         phases = [
-            replace(phase, lateness=self._late(step.staying, phase.seconds))
-            for phase, step in zip(phases, steps, strict=True)
+            Phase(
+                seconds=each.seconds,
+                lateness=self._late(step.staying, each.seconds),
+                headroom=served,
+            )
+            for step, each, served in zip(way.steps, way.tolls, way.served, strict=True)
         ]
-        sums = payback(
+        return payback(
             phases,
             before=move.kept.lateness,
             after=move.choice.lateness,
             horizon_s=move.lasts_s,
         )
-        pays = move.thrifty or sums.gain > sums.cost
-        return replace(way, sums=sums, refused="" if pays else "does not pay back")
 
     def _abandoned(self, steps: Sequence[Change]) -> list[str]:
         """Models that have a replica before and after all steps, and none between two."""
@@ -199,5 +213,5 @@ class _Meanwhile:
         counts = self._counts(specs)
         during = self._move.judge.within(max(PHASE_S_MIN, seconds))
         if counts:
-            return during.dispatched(counts).lateness
-        return during.lateness({}, np.zeros_like(self._table.rates))
+            return self._move.scale * during.dispatched(counts).lateness
+        return self._move.scale * during.lateness({}, np.zeros_like(self._table.rates))

@@ -1,0 +1,106 @@
+"""The best way to send types to given replicas: tried out in a rehearsal, bursts and all.
+
+All types together, and longer prompts apart in every way that ``separation.py`` offers, one model
+after the other. All are rehearsed with the same requests and ranked as plans are: by goodput, then
+by the 99th percentile of E2E, ties going to what is listed first, and so to types together. To save
+time all splits are tried one way and with the part of the requests in which most tokens come, and
+only the best few in all ways and with all requests.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from services.scheduler.policies.capacity import Column
+from services.scheduler.policies.joint_judge import Judge
+from services.scheduler.policies.rehearsal import Drawn, Rehearsed, Scene, rehearse
+from services.scheduler.policies.separation import Dispatch, apart, together
+
+GOODPUT_TIE = 0.01
+P99_TIE = 0.03
+SCREENED_MAX = 2500  # requests of the busiest part, with which all are tried
+FINALISTS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Tried:
+    """A dispatch, and how its requests fared."""
+
+    dispatch: Dispatch
+    outcome: Rehearsed
+
+    @property
+    def goodput_share(self) -> float:
+        share = self.outcome.whole.goodput_share
+        return 1.0 if share is None else share
+
+    @property
+    def e2e_s_p99(self) -> float:
+        return self.outcome.whole.e2e_s.p99 or 0.0
+
+
+def best_dispatch(judge: Judge, scene: Scene, counts: Mapping[Column, int], drawn: Drawn) -> Tried:
+    """The best dispatch of ``counts``; ``scene`` and ``drawn`` are those of ``judge.table``."""
+    busiest = busiest_part(drawn, SCREENED_MAX)
+    best = together(judge.table, counts)
+    for model_id in sorted({column.model_id for column, n in counts.items() if n > 0}):
+        splits = {id(split.one_way): split for split in apart(best, model_id)}
+        if splits:
+            screened = ranked(_tried(scene, [s.one_way for s in splits.values()], busiest))
+            finalists = [best]
+            for each in screened[:FINALISTS]:
+                split = splits[id(each.dispatch)]
+                finalists += [split.one_way, split.strict, split.both_ways]
+            best = ranked(_tried(scene, finalists, drawn))[0].dispatch
+    return _tried(scene, [best], drawn)[0]
+
+
+def ranked(tried: Iterable[Tried]) -> list[Tried]:
+    """The best first: of those within ``GOODPUT_TIE`` of the best goodput and ``P99_TIE`` of the
+    best tail, the one listed first; then the best of the rest, and so on."""
+    rest: list[Tried] = list(tried)
+    found: list[Tried] = []
+    while rest:
+        most = max(each.goodput_share for each in rest)
+        close = [each for each in rest if each.goodput_share >= most - GOODPUT_TIE]
+        least = min(each.e2e_s_p99 for each in close)
+        best = next(each for each in close if each.e2e_s_p99 <= least * (1 + P99_TIE))
+        found.append(best)
+        rest = [each for each in rest if each is not best]
+    return found
+
+
+def busiest_part(drawn: Drawn, most: int) -> Drawn:
+    """At most ``most`` requests in a row, those with the most tokens; all of them count."""
+    if len(drawn) <= most:
+        return drawn
+    tokens = np.cumsum(np.concatenate([[0], drawn.input_tokens + drawn.output_tokens]))
+    starts_s = drawn.at_s[: len(drawn) - most + 1]
+    lasts_s = np.maximum(drawn.at_s[most - 1 :] - starts_s, 1e-9)
+    start = int(((tokens[most:] - tokens[:-most])[: len(lasts_s)] / lasts_s).argmax())
+    rows = slice(start, start + most)
+    begin_s = float(drawn.at_s[start])
+    return replace(
+        drawn,
+        seconds=float(drawn.at_s[start + most - 1]) - begin_s,
+        warm_s=0.0,
+        at_s=drawn.at_s[rows] - begin_s,
+        kinds=drawn.kinds[rows],
+        taken_for=drawn.taken_for[rows],
+        input_tokens=drawn.input_tokens[rows],
+        output_tokens=drawn.output_tokens[rows],
+        lots=drawn.lots[rows],
+    )
+
+
+def _tried(scene: Scene, options: Sequence[Dispatch], drawn: Drawn) -> list[Tried]:
+    return [
+        Tried(
+            dispatch=option,
+            outcome=rehearse(
+                replace(scene, table=option.table), option.counts, option.shares, drawn
+            ),
+        )
+        for option in options
+    ]
