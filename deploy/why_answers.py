@@ -48,9 +48,10 @@ class SwitchSeen(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the plan in force is in force. ``decided_by``: the plan whose ``decision`` this is; it
-    differs from ``plan_id`` when only routing weights changed since. ``seen_s``: how long was
-    looked at for ``types``."""
+    """Why the plan in force is in force. ``decided_by``: the plan whose ``decision`` this is, made
+    at ``decided_at_s``; it differs from ``plan_id`` when only routing weights changed since.
+    ``kept``: the decision was to keep the plan, which had come without figures. ``seen_s``: how
+    long was looked at for ``types``."""
 
     now_s: float
     plan_id: str
@@ -64,6 +65,7 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     proposed_at_s: float | None = None
     decided_by: str = ""
     decided_at_s: float | None = None
+    kept: bool = False
     decision: Decision | None = None
     switch: SwitchSeen | None = None
     types: tuple[TypeCompared, ...] = ()

@@ -120,21 +120,33 @@ def _rest(figures: Figures) -> list[str]:
 
 
 def plans_table(decision: Decision, *, chosen: str, in_force: str) -> Table | None:
-    """The plan chosen, the one in force then, both under the name given, and the alternatives;
-    None without any."""
-    named = [(chosen, decision.chosen), (in_force, decision.in_force)]
-    rows = [(name, plan) for name, plan in named if plan is not None]
+    """The plan chosen and the one in force then, under the names given (one row, if they are the
+    same), and the alternatives; None without any."""
+    rows = _named(decision, chosen=chosen, in_force=in_force)
     rows += [("", plan) for plan in decision.alternatives]
     if not rows:
         return None
-    columns = ["", "plan", "why", "GPUs", "headroom", "lateness", "in target", "E2E p99"]
-    priced = any(plan.price_per_hour is not None for _, plan in rows)
-    made = table("Plans compared", *columns, *(["price/h"] if priced else []), left=3)
+    columns = ["", "plan", "GPUs", "headroom", "lateness", "in target", "E2E p99"]
+    priced = len({plan.price_per_hour for _, plan in rows}) > 1
+    made = table("Plans compared", *columns, *(["price/h"] if priced else []), left=2)
     made.columns[0].no_wrap = True
     for name, plan in rows:
         price = [number(plan.price_per_hour)] if priced else []
-        made.add_row(name, plan.plan, plan.why, *_outlook(plan), *price)
+        made.add_row(name, plan.plan, *_outlook(plan), *price)
     return made
+
+
+def _named(decision: Decision, *, chosen: str, in_force: str) -> list[tuple[str, PlanOutlook]]:
+    best, stood = decision.chosen, decision.in_force
+    if best is not None and stood is not None and best.plan == stood.plan:
+        return [(in_force, stood)]
+    pairs = ((chosen, best), (in_force, stood))
+    return [(name, plan) for name, plan in pairs if plan is not None]
+
+
+def lost_lines(decision: Decision) -> list[str]:
+    """Why each alternative lost."""
+    return [f"{plan.plan}: {plan.why}" for plan in decision.alternatives if plan.why]
 
 
 def _outlook(plan: PlanOutlook) -> list[str]:
@@ -163,7 +175,7 @@ def switch_lines(switch: SwitchOutlook) -> list[str]:
     moved = f"moves {switch.bytes_moved / _GB:.3g} GB, {link}"
     return [
         f"Switch{step}: {verdict}{why}",
-        f"  {sums}; {payback}, forecast trusted for {lasting(switch.horizon_s)}",
+        f"  {sums}; {payback}, demand expected to last {lasting(switch.horizon_s)}",
         f"  takes {time_text(switch.seconds)}, {served}",
         f"  {moved}; pauses {number(switch.requests_paused)} requests",
     ]
@@ -171,13 +183,14 @@ def switch_lines(switch: SwitchOutlook) -> list[str]:
 
 def solved_line(decision: Decision) -> str:
     """How good the search was."""
+    took = f" in {time_text(decision.solve_s)}" if decision.solve_s > 0.0 else ""
     if decision.objective is None:
-        return f"Decided by policy {decision.policy} in {time_text(decision.solve_s)}"
+        return f"Decided by policy {decision.policy}{took}"
     proof = "proven optimal" if decision.optimal else "not proven optimal"
     gap = "" if decision.gap is None else f", gap {decision.gap:.2g}"
     bound = "" if decision.bound is None else f" of at most {decision.bound:.4g}"
     goal = f"{decision.goal} " if decision.goal else ""
     return (
-        f"Decided by policy {decision.policy} in {time_text(decision.solve_s)}: "
-        f"{goal}{decision.objective:.4g}{bound}, {proof}{gap}"
+        f"Decided by policy {decision.policy}{took}: {goal}{decision.objective:.4g}{bound}, "
+        f"{proof}{gap}"
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from deploy.journal import Journal, Past
 from deploy.why_answers import KeptAnswer
+from deploy.why_figures import lasting
 from deploy.why_plan import NO_FIGURES, in_words, journal_notes, put_in_force_at, switch_to
 from shared.messages.decisions import Decision, SwitchOutlook
 from shared.messages.plans import PlanInForce, PlanKept, PlanProposed
@@ -65,21 +66,21 @@ def _moving(
 
 def _would_change(decision: Decision) -> Iterable[str]:
     """What would have to be different for the replicas to change, by the figures alone."""
-    chosen, in_force, switch = decision.chosen, decision.in_force, decision.switch
-    if chosen is not None and in_force is not None and chosen.plan == in_force.plan:
-        others = [other for other in decision.alternatives if other.plan != in_force.plan]
+    in_force, switch = decision.in_force, decision.switch
+    if switch is not None and not switch.moves:
+        yield from _worth_it(switch)
+    elif in_force is not None:
         yield (
             "the replicas in force are the best that was found, so another demand: other types, "
             "lengths or rates than those expected"
         )
+        others = [other for other in decision.alternatives if other.plan != in_force.plan]
         if others:
             nearest = min(others, key=lambda other: other.lateness)
             yield (
                 f"the next best, {nearest.plan}, would have to be less late than "
                 f"{in_force.lateness:.3g}; it is predicted at {nearest.lateness:.3g}"
             )
-    elif switch is not None and not switch.moves:
-        yield from _worth_it(switch)
     for missing in decision.missing:
         yield f"what is missing: {missing}"
 
@@ -89,7 +90,7 @@ def _worth_it(switch: SwitchOutlook) -> Iterable[str]:
         yield "the best plan found would have to promise less lateness than the one in force"
         return
     if switch.gain > switch.cost:
-        yield f"its gain exceeds its cost already; what holds it back: {switch.why}"
+        yield f"the gain exceeds the cost already; what holds the switch back: {switch.why}"
         return
     times = switch.cost / switch.gain
     yield (
@@ -98,13 +99,18 @@ def _worth_it(switch: SwitchOutlook) -> Iterable[str]:
     )
     if switch.seconds > 0.0:
         yield (
-            f"or a cheaper switch: one of about {switch.seconds / times:.0f} s instead of "
-            f"{switch.seconds:.0f} s at the same loss"
+            f"or a cheaper switch: one of about {lasting(switch.seconds / times)} instead of "
+            f"{lasting(switch.seconds)} at the same loss"
         )
     if switch.payback_s is not None and switch.payback_s > switch.horizon_s > 0.0:
         yield (
-            f"or a forecast that is trusted for {switch.payback_s:.0f} s; it is for "
-            f"{switch.horizon_s:.0f} s"
+            f"or a demand that is expected to last {lasting(switch.payback_s)} instead of "
+            f"{lasting(switch.horizon_s)}"
+        )
+    if switch.served_share < 1.0:
+        yield (
+            f"or replicas that stay and serve meanwhile: {100 * switch.served_share:.0f} % of the "
+            "demand is served while it lasts"
         )
 
 

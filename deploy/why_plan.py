@@ -1,8 +1,9 @@
 """Why the plan in force is in force, and how what it was made for compares with what came.
 
 A plan may differ from the one before in its routing weights alone. Then the replicas stand for
-longer than the plan is in force, and so do the figures that are looked at: from the newest decision
-with figures that led to these replicas.
+longer than the plan is in force, and the figures are those of the newest decision that led to
+these replicas and has any. A plan that was made without figures (the first one, before anything is
+expected) is explained by those with which it was first kept.
 """
 
 from collections import Counter
@@ -15,23 +16,35 @@ from shared.messages.decisions import Decision, TypeOutlook
 from shared.messages.demand import DemandReport, TypeDemand
 from shared.messages.plans import DeploymentPlan, PlanInForce, PlanProposed, ReplicaSpec
 
-JOURNAL_LIMITS = "bus.journal_age_s_max and bus.journal_bytes_max"
 NO_FIGURES = (
-    "the policy gives a reason and no figures, so there are no alternatives and no predictions to "
-    "show: scheduler.policy = 'oserve' gives them"
+    "no figures came with this decision, only a reason: no policy but 'oserve' gives any, nor does "
+    "that one before it has a forecast"
 )
+JOURNAL_LIMITS = "bus.journal_age_s_max and bus.journal_bytes_max"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where figures come from: ``plan_id``, as it was proposed at ``at_s``, or kept then.
+    ``since_s``: from when on they may be compared with what is seen."""
+
+    decision: Decision
+    plan_id: str
+    at_s: float
+    since_s: float | None
+    kept: bool = False
 
 
 def why_plan(journal: Journal, in_force: PlanInForce) -> PlanAnswer:
     """The answer, from what the journal still has; what it lacks is said in the notes."""
     plan = in_force.plan
-    own = proposal_of(journal, plan.plan_id)
-    deciding = proposal_with_figures(journal, plan)
-    decision = deciding.message.decision if deciding else None
-    decided_by = deciding.message.plan.plan_id if deciding else ""
+    own = next(
+        (p for p in reversed(journal.proposed) if p.message.plan.plan_id == plan.plan_id), None
+    )
+    source = figures_of(journal, in_force)
+    decision = source.decision if source else None
     since_s = put_in_force_at(journal, plan.plan_id)
-    seen_since_s = put_in_force_at(journal, decided_by) or since_s
-    windows = _windows(journal.demand, seen_since_s)
+    windows = _windows(journal.demand, (source.since_s if source else None) or since_s)
     return PlanAnswer(
         now_s=journal.now_s,
         plan_id=plan.plan_id,
@@ -43,8 +56,9 @@ def why_plan(journal: Journal, in_force: PlanInForce) -> PlanAnswer:
         switching_to=in_force.switching_to,
         in_force_since_s=since_s,
         proposed_at_s=own.at_s if own else None,
-        decided_by=decided_by,
-        decided_at_s=deciding.at_s if deciding else None,
+        decided_by=source.plan_id if source else "",
+        decided_at_s=source.at_s if source else None,
+        kept=source.kept if source else False,
         decision=decision,
         switch=switch_to(journal, plan.plan_id),
         types=compared(decision.types if decision else (), windows),
@@ -53,25 +67,43 @@ def why_plan(journal: Journal, in_force: PlanInForce) -> PlanAnswer:
     )
 
 
-def proposal_of(journal: Journal, plan_id: str) -> Past[PlanProposed] | None:
-    """The newest."""
-    return next((p for p in reversed(journal.proposed) if p.message.plan.plan_id == plan_id), None)
+def figures_of(journal: Journal, in_force: PlanInForce) -> Source | None:
+    """Of the plan in force, or of an earlier one with the same replicas; else those with which the
+    plan in force was first kept."""
+    plan = in_force.plan
+    past = _proposal_with_figures(journal, plan)
+    if past is not None and past.message.decision is not None:
+        plan_id = past.message.plan.plan_id
+        since_s = put_in_force_at(journal, plan_id)
+        return Source(
+            decision=past.message.decision, plan_id=plan_id, at_s=past.at_s, since_s=since_s
+        )
+    for kept in journal.kept:
+        decision = kept.message.decision
+        if kept.message.epoch == in_force.epoch and decision is not None and decision.types:
+            return Source(
+                decision=decision,
+                plan_id=plan.plan_id,
+                at_s=kept.at_s,
+                since_s=kept.at_s,
+                kept=True,
+            )
+    return None
 
 
-def proposal_with_figures(journal: Journal, plan: DeploymentPlan) -> Past[PlanProposed] | None:
-    """The newest proposal of these replicas with predictions, from the plan in force backwards;
-    else the plan's own proposal."""
-    own: Past[PlanProposed] | None = None
+def _proposal_with_figures(journal: Journal, plan: DeploymentPlan) -> Past[PlanProposed] | None:
+    """The newest proposal of these replicas with predictions, from the plan in force backwards."""
+    found = False
     for past in reversed(journal.proposed):
         event = past.message
-        if own is None and event.plan.plan_id != plan.plan_id:
+        found = found or event.plan.plan_id == plan.plan_id
+        if not found:
             continue  # asked for later, and not in force
-        own = own or past
         if event.plan.replicas != plan.replicas:
-            break
+            return None
         if event.decision is not None and event.decision.types:
             return past
-    return own
+    return None
 
 
 def put_in_force_at(journal: Journal, plan_id: str) -> float | None:
@@ -228,7 +260,7 @@ def _notes(
     if plan.pinned:
         yield "a person pinned this plan: the scheduler keeps to it until `oserve release`"
     yield from journal_notes(journal)
-    if own is None and not journal.empty:
+    if own is None and decision is None and not journal.empty:
         yield (
             f"the proposal of {plan.plan_id} is not in the journal any more, so its inputs and "
             f"alternatives are not known: {JOURNAL_LIMITS} say how long it keeps"

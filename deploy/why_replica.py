@@ -6,9 +6,9 @@ from deploy.journal import Journal, Past, ReplicaEvent
 from deploy.why_answers import ReplicaAnswer, ReplicaEventSeen
 from deploy.why_plan import (
     NO_FIGURES,
+    figures_of,
     in_words,
     journal_notes,
-    proposal_with_figures,
     shape_in_words,
 )
 from shared.errors import ConfigInvalid
@@ -36,8 +36,8 @@ def why_replica(journal: Journal, in_force: PlanInForce, replica_id: str) -> Rep
         raise ConfigInvalid(
             field="replica", value=replica_id, remedy=f"the plan in force has: {names}"
         )
-    deciding = proposal_with_figures(journal, plan) if spec else None
-    decision = deciding.message.decision if deciding else None
+    source = figures_of(journal, in_force) if spec else None
+    decision = source.decision if source else None
     load = journal.load
     workers = {report.worker_id: report for report in journal.status.workers}
     gpus = known.gpus if known else ()
@@ -67,7 +67,7 @@ def why_replica(journal: Journal, in_force: PlanInForce, replica_id: str) -> Rep
         events=tuple(events[-EVENTS_MAX:]),
         starts=sum(event.what == "started" for event in events),
         failures=sum(event.what == "failed" for event in events),
-        notes=tuple(_notes(journal, spec, decision)),
+        notes=tuple(_notes(journal, spec, decision, pinned=plan.pinned)),
     )
 
 
@@ -197,11 +197,13 @@ def _why_not(journal: Journal, replica_id: str) -> Iterable[str]:
         yield f"{left_by.plan.plan_id} ({shapes}) left it out: {left_by.reason}"
 
 
-def _notes(journal: Journal, spec: ReplicaSpec | None, decision: Decision | None) -> Iterable[str]:
+def _notes(
+    journal: Journal, spec: ReplicaSpec | None, decision: Decision | None, *, pinned: bool
+) -> Iterable[str]:
     if spec is None:
         yield "it is not in the plan in force: `oserve why plan` tells what is"
     yield from journal_notes(journal)
-    if spec is not None and decision is None:
+    if spec is not None and decision is None and not pinned:
         yield NO_FIGURES
     if spec is not None and journal.load is None:
         yield (

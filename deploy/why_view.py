@@ -8,6 +8,7 @@ from rich.text import Text
 
 from deploy.why_answers import KeptAnswer, PlanAnswer, ReplicaAnswer, SwitchSeen
 from deploy.why_figures import (
+    lost_lines,
     number,
     plans_table,
     share,
@@ -36,27 +37,29 @@ def plan_view(answer: PlanAnswer) -> RenderableType:
             f"switching to {answer.switching_to}: `oserve why not-switching`"
             if answer.switching_to
             else "",
-            _proposed(answer),
+            *_proposed(answer),
             _switch_seen(answer.switch, answer.decision),
         ),
     ]
     if answer.types:
         parts.append(types_table(answer.types, seen_s=answer.seen_s))
     if answer.decision is not None:
-        parts += _decision(answer.decision, chosen="chosen", in_force="in force then")
+        then = "in force" if answer.kept else "in force then"
+        parts += _decision(answer.decision, chosen="chosen", in_force=then)
     return Group(*parts, *_notes(answer.notes))
 
 
-def _proposed(answer: PlanAnswer) -> str:
-    if answer.proposed_at_s is None:
-        return ""
-    text = f"proposed {when(answer.proposed_at_s, answer.now_s)}"
-    if answer.decided_by != answer.plan_id:
-        text += (
-            f"; only weights differ from {answer.decided_by}, whose figures these are, proposed "
-            f"{when(answer.decided_at_s, answer.now_s)}"
+def _proposed(answer: PlanAnswer) -> Iterable[str]:
+    now_s = answer.now_s
+    if answer.proposed_at_s is not None:
+        yield f"proposed {when(answer.proposed_at_s, now_s)}"
+    if answer.kept:
+        yield f"figures: those with which it was first kept, {when(answer.decided_at_s, now_s)}"
+    elif answer.decided_by and answer.decided_by != answer.plan_id:
+        yield (
+            f"figures: those of {answer.decided_by}, which had the same replicas, of "
+            f"{when(answer.decided_at_s, now_s)}"
         )
-    return text
 
 
 def _switch_seen(switch: SwitchSeen | None, decision: Decision | None) -> str:
@@ -76,26 +79,21 @@ def _switch_seen(switch: SwitchSeen | None, decision: Decision | None) -> str:
 
 def kept_view(answer: KeptAnswer) -> RenderableType:
     now_s = answer.now_s
-    if answer.moving:
-        headline = f"It is about to: {answer.moving}"
-    elif answer.reason:
-        headline = f"Nothing moves: {answer.reason}"
-    else:
-        headline = "Nothing moves"
+    stays = f"Nothing moves: {answer.plan or 'no replicas'} stays"
+    headline = f"It is about to: {answer.moving}" if answer.moving else stays
     decided = ""
     if answer.decided_at_s is not None:
-        decided = f"decided {when(answer.decided_at_s, now_s)}"
-        if answer.times > 1:
-            decided += (
-                f", told {answer.times} times with other words since "
-                f"{when(answer.kept_since_s, now_s)}"
-            )
+        decided = (
+            f"decided {when(answer.decided_at_s, now_s)}; nothing was asked for since "
+            f"{when(answer.kept_since_s, now_s)}"
+        )
     parts: list[RenderableType] = [
         Text(headline, style="bold"),
         *_lines(
             f"in force: {answer.plan_id or '(empty)'}, epoch {answer.epoch}: "
             f"{answer.plan or 'no replicas'}, since {when(answer.in_force_since_s, now_s)}",
             decided,
+            f"why: {answer.reason}" if answer.reason else "",
         ),
     ]
     if answer.decision is not None:
@@ -187,6 +185,9 @@ def _decision(decision: Decision, *, chosen: str, in_force: str) -> list[Rendera
     plans = plans_table(decision, chosen=chosen, in_force=in_force)
     if plans is not None:
         parts.append(plans)
+    lost = lost_lines(decision)
+    if lost:
+        parts += [Text("Why the others lost", style="bold"), *_lines(*lost, bullet="- ")]
     if decision.switch is not None:
         parts += _lines(*switch_lines(decision.switch))
     parts += _lines(

@@ -4,8 +4,9 @@ A deployment *keeps up* with a rate scale if requests with 99 % of the offered t
 a grace after the last arrival: 5 % of the window, and the P99 of E2E that this deployment has at a
 light load (``LIGHT_REQUESTS`` requests in the window), which is what the last requests take in any
 case. So a queue may build up in a busy stretch, but must be worked off by the end. Saturation is
-the largest rate scale with which some static deployment keeps up, found by doubling and bisection
-to ``TOLERANCE``; it does not depend on SLO targets. Load 1.0 is saturation.
+the largest rate scale with which some static deployment keeps up, found by steps from what a fluid
+model expects, doubled as they miss, and by bisection to ``TOLERANCE``; it does not depend on SLO
+targets. Load 1.0 is saturation.
 """
 
 import math
@@ -21,6 +22,7 @@ GRACE_SHARE = 0.05
 LIGHT_REQUESTS = 100
 TOLERANCE = 0.02
 DOUBLINGS_MAX = 16
+FIRST_STEP = 1.25  # from an estimate; squared until it is a doubling
 
 
 class SaturationNotFound(OServeError):
@@ -46,24 +48,32 @@ KeepsUp = Callable[[float], str | None]
 
 
 def bisect_scale(
-    keeps_up: KeepsUp, *, start: float = 1.0, tolerance: float = TOLERANCE
+    keeps_up: KeepsUp,
+    *,
+    start: float = 1.0,
+    first_step: float = 2.0,
+    tolerance: float = TOLERANCE,
 ) -> tuple[float, float, str]:
     """The largest scale borne, the smallest that is not, no further apart than ``tolerance`` of
-    the former, and who bears it. Raises SaturationNotFound beyond ``DOUBLINGS_MAX`` doublings."""
+    the former, and who bears it. ``start`` is looked at first, then what is ``first_step`` times as
+    much or as little, and so on in larger steps. Raises SaturationNotFound after ``DOUBLINGS_MAX``
+    of them."""
     low, high, name = start, start, keeps_up(start)
+    step = first_step
     for _ in range(DOUBLINGS_MAX):
         if name is None:
-            high, low = low, low / 2.0
+            high, low = low, low / step
             name = keeps_up(low)
         elif high == low:
-            above = keeps_up(low * 2.0)
+            above = keeps_up(low * step)
             if above is None:
-                high = low * 2.0
+                high = low * step
                 break
-            low = high = low * 2.0
+            low = high = low * step
             name = above
         else:
             break
+        step = min(2.0, step * step)
     if name is None:
         raise SaturationNotFound(
             f"no static deployment keeps up even at rate scale {low:g}; does the model's KV "

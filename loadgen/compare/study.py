@@ -18,20 +18,33 @@ from loadgen.compare.asked import demand_of
 from loadgen.compare.jobs import Job, Runs
 from loadgen.compare.metrics import RunMetrics
 from loadgen.compare.options import Options
-from loadgen.compare.saturation import Bearers, Saturation, bisect_scale, requests_of
+from loadgen.compare.saturation import (
+    FIRST_STEP,
+    Bearers,
+    Saturation,
+    bisect_scale,
+    requests_of,
+)
 from loadgen.compare.targets import (
     class_targets,
     lone_requests,
     model_targets,
     relative_targets,
 )
-from loadgen.compare.workload import Workload, busiest_start_s, history, typed_windows
+from loadgen.compare.workload import (
+    TypeMean,
+    Workload,
+    busiest_start_s,
+    history,
+    typed_windows,
+)
 from loadgen.simulator.beginning import planned
 from loadgen.simulator.deployments import (
     Deployment,
     Site,
     candidates,
     default,
+    fluid_scale,
     own,
     uniform,
     uniforms,
@@ -146,11 +159,17 @@ class Study:
             for option in self.candidates
         ]
         bearers = Bearers(self._runs, jobs)
-        low, high, name = bisect_scale(bearers.keeps_up)
+        start = self._expected_scale(types, length_s)
+        low, high, name = bisect_scale(bearers.keeps_up, start=start, first_step=FIRST_STEP)
         return Saturation(
             rate_scale=low, rate_scale_above=high, deployment=name, requests_per_s=low * offered,
             simulated_s=length_s, from_s=from_s, simulations=bearers.simulations,
         )  # fmt: skip
+
+    def _expected_scale(self, types: Sequence[TypeMean], length_s: float) -> float:
+        """What the best candidate would bear as a fluid: every model's replicas busy all along."""
+        demand = demand_of(types, length_s)
+        return max(fluid_scale(self._site, option, demand) for option in self.candidates)
 
     def _at(self, load: float, scale: float) -> list[outcome.Runs]:
         seeds = range(1, self._options.seeds + 1)

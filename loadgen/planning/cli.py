@@ -68,8 +68,8 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Such as scheduler.survive=1, scheduler.elastic=true, scheduler.target.ttft_s=1; "
-        "repeatable.",
+        help="Such as scheduler.survive=1 or scheduler.elastic=true; scheduler.target.ttft_s goes "
+        "with scheduler.target.tpot_s. Repeatable.",
     ),
 ]
 

@@ -202,7 +202,7 @@ def _missing(planned: Planned, decision: Decision) -> tuple[str, ...]:
     if chosen is not None and chosen.headroom < SERVED_ENOUGH:
         short = (
             f"the GPUs carry {chosen.headroom:.3g} times the demand within its targets: add GPUs, "
-            "take less of it, or allow slower answers (--set scheduler.target.ttft_s=...)"
+            "take less of it, or allow slower answers (scheduler.target)"
         )
         return (short,)
     return ()

@@ -179,6 +179,17 @@ def candidates(site: Site, demand: Sequence[Demand], *, most: int) -> tuple[Depl
     return tuple(sorted(found, key=load)[:most])
 
 
+def fluid_scale(site: Site, option: Deployment, demand: Sequence[Demand]) -> float:
+    """How many times ``demand`` the replicas bear as a fluid, each model's of one shape: those of
+    the busiest model; 1 where nothing is offered."""
+    busiest = 0.0
+    for model_id, shape in option.shapes.items():
+        count = sum(wish.model_id == model_id for wish in option.replicas)
+        load = site.load(model_id, Parallelism.parse(shape), demand)
+        busiest = max(busiest, load / count)
+    return 1.0 / busiest if busiest > 0.0 else 1.0
+
+
 def begun(site: Site, policy: Policy, demand: Sequence[Demand]) -> MeshConfig:
     """The topology with the replicas that ``policy`` begins with. One that is best in hindsight, or
     that plans for a warm-up, begins with the topology's own: only a comparison knows these."""

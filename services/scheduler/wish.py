@@ -42,8 +42,9 @@ class Wish:
 
     def orphaned(self, in_force: DeploymentPlan | None) -> bool:
         """Whether the plan was computed against replicas that are in force no more."""
-        known = self.plan is not None and in_force is not None
-        return known and in_force.replicas not in self._against
+        if self.plan is None or in_force is None:
+            return False
+        return in_force.replicas not in self._against
 
     def came_true(self, plan_id: str) -> None:
         if self.plan is not None and self.plan.plan_id == plan_id:

@@ -1,5 +1,5 @@
-"""The simulated mesh with a policy that plans for forecasts and takes its time, under the fast loop,
-and with a person who pins plans and releases them.
+"""The simulated mesh with a policy that plans for forecasts and takes its time, the fast loop that
+corrects its weights, and a person who pins plans and releases them.
 
 Demand changes every few seconds, flaps, vanishes and comes back; the policy follows it at once,
 raises now and then and may take longer than it is given. Forecasts are lost, late and repeated as
@@ -220,7 +220,7 @@ class PlannedMesh(Mesh):
         def make(_number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
             policy = Follows(rng, self._calm)
 
-            def job(problem: Any) -> None:  # noqa: ANN401  # a Problem
+            def job(problem: Any) -> None:
                 took_s = rng.choice([0.02, 0.3, 1.5]) if rng.random() < 0.9 else 4.0
                 port.feed(solve(policy, problem), delay_s=0.02 if self._calm["calm"] else took_s)
 

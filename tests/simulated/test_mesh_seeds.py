@@ -12,6 +12,7 @@ from loadgen.simulator.mesh import Mesh, replay_command, simulate
 from services.ingress import intake
 from services.ingress.core import IngressCore
 from services.ingress.journey import Journey, Taken, Verdict
+from services.scheduler.pins import Pins
 from services.switcher import core as switcher
 from services.switcher import walk
 from services.switcher.view import WorkerView
@@ -20,10 +21,12 @@ from services.worker.engine.batching_types import Plan
 from services.worker.engine.kv_blocks import KvBlocks
 from services.worker.hosting import Hosting
 from shared.core import Effect, Publish
-from shared.messages.plans import AdoptPlan
+from shared.messages.plans import AdoptPlan, PlanKept, PlanProposed
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
+from tests.simulated.planned_mesh import PlannedMesh
 
 SEEDS, SEEDS_PER_TEST = 1000, 50
+PLANNED_SEEDS, PLANNED_PER_TEST = 120, 30
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
@@ -36,6 +39,49 @@ def test_the_mesh_keeps_its_promises_under_faults(first: int) -> None:
         except Exception as error:
             message = f"seed {seed}: {error!r}\nreplay it: {replay_command(seed)}"
             raise AssertionError(message) from error
+
+
+@pytest.mark.parametrize("first", range(0, PLANNED_SEEDS, PLANNED_PER_TEST))
+def test_a_mesh_that_follows_forecasts_keeps_its_promises(first: int) -> None:
+    """Otherwise forecasts that are lost, late, repeated or cease, a policy that raises or takes too
+    long, or a plan pinned in the middle of it, leave a mesh that never comes to rest."""
+    for seed in range(first, first + PLANNED_PER_TEST):
+        try:
+            PlannedMesh(seed).run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error!r}") from error
+
+
+def test_what_strikes_a_planned_mesh_matters() -> None:
+    """Otherwise its seeds would hold because no forecast ceased, and nobody pinned anything."""
+    reasons: Counter[str] = Counter()
+
+    def see(_: str, effect: Publish) -> None:
+        message = effect.message
+        if isinstance(message, PlanProposed | PlanKept):
+            reasons.update(kind for kind in kinds if kind in message.reason)
+
+    kinds = (
+        "as expected", "adopted by hand", "pinned, and GPUs", "released", "GPUs lost",
+        "ArithmeticError", "no answer within", "no word of demand",
+    )  # fmt: skip
+    for seed in range(1000, 1030):
+        mesh = PlannedMesh(seed, trace_max=1)
+        mesh.world.taps.append(see)
+        mesh.run()
+    assert not [kind for kind in kinds if reasons[kind] < 2], reasons
+
+
+def test_a_pin_that_is_forgotten_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a scheduler could drop what a person asked for, and no seed fail."""
+    monkeypatch.setattr(Pins, "plan", None)
+    for seed in range(40):
+        try:
+            PlannedMesh(seed, trace_max=1).run()
+        except AssertionError as error:
+            if "gave way" in str(error):
+                return
+    pytest.fail("no seed failed")
 
 
 def test_faults_are_severe_enough_to_matter() -> None:

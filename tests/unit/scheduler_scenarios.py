@@ -303,9 +303,9 @@ EVENTS: dict[str, Callable[..., None]] = {
     event.__name__: event
     for event in (
         Scenario.seconds, Scenario.forecast, Scenario.observed, Scenario.load, Scenario.solved,
-        Scenario.prompt, Scenario.raises, Scenario.answers, Scenario.in_force, Scenario.rolled_back, Scenario.die,
-        Scenario.leave, Scenario.back, Scenario.failed, Scenario.pin, Scenario.release,
-        Scenario.restart,
+        Scenario.prompt, Scenario.raises, Scenario.answers, Scenario.in_force,
+        Scenario.rolled_back, Scenario.die, Scenario.leave, Scenario.back, Scenario.failed,
+        Scenario.pin, Scenario.release, Scenario.restart,
     )
 }  # fmt: skip
 SAID_OTHERWISE = ("plan.proposed", "plan.kept", "solve.started", "solve.ended")

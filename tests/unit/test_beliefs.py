@@ -13,7 +13,7 @@ from services.router.policies import Candidate, Memory
 from services.router.request_types import TypeModel, posterior
 from services.router.routes import Routes
 from services.scheduler.policies import beliefs
-from services.scheduler.policies.beliefs import Beliefs, confusion
+from services.scheduler.policies.beliefs import Beliefs, confusion, guessed
 from services.scheduler.policies.capacity import Column, Table
 from services.scheduler.policies.capacity_types import TypeDemand
 from services.scheduler.policies.flow import Array, best_flow
@@ -192,3 +192,16 @@ def test_a_believed_type_is_the_mixture_of_its_parts() -> None:
     )
     known = Beliefs.of(of_types((types[0], rare), np.array([[10.0, 1.0]])))
     assert known.believed.types[0].target == quick, "a rare part does not set the target"
+
+
+def test_single_guesses_come_to_the_confusion() -> None:
+    """A rehearsal sends each request by one row, where routers mix rows: the same on average."""
+    types = (*MIXED, kind("0", 5.0, 300.0, 30.0, B))
+    draw, each = np.random.default_rng(11), 20_000
+    kinds = np.repeat(np.arange(len(types)), each)
+    centres = np.log1p([each_.input_tokens for each_ in types])
+    inputs = np.expm1(centres[kinds] + beliefs.SPREAD_LN * draw.standard_normal(len(kinds)))
+    found = guessed(types, kinds, inputs, draw.random(len(kinds)))
+    seen = np.zeros((len(types), len(types)))
+    np.add.at(seen, (kinds, found), 1.0 / each)
+    assert seen == pytest.approx(confusion(types), abs=0.015)

@@ -24,6 +24,7 @@ from loadgen.simulator.deployments import (
     candidates,
     default,
     deployment,
+    fluid_scale,
     gpus_by_shape,
     own,
     splits,
@@ -130,6 +131,14 @@ def test_splits_give_the_busier_model_more() -> None:
     for option in found:
         assert {wish.model_id for wish in option.replicas} == {"m", "big"}
         option.on(site.mesh).checked()
+
+
+def test_a_fluid_bears_twice_as_much_on_twice_the_gpus() -> None:
+    """The search for saturation would begin far from it."""
+    one, two = (uniform(site_of(gpus), "m", TP1) for gpus in (2, 4))
+    scales = [fluid_scale(site_of(4), option, DEMAND) for option in (one, two)]
+    assert scales[1] == pytest.approx(2 * scales[0])
+    assert fluid_scale(site_of(4), two, ()) == 1.0
 
 
 def test_default_serves_every_model() -> None:

@@ -8,6 +8,7 @@ import pytest
 from loadgen.compare.jobs import FORMAT, Job, RunRecord, Runs
 from loadgen.compare.saturation import (
     DOUBLINGS_MAX,
+    FIRST_STEP,
     GRACE_SHARE,
     TOLERANCE,
     Bearers,
@@ -32,6 +33,22 @@ def test_bisection_finds_the_scale_of_a_monotone_system(true: float) -> None:
     assert low <= true < high
     assert high - low <= TOLERANCE * low
     assert name == "it"
+
+
+@pytest.mark.parametrize("true", [0.0031, 0.4, 0.83, 1.0, 1.3, 900.0])
+def test_an_estimate_shortens_the_search_and_does_not_bend_it(true: float) -> None:
+    """Saturation would be where a fluid model expects it."""
+    asked: list[float] = []
+
+    def keeps_up(scale: float) -> str | None:
+        asked.append(scale)
+        return "it" if scale <= true else None
+
+    low, high, _ = bisect_scale(keeps_up, first_step=FIRST_STEP)
+    assert low <= true < high
+    assert high - low <= TOLERANCE * low
+    near = 1 / FIRST_STEP <= true < FIRST_STEP
+    assert len(asked) <= (6 if near else 2 * DOUBLINGS_MAX)
 
 
 def test_the_bearer_of_the_largest_scale_is_named() -> None:

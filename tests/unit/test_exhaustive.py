@@ -68,6 +68,7 @@ def test_the_number_of_packings_is_known_without_listing_them() -> None:
         columns = [Column(M, pool.name, Parallelism.parse(shape)) for shape in SHAPES]
         packings = Packings(pool, columns, count_max=[None] * 7 + [0])
         assert packings.total == len(set(packings))
+        assert [packings.at(rank) for rank in range(packings.total)] == list(packings)
     (pool,) = pools(offers(256)).values()
     columns = [Column(M, pool.name, Parallelism.parse(shape)) for shape in SHAPES]
     assert Packings(pool, columns, count_max=[None] * 8).total > 10**8

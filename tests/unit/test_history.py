@@ -45,6 +45,15 @@ def test_without_a_past_bursts_are_assumed() -> None:
     assert pattern.rates.max(axis=0) == pytest.approx([4.8, 1.6])
 
 
+def test_a_long_past_is_cut_to_its_newest_part() -> None:
+    """Rehearsals would take as long as the past is busy."""
+    past = {"m": past_of(*({0: float(i + 1)} for i in range(30)))}
+    pattern = pattern_of([kind_of("0", 15.5)], past, horizon_s=30.0)
+    assert pattern.newest(900.0).rates[:, 0] == pytest.approx([28.0, 29.0, 30.0])
+    assert pattern.newest(1.0).rates[:, 0] == pytest.approx([30.0])
+    assert pattern.newest(1e9).length_s == pattern.length_s
+
+
 def test_a_new_type_bursts_beside_old_ones() -> None:
     """It would be left out, or make the past of the others worthless."""
     past = {"m": past_of(*({0: 4.0} for _ in range(18)))}

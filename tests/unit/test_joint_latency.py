@@ -27,7 +27,7 @@ def test_more_load_is_never_faster() -> None:
     found = [tail((0.05 * 1.25**step, 800.0, 200.0))[0] for step in range(40)]
     for less, more in pairwise(found):
         assert more.ttft_s >= less.ttft_s * 0.999
-        assert more.tpot_s >= less.tpot_s * 0.999
+        assert more.tpot_s >= less.tpot_s * 0.98
     assert found[0].utilisation < 0.1
     assert found[-1].utilisation > 1
     assert 0 < found[-1].ttft_s < 1e6

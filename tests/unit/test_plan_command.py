@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,10 @@ def said(result: Result) -> str:
 
 
 def printed(*parts: Any) -> str:
-    console = Console(width=100, record=True, quiet=True)
-    console.print(Group(*parts))
-    return console.export_text()
+    console = Console(width=100, file=StringIO())
+    with console.capture() as caught:
+        console.print(Group(*parts))
+    return caught.get()
 
 
 def always(policy: Policy) -> Callable[[SchedulerConfig], Policy]:
@@ -193,7 +195,11 @@ def test_the_scheduler_is_asked_as_it_would_ask_itself(
     topology, _ = files
     site = read_site(
         topology,
-        sets=("scheduler.survive=1", "scheduler.target.ttft_s=1", "scheduler.elastic=true"),
+        sets=(
+            "scheduler.survive=1",
+            "scheduler.target.ttft_s=1", "scheduler.target.tpot_s=0.1",
+            "scheduler.elastic=true",
+        ),
     )
     site = serving(site, ["llama-3.1-8b"], alone=False)
     problem = problem_of(site, asked[1], NOTHING)

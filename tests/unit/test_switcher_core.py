@@ -6,7 +6,7 @@ import msgspec
 
 from services.switcher.core import NOTHING
 from services.switcher.events import Tick
-from shared.core import Draining, Load, Loaded, SetTimer, Store
+from shared.core import Draining, Load, Loaded, Publish, SetTimer, Store
 from shared.messages.plans import (
     AdoptPlan,
     DeploymentPlan,
@@ -545,3 +545,22 @@ def test_ends_without_a_word() -> None:
 def test_wishes_are_ignored_until_the_bucket_has_answered() -> None:
     """Otherwise a switcher just started could start a switch on top of one under way."""
     assert Run().step(AdoptPlan(plan=A, based_on_epoch=0)) == []
+
+
+def test_other_weights_alone_touch_no_worker() -> None:
+    """Otherwise a correction of weights, each few seconds, would drain what it wants to help."""
+    two = (replica("r0", "g0"), replica("r1", "g1"))
+    even = plan("even", *two)
+    run = Run().in_force(even, 1)
+    leaning = msgspec.structs.replace(even, plan_id="leaning", weights={"*": {"r0": 0.4, "r1": 0.6}})
+    told = [*run.adopt(leaning, 1), *run.write(), *run.write()]
+    assert run.core.state == "settled", "two writes, and nobody else is waited for"
+    assert run.bucket == StoredPlan(epoch=2, in_force=leaning, target_epoch=2)
+    sent = [type(effect.message) for effect in told if isinstance(effect, Publish)]
+    assert sent == [SwitchStarted, PlanInForce, SwitchEnded, PlanInForce]
+    assert run.commands == []
+    run.now_s += 0.6
+    run.report("g0", hosted("r0", 1))
+    run.report("g1", hosted("r1", 1))
+    run.step(Tick())
+    assert run.commands == [], "that they serve under an older epoch is no difference"

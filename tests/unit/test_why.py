@@ -126,6 +126,9 @@ DECISION = Decision(
 )  # fmt: skip
 
 
+OTHER = msgspec.structs.replace(DECISION, policy="another")
+
+
 def _proposed(at_s: float, plan: DeploymentPlan, decision: Decision | None) -> Past[PlanProposed]:
     event = PlanProposed(plan=plan, based_on_epoch=1, reason=plan.reason, decision=decision)
     return Past(at_s, event)
@@ -259,7 +262,7 @@ def test_new_weights_do_not_hide_why_the_replicas_stand() -> None:
     assert answer.decision == DECISION
     assert (answer.decided_by, answer.in_force_since_s) == ("plan-new", NOW_S - 4)
     assert answer.seen_s == 20.0
-    assert "only weights differ from plan-new" in _shown(plan_view(answer))
+    assert "figures: those of plan-new" in _shown(plan_view(answer))
 
 
 def test_figures_of_other_replicas_are_not_taken() -> None:
@@ -271,6 +274,26 @@ def test_figures_of_other_replicas_are_not_taken() -> None:
     answer = why_plan(journal, PlanInForce(epoch=5, plan=other))
     assert answer.decision is None
     assert "'oserve'" in answer.notes[0]
+
+
+def test_a_plan_without_figures_is_explained_by_those_with_which_it_was_kept() -> None:
+    """The first plan of a mesh, made before anything was expected, would never be compared with
+    what comes; or be explained by a decision about another plan."""
+    journal = _journal(
+        proposed=(_proposed(NOW_S - 100, PLAN, None),),
+        kept=(
+            Past(NOW_S - 120, PlanKept(epoch=3, reason="before", decision=OTHER)),
+            Past(NOW_S - 48, PlanKept(epoch=4, reason="no forecast")),
+            Past(NOW_S - 41, PlanKept(epoch=4, reason="stays", decision=DECISION)),
+            Past(NOW_S - 20, PlanKept(epoch=4, reason="stays", decision=OTHER)),
+        ),
+    )
+    answer = why_plan(journal, IN_FORCE)
+    assert (answer.decision, answer.kept) == (DECISION, True)
+    assert answer.seen_s == 20.0
+    shown = _shown(plan_view(answer))
+    assert "figures: those with which it was first kept" in shown
+    assert "250 ms (+25 %)" in shown
 
 
 @pytest.mark.parametrize(
@@ -285,7 +308,7 @@ def test_figures_of_other_replicas_are_not_taken() -> None:
         (_journal(unreadable=3), IN_FORCE, "3 events"),
         (_journal(demand=()), IN_FORCE, "profiler.window_s"),
         (
-            _journal(),
+            _journal(proposed=(_proposed(NOW_S - 100, PLAN, None),)),
             PlanInForce(epoch=4, plan=msgspec.structs.replace(PLAN, pinned=True)),
             "`oserve release`",
         ),
@@ -341,12 +364,14 @@ def test_the_last_decision_to_keep_and_what_would_change_it() -> None:
     answer = why_not_switching(journal, IN_FORCE)
     assert (answer.reason, answer.times, answer.kept_since_s) == ("does not pay", 2, NOW_S - 30)
     assert answer.moving == ""
-    larger, cheaper, longer = answer.would_change
+    larger, cheaper, longer, served = answer.would_change
     assert "3 times as large" in larger
     assert "about 16 s instead of 48 s" in cheaper
-    assert "900 s; it is for 300 s" in longer
+    assert "15 min instead of 5 min" in longer
+    assert "50 % of the demand" in served
     shown = _shown(kept_view(answer))
-    assert "Nothing moves: does not pay" in shown
+    assert "Nothing moves: 1 x tp4, 2 x tp2 stays" in shown
+    assert "why: does not pay" in shown
     assert "not worth it: pays back too late" in shown
 
 

@@ -1,8 +1,13 @@
 """The best way to send types to given replicas: tried out in a rehearsal, bursts and all.
 
 All types together, and longer prompts apart in every way that ``separation.py`` offers, one model
-after the other. All are rehearsed with the same requests and ranked as plans are: by goodput, then
-by the 99th percentile of E2E, ties going to what is listed first, and so to types together. To save
+after the other. All are rehearsed with the same requests and ranked by their worth
+
+    (goodput share + ``GOODPUT_NIL``) / 99th percentile of E2E
+
+so that neither is bought with more than its part of the other: keeping types apart may bring a few
+more requests in time at the price of one type that waits forever. What is worth hardly more than
+what is listed before it is a tie, and types together are listed first. To save
 time all splits are tried one way and with the part of the requests in which most tokens come, and
 only the best few in all ways and with all requests.
 """
@@ -17,8 +22,8 @@ from services.scheduler.policies.joint_judge import Judge
 from services.scheduler.policies.rehearsal import Drawn, Rehearsed, Scene, rehearse
 from services.scheduler.policies.separation import Dispatch, apart, together
 
-GOODPUT_TIE = 0.01
-P99_TIE = 0.03
+GOODPUT_NIL = 0.02  # a share of requests in time that is none to speak of
+TIE = 0.03  # relative, of worth
 SCREENED_MAX = 2500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
 
@@ -31,13 +36,12 @@ class Tried:
     outcome: Rehearsed
 
     @property
-    def goodput_share(self) -> float:
-        share = self.outcome.whole.goodput_share
-        return 1.0 if share is None else share
-
-    @property
-    def e2e_s_p99(self) -> float:
-        return self.outcome.whole.e2e_s.p99 or 0.0
+    def worth(self) -> float:
+        """Larger is better; per second. A rehearsal without requests is worth nothing."""
+        whole = self.outcome.whole
+        if whole.goodput_share is None or not whole.e2e_s.p99:
+            return 0.0
+        return (whole.goodput_share + GOODPUT_NIL) / whole.e2e_s.p99
 
 
 def best_dispatch(judge: Judge, scene: Scene, counts: Mapping[Column, int], drawn: Drawn) -> Tried:
@@ -57,15 +61,13 @@ def best_dispatch(judge: Judge, scene: Scene, counts: Mapping[Column, int], draw
 
 
 def ranked(tried: Iterable[Tried]) -> list[Tried]:
-    """The best first: of those within ``GOODPUT_TIE`` of the best goodput and ``P99_TIE`` of the
-    best tail, the one listed first; then the best of the rest, and so on."""
+    """The best first: of those within ``TIE`` of the most worth, the one listed first; then the
+    best of the rest, and so on."""
     rest: list[Tried] = list(tried)
     found: list[Tried] = []
     while rest:
-        most = max(each.goodput_share for each in rest)
-        close = [each for each in rest if each.goodput_share >= most - GOODPUT_TIE]
-        least = min(each.e2e_s_p99 for each in close)
-        best = next(each for each in close if each.e2e_s_p99 <= least * (1 + P99_TIE))
+        most = max(each.worth for each in rest)
+        best = next(each for each in rest if each.worth >= most * (1.0 - TIE))
         found.append(best)
         rest = [each for each in rest if each is not best]
     return found

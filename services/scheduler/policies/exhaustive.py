@@ -16,14 +16,15 @@ not known. Here only what is proven to be no better is left out:
   is.
 
 So no other deployment has a better objective than the result, to within the linear solver's
-tolerance. The work is bounded: when there are too many deployments, or too many flows to solve, the
-result is the best of what was looked at, and says so.
+tolerance. The work is bounded: of too many deployments some are looked at, evenly spread in the
+order of listing, and when there are too many flows to solve the first ones are; the result is then
+the best of these, and says so.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from math import prod
 from typing import Literal
 
@@ -34,7 +35,8 @@ from services.scheduler.policies.flow import Array, Flow, best_flow, duals
 from services.scheduler.policies.joint_terms import plannable
 from services.scheduler.policies.packings import Packings
 
-LISTED_MAX = 50_000  # deployments looked at
+LISTED_MAX = 50_000  # deployments that are all looked at
+SPREAD_MAX = 5_000  # looked at where there are more: each takes longer to find
 FLOWS_MAX = 2_000  # of these, flows solved: a few milliseconds each
 NOTHING = 1e-9  # headroom: a solver's zero
 BETTER = 1e-9  # relative: less is rounding
@@ -121,8 +123,12 @@ def _listed(table: Table, least: Mapping[str, int], listed_max: int) -> _Listing
             for column, serves in zip(columns, useful, strict=True)
         ]
         pools.append((own, Packings(pool, columns, count_max=bounds)))
-    ways = [list(islice(packings, listed_max)) for _, packings in pools]
-    chosen = list(islice(product(*ways), listed_max))
+    total = prod(packings.total for _, packings in pools)
+    if total <= listed_max:
+        chosen = list(product(*(packings for _, packings in pools)))
+    else:
+        some = min(listed_max, SPREAD_MAX)
+        chosen = [_at(i * total // some, [ways for _, ways in pools]) for i in range(some)]
     counts = np.zeros((len(chosen), len(table.columns)))
     order = [s for own, _ in pools for s in own]
     counts[:, order] = [[count for way in ways for count in way] for ways in chosen]
@@ -130,8 +136,16 @@ def _listed(table: Table, least: Mapping[str, int], listed_max: int) -> _Listing
     for model_id, count in least.items():
         own = [s for s, column in enumerate(table.columns) if column.model_id == model_id]
         enough &= counts[:, own].sum(axis=1) >= count
-    total = prod(packings.total for _, packings in pools)
     return _Listing(counts[enough], len(chosen), total)
+
+
+def _at(rank: int, pools: Sequence[Packings]) -> tuple[tuple[int, ...], ...]:
+    """The ways of all pools at a rank of their product, the last one's the first to change."""
+    ways: list[tuple[int, ...]] = []
+    for packings in reversed(pools):
+        rank, own = divmod(rank, packings.total)
+        ways.append(packings.at(own))
+    return tuple(reversed(ways))
 
 
 def _best(table: Table, listing: _Listing, goal: Goal, flows_max: int) -> Exhausted:

@@ -40,6 +40,12 @@ class Pattern:
     def length_s(self) -> float:
         return float(self.seconds.sum())
 
+    def newest(self, requests_max: float) -> "Pattern":
+        """Its last windows, as many as hold ``requests_max`` requests at most; at least one."""
+        expected = (self.rates.sum(axis=1) * self.seconds)[::-1].cumsum()
+        kept = max(1, int((expected <= requests_max).sum()))
+        return Pattern(seconds=self.seconds[-kept:], rates=self.rates[-kept:])
+
 
 def pattern_of(
     types: Sequence[TypeDemand],

@@ -68,6 +68,22 @@ class Packings:
                     chosen = (*counts[: step.index], count, *counts[step.index + 1 :])
                     stack.append((at + 1, then, waiting, chosen))
 
+    def at(self, rank: int) -> tuple[int, ...]:
+        """The way that comes after ``rank`` others, without walking through these."""
+        used, waiting, counts = 0, NOBODY, [0] * self._columns
+        for at, step in enumerate(self._steps):
+            after = self._ways[at + 1]
+            if step.index is None:
+                waiting = _waiting(step, used, waiting)
+                continue
+            count = 0
+            while rank >= (ways := after.get((used, waiting), 0)):
+                rank -= ways
+                used += step.gpus
+                count += 1
+            counts[step.index] = count
+        return tuple(counts)
+
     def _worked_out(self, gpus: int) -> list[dict[tuple[int, int], int]]:
         """Of each step: ways to go on from it, by GPUs used and by who waits for room."""
         sizes = {NOBODY, *(size for step in self._steps for size in step.open_)}

@@ -1,0 +1,274 @@
+"""A replica that serves a mix of types in its steady state: TTFT and TPOT as distributions.
+
+``shared/cost/latency.py`` answers for requests of one length, and for means. Here types are told
+apart. With S the step of the B requests that decode, every prompt adds x to the steps it is in,
+beyond what they would have taken anyway; prompts that share a step add less each.
+
+    ITL   S / (1 - sum of arrivals * x), and a little more, since B varies and its steps with it
+    B     ITL * sum of arrivals * (outputs - 1)                                (Little's law)
+    TTFT  wait + own prompt + half of what others bring into its steps
+    wait  (rest of the step under way) / (1 - sum of arrivals * x)   (Pollaczek and Khinchine)
+          + wait for a seat, or KV                                   (Sakasegawa)
+
+and variances of
+
+    TTFT  the wait's, as if it were exponential, and its third-moment term; own prompt's
+    TPOT  that of B, by how much a request's own time of decoding evens it out (correlated over the
+          time that requests stay); that of the prompts which come meanwhile (compound Poisson)
+
+Quantiles are those of a gamma distribution of that mean and variance, by the approximation of
+Wilson and Hilferty. Lengths within a type are log-normal, three points of them standing for all
+(Gauss and Hermite). Factors that theory does not give were fitted to rehearsals of 260 plans;
+``python -m loadgen.bench.bench_predictions`` compares the outcome with the simulator.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, exp, expm1, floor, sqrt
+
+from services.scheduler.policies.rehearsal_requests import SPREAD_LN
+from shared.cost.limits import EngineLimits
+from shared.cost.model import CostModel
+from shared.cost.steady import Work, prompt_s
+from shared.cost.step import PS_PER_S, Prefill
+
+Z99 = 2.326  # of a normal distribution
+EXTRA_MAX = 0.97  # of all time, that prompts add
+SPREAD_SQUARES = exp(SPREAD_LN**2)  # mean square of a length over its squared mean
+POINTS = tuple(
+    (weight, exp(k * sqrt(3.0) * SPREAD_LN - SPREAD_LN**2 / 2))
+    for weight, k in ((1 / 6, -1), (2 / 3, 0), (1 / 6, 1))
+)
+# Fitted, each to the one figure that hangs on it most; 1 is what the theory says.
+DRIFT = 2.0  # how much the batch's ups and downs lengthen the mean step
+BATCH_VARIANCE = 1.5
+PROMPTS_VARIANCE = 1.3
+WAIT_VARIANCE = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What one replica gets of one type; ``arrivals_rps`` above 0."""
+
+    arrivals_rps: float
+    input_tokens: float
+    output_tokens: float
+
+    @property
+    def gaps(self) -> float:
+        return max(0.0, self.output_tokens - 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """Seconds; ``ttft_s`` and ``tpot_s`` are 99th percentiles. ``utilisation`` is the replica's,
+    and may exceed 1."""
+
+    ttft_s: float
+    tpot_s: float
+    utilisation: float
+    ttft_s_mean: float
+    ttft_s_p50: float
+    tpot_s_mean: float
+    tpot_s_p50: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt of one of the ``POINTS``: the steps it takes, how long these are, and how much of
+    that is added by it."""
+
+    weight: float
+    steps: int
+    took_s: float
+    extra_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """A replica at ``batch``. ``added``: of all time, what prompts add; ``together``: prompts in a
+    step that has any, each of which adds ``part`` of what it would alone; ``slope_s``: how ITL
+    grows with the batch; ``stay_s``: for how long the batch remembers; ``seat_s``: the wait for a
+    seat."""
+
+    batch: float
+    step_s: float
+    lone_s: float
+    itl_s: float
+    slope_s: float
+    stay_s: float
+    seat_s: float
+    added: float
+    together: float
+    part: float
+    loads: Sequence[Load]
+    prompts: Sequence[Sequence[Prompt]]
+
+    def moment(self, power: int) -> float:
+        """Of what a prompt adds, times arrivals."""
+        return sum(
+            load.arrivals_rps * sum(p.weight * (p.extra_s * self.part) ** power for p in own)
+            for load, own in zip(self.loads, self.prompts, strict=True)
+        )
+
+    def wait_s(self) -> tuple[float, float]:
+        """Mean and variance of the time until a prompt's first step."""
+        full_s = squares = 0.0
+        for load, own in zip(self.loads, self.prompts, strict=True):
+            full_s += load.arrivals_rps * sum(p.weight * p.took_s for p in own)
+            squares += load.arrivals_rps * sum(p.weight * p.took_s**2 / p.steps for p in own)
+        idle = 1.0 - min(1.0, full_s)
+        rest_s = idle * min(1.0, self.batch) * self.step_s / 2 + squares * self.part**2 / 2
+        queue_s = rest_s / (1.0 - self.added)
+        variance = WAIT_VARIANCE * queue_s**2 + self.moment(3) / (3.0 * (1.0 - self.added))
+        return queue_s + self.seat_s, variance + 2.0 * self.seat_s**2
+
+    def tail(self, load: Load, own: Sequence[Prompt]) -> Tail:
+        """The times of one type; ``utilisation`` is not known here."""
+        wait_s, wait_variance = self.wait_s()
+        took_s = sum(p.weight * p.took_s for p in own)
+        spread = sum(p.weight * p.took_s**2 for p in own) - took_s**2
+        arrivals = sum(each.arrivals_rps for each in self.loads)
+        others_s = (self.together - 1.0) * self.moment(1) / arrivals / 2
+        ttft_s = wait_s + took_s + others_s
+        variance = wait_variance + max(0.0, spread) + others_s**2
+        tpot_s, tpot_variance = self._tpot_s(load)
+        return Tail(
+            ttft_s=_quantile(ttft_s, variance, Z99),
+            tpot_s=_quantile(tpot_s, tpot_variance, Z99),
+            utilisation=0.0,
+            ttft_s_mean=ttft_s,
+            ttft_s_p50=_quantile(ttft_s, variance, 0.0),
+            tpot_s_mean=tpot_s,
+            tpot_s_p50=_quantile(tpot_s, tpot_variance, 0.0),
+        )
+
+    def _tpot_s(self, load: Load) -> tuple[float, float]:
+        """Mean and variance. A request of short answers sees the batch of a moment and the prompts
+        of few others, a long one the average of both."""
+        if load.gaps == 0.0:
+            return 0.0, 0.0
+        drift = self.added * max(0.0, self.itl_s - self.lone_s) / self.lone_s
+        mean_s = self.itl_s * (1.0 + DRIFT * drift / max(1.0, self.batch))
+        times = load.gaps * self.itl_s / self.stay_s
+        evened = 2.0 * (times + expm1(-times)) / times**2
+        batch = BATCH_VARIANCE * self.slope_s**2 * self.batch * evened
+        prompts = self.itl_s * self.moment(2) / load.gaps * SPREAD_SQUARES / (1.0 - self.added)
+        return mean_s, batch + PROMPTS_VARIANCE * prompts
+
+
+class SteadyReplica:
+    """The steady states of a replica under ``loads``; ``limits`` are those of all its stages."""
+
+    def __init__(self, model: CostModel, loads: Sequence[Load], limits: EngineLimits) -> None:
+        self._model, self._loads, self._limits = model, loads, limits
+        self._decoded = sum(load.arrivals_rps * load.gaps for load in loads)  # tokens/s
+        held = sum(
+            load.arrivals_rps * load.gaps * (load.input_tokens + load.output_tokens / 2)
+            for load in loads
+        )
+        self._context = held / self._decoded if self._decoded else 0.0
+        self._prompted = sum(load.arrivals_rps * load.input_tokens for load in loads)
+
+    def state(self, start: float, seats: int) -> State:
+        """The one in which the batch is what arrives of it, sought from ``start`` on by two steps
+        of the secant method, within ``seats``."""
+        if not self._decoded:
+            return self._at(0.0, seats)
+        one = self._at(min(start, float(seats)), seats)
+        two = self._at(min(self._decoded * one.itl_s, float(seats)), seats)
+        off, further = (self._decoded * each.itl_s - each.batch for each in (one, two))
+        if abs(off - further) <= 1e-3 * max(1.0, one.batch):
+            return two
+        batch = two.batch + further * (two.batch - one.batch) / (off - further)
+        return self._at(min(max(batch, 0.0), float(seats)), seats)
+
+    def _step_s(self, batch: int) -> float:
+        return self._model.step.step_ps(batch, round(batch * self._context)) / PS_PER_S
+
+    def _at(self, batch: float, seats: int) -> State:
+        whole = round(batch)
+        step_s = self._step_s(max(1, whole))
+        prompts = [self._prompts(load, whole, step_s) for load in self._loads]
+        added = steps = 0.0
+        for load, own in zip(self._loads, prompts, strict=True):
+            added += load.arrivals_rps * sum(p.weight * p.extra_s for p in own)
+            steps += load.arrivals_rps * sum(p.weight * p.steps for p in own)
+        itl_s, part, together = step_s / (1.0 - min(EXTRA_MAX, added)), 1.0, 1.0
+        for _ in range(2):
+            part, together = self._shared(whole, steps, itl_s, step_s)
+            itl_s = (itl_s + step_s / (1.0 - min(EXTRA_MAX, added * part))) / 2
+        wide = max(1, round(sqrt(max(batch, 1.0))))
+        low, high = max(1, whole - wide), max(2, whole + wide)
+        slope_s = (self._step_s(high) - self._step_s(low)) / (high - low) * itl_s / step_s
+        squares = sum(load.arrivals_rps * load.gaps**2 for load in self._loads) * SPREAD_SQUARES
+        arrivals = sum(load.arrivals_rps for load in self._loads)
+        return State(
+            batch=batch,
+            step_s=step_s,
+            lone_s=self._step_s(1),
+            itl_s=itl_s,
+            slope_s=slope_s,
+            stay_s=squares / self._decoded * itl_s if self._decoded else 0.0,
+            seat_s=_seat_s(min(EXTRA_MAX, batch / seats), seats, self._decoded * itl_s / arrivals),
+            added=min(EXTRA_MAX, added * part),
+            together=together,
+            part=part,
+            loads=self._loads,
+            prompts=prompts,
+        )
+
+    def _prompts(self, load: Load, batch: int, step_s: float) -> list[Prompt]:
+        """What prompts of the type take beside ``batch`` requests that decode."""
+        room = max(1, self._limits.batch_tokens_max - batch)
+        context = round(batch * self._context)
+        found: list[Prompt] = []
+        for weight, times in POINTS:
+            work = Work.of(times * load.input_tokens, 1)
+            steps = ceil(work.input_tokens / room)
+            took_s = prompt_s(self._model, work, room=room, batch=batch, context=context)
+            anyway_s = steps * step_s if batch else 0.0
+            found.append(Prompt(weight, steps, took_s, max(0.0, took_s - anyway_s)))
+        return found
+
+    def _shared(
+        self, batch: int, steps_per_s: float, itl_s: float, step_s: float
+    ) -> tuple[float, float]:
+        """What a prompt adds to a step that it shares with those that come during another, as a
+        part of what it adds alone; and how many share it."""
+        room = max(1, self._limits.batch_tokens_max - batch)
+        tokens = min(float(room), self._prompted / steps_per_s)
+        coming = steps_per_s * itl_s
+        together = coming / -expm1(-coming) if coming > 1e-6 else 1.0  # noqa: PLR2004  # its limit
+        together = max(1.0, min(together, room / tokens))
+        anyway_s = step_s if batch else 0.0
+        alone_s = self._mixed_s(batch, 1, tokens) - anyway_s
+        if together == 1.0 or alone_s <= 0.0:
+            return 1.0, together
+        below = floor(together)
+        share = together - below
+        several_s = (1.0 - share) * self._mixed_s(batch, below, tokens)
+        if share:
+            several_s += share * self._mixed_s(batch, below + 1, tokens)
+        return min(1.0, max(0.0, several_s - anyway_s) / (together * alone_s)), together
+
+    def _mixed_s(self, batch: int, prompts: int, tokens: float) -> float:
+        """A step with ``prompts`` prompts of ``tokens`` tokens, each in one chunk."""
+        work = Prefill(round(prompts * tokens), prompts, round(prompts * tokens**2 / 2), prompts)
+        context = round(batch * self._context)
+        return self._model.step.step_ps(batch, context, work) / PS_PER_S
+
+
+def _seat_s(used: float, seats: int, held_s: float) -> float:
+    """The mean wait for one of ``seats`` seats, each held for ``held_s``: M/G/c (Sakasegawa, 1977;
+    Allen and Cunneen)."""
+    busy = used ** (sqrt(2.0 * (seats + 1)) - 1.0)
+    return held_s / seats * busy / (1.0 - used) * (1.0 + SPREAD_SQUARES) / 2
+
+
+def _quantile(mean: float, variance: float, z: float) -> float:
+    """Of a gamma distribution, where a normal one has ``z`` (Wilson and Hilferty, 1931)."""
+    if variance <= 0.0 or mean <= 0.0:
+        return max(0.0, mean)
+    part = variance / mean**2 / 9.0
+    return mean * max(0.0, 1.0 - part + z * sqrt(part)) ** 3
