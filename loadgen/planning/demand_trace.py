@@ -26,6 +26,7 @@ from shared.slo import SloClass
 WINDOW_S = 300.0
 WINDOW_S_MAX = 1e7
 SAMPLE_MAX = 512  # requests behind the centres: seeding takes their number squared
+SILENT_SHARE = 0.1  # of a window without a request at its end: the trace may have ended
 USUAL: SloClass = "standard"
 
 
@@ -81,6 +82,9 @@ def trace_demand(
             models.append(ModelDemand(model_id=model_id, types=(), horizon_s=window.length_s))
             continue
         models.append(_demand(model_id, typed.records, window, profiler, size))
+        silent_s = window.length_s - typed.records[-1].timestamp_s
+        if silent_s > SILENT_SHARE * window.length_s:
+            notes.append(f"{model_id}: nothing arrives in the window's last {silent_s:,.0f} s")
         if typed.cut:
             limit = mesh.model_of(model_id).context_tokens_max
             notes.append(

@@ -191,7 +191,7 @@ def _types(answer: Answer) -> list[RenderableType]:
     several = len({kind.model_id for kind in answer.decision.types}) > 1
     columns = (
         *wide("type"),
-        *right("arrivals", "p10 to p90", "tokens in / out", "TTFT", "TPOT", "E2E p99, s"),
+        *right("arrivals", "p10-p90", "tokens in / out", "TTFT", "TPOT", "E2E p99, s"),
         *right("in time"),
     )
     title = "Types: requests/s, mean tokens, predicted times in ms at p50 / p99, within targets"
@@ -217,4 +217,4 @@ def _types(answer: Answer) -> list[RenderableType]:
 
 def _range(kind: TypeOutlook) -> str:
     low, high = kind.arrivals_rps_p10, kind.arrivals_rps_p90
-    return words.NOTHING if low == high else f"{words.rate(low)} to {words.rate(high)}"
+    return words.NOTHING if low == high else f"{words.rate(low)}-{words.rate(high)}"

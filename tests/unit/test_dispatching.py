@@ -48,10 +48,12 @@ def test_bursts_of_long_prompts_get_replicas_of_their_own() -> None:
     assert any(column.group == LONG for column in found.dispatch.counts)
 
 
-def test_in_calm_types_stay_together() -> None:
+def test_short_prompts_stay_together() -> None:
     """Fewer replicas for each is more waiting for all, with nothing to gain."""
-    judge = a_judge()
-    drawn = drawn_with(judge, 0.5, 0.5, 0.5, 0.5)
+    asked = problem({MODEL: ((3.0, 100.0, 200.0), (3.0, 300.0, 200.0))}, offers(16))
+    source = MadeUpRates()
+    judge = Judge(problem=asked, table=build(asked, source), source=source, horizon_s=300.0)
+    drawn = requests(judge.table, seconds=120.0, seed=3)
     found = best_dispatch(judge, scene_of(judge), four_tp4(judge), drawn)
     assert found.dispatch.words == ""
     assert found.outcome.whole.goodput_share == pytest.approx(1.0)

@@ -197,7 +197,8 @@ def test_the_scheduler_is_asked_as_it_would_ask_itself(
         topology,
         sets=(
             "scheduler.survive=1",
-            "scheduler.target.ttft_s=1", "scheduler.target.tpot_s=0.1",
+            "scheduler.target.ttft_s=1",
+            "scheduler.target.tpot_s=0.1",
             "scheduler.elastic=true",
         ),
     )
@@ -227,7 +228,7 @@ def test_the_tables_say_what_the_decision_says(asked: tuple[Site, Expected]) -> 
     assert "interactive: TTFT 500 ms, TPOT 50 ms" in text
     assert "chat: 0.667, code: 0.333" in text
     assert "50 / 1,250" in text
-    assert "1 to 4" in text
+    assert "1-4" in text  # p10 and p90
     assert "E2E" not in text  # not worked out: no column of dashes
     assert max(map(len, text.splitlines())) <= 100
 
@@ -440,6 +441,9 @@ def test_a_window_of_a_trace_becomes_types(tmp_path: Path) -> None:
     assert [kind.arrivals_rps for kind in model.types] == pytest.approx([2 / 3, 1 / 3])
     assert {kind.input_tokens_mean for kind in model.types} == {100.0, 4000.0}
     assert model.horizon_s == 300.0
+    assert found.notes == ()
+    cut = trace_demand({"llama-3.1-8b": str(trace)}, site.mesh, Window(at_s=500.0, length_s=199.0))
+    assert cut.notes == ("llama-3.1-8b: nothing arrives in the window's last 100 s",)
     late = trace_demand(
         {"llama-3.1-8b": str(trace)}, site.mesh, Window(at_s=690.0, slo_class="batch")
     )

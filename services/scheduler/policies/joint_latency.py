@@ -11,13 +11,11 @@ best of them through.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite, sqrt
+from math import sqrt
 
 from services.scheduler.policies.joint_steady import Z99, Load, SteadyReplica, Tail
-from shared.cost.latency import latency
 from shared.cost.limits import EngineLimits
 from shared.cost.model import CostModel
-from shared.cost.steady import Work, batch_max
 
 __all__ = ["Load", "Tail", "tails"]
 
@@ -30,32 +28,17 @@ def tails(
 ) -> list[Tail]:
     """One for each of ``loads``, in their order; all together are the replica's load."""
     arrivals = sum(load.arrivals_rps for load in loads)
-    mean = _mean(loads, arrivals)
-    found = latency(
-        model,
-        requests_per_s=arrivals,
-        input_tokens=mean.input_tokens,
-        output_tokens=mean.output_tokens,
-        limits=limits,
-        cv2=1.0,
-    )
     limits = limits.in_stages(model.shape.pp)
-    seats = max(1, batch_max(model, mean, limits))
-    utilisation = min(found.utilisation, UTILISATION_MAX)
-    eased = min(1.0, FULL / utilisation) if utilisation > 0 else 1.0
-    part = [replace(load, arrivals_rps=eased * load.arrivals_rps) for load in loads]
-    start = found.batch if isfinite(found.ttft_s) else FULL * seats
-    state = SteadyReplica(model, part, limits).state(start, seats)
-    steady = [state.tail(load, own) for load, own in zip(part, state.prompts, strict=True)]
+    replica = SteadyReplica(model, loads, limits)
+    utilisation = min(replica.utilisation(), UTILISATION_MAX)
     if utilisation <= FULL:
-        return [_bounded(tail, arrivals, horizon_s, utilisation) for tail in steady]
-    return [_unsteady(tail, arrivals, horizon_s, utilisation) for tail in steady]
-
-
-def _mean(loads: Sequence[Load], arrivals: float) -> Work:
-    inputs = sum(load.arrivals_rps * load.input_tokens for load in loads)
-    outputs = sum(load.arrivals_rps * load.output_tokens for load in loads)
-    return Work.of(inputs / arrivals, outputs / arrivals)
+        state = replica.state()
+        return [
+            _bounded(tail, arrivals, horizon_s, utilisation) for tail in state.tails(utilisation)
+        ]
+    part = [replace(load, arrivals_rps=FULL / utilisation * load.arrivals_rps) for load in loads]
+    state = SteadyReplica(model, part, limits).state()
+    return [_unsteady(tail, arrivals, horizon_s) for tail in state.tails(utilisation)]
 
 
 def _bounded(tail: Tail, arrivals: float, horizon_s: float, utilisation: float) -> Tail:
@@ -65,12 +48,12 @@ def _bounded(tail: Tail, arrivals: float, horizon_s: float, utilisation: float) 
         tail,
         ttft_s=min(tail.ttft_s, worst_s),
         ttft_s_mean=min(tail.ttft_s_mean, worst_s),
-        utilisation=utilisation,
     )
 
 
-def _unsteady(tail: Tail, arrivals: float, horizon_s: float, utilisation: float) -> Tail:
+def _unsteady(tail: Tail, arrivals: float, horizon_s: float) -> Tail:
     """From ``FULL`` on waits grow to the worst that chance brings, then by what piles up."""
+    utilisation = tail.utilisation
     worst_s = _worst_s(tail, arrivals / utilisation, horizon_s)
     piled_s = horizon_s / 2 * max(0.0, utilisation - 1.0)
     near = (1.0 - FULL) / max(1.0 - utilisation, 1e-9) if utilisation < 1.0 else float("inf")
@@ -79,7 +62,6 @@ def _unsteady(tail: Tail, arrivals: float, horizon_s: float, utilisation: float)
         ttft_s=min(near * tail.ttft_s, worst_s) + piled_s,
         ttft_s_mean=min(near * tail.ttft_s_mean, worst_s) + piled_s,
         ttft_s_p50=min(near * tail.ttft_s_p50, worst_s) + piled_s,
-        utilisation=utilisation,
     )
 
 

@@ -34,6 +34,8 @@ from shared.cost.step import PS_PER_S, Prefill
 
 Z99 = 2.326  # of a normal distribution
 EXTRA_MAX = 0.97  # of all time, that prompts add
+CLOSE = 0.02  # of the batch: nearer to the steady state than that is near enough
+ALONE = 1e-6  # prompts that come during a step: fewer never share one
 SPREAD_SQUARES = exp(SPREAD_LN**2)  # mean square of a length over its squared mean
 POINTS = tuple(
     (weight, exp(k * sqrt(3.0) * SPREAD_LN - SPREAD_LN**2 / 2))
@@ -123,9 +125,18 @@ class State:
         variance = WAIT_VARIANCE * queue_s**2 + self.moment(3) / (3.0 * (1.0 - self.added))
         return queue_s + self.seat_s, variance + 2.0 * self.seat_s**2
 
-    def tail(self, load: Load, own: Sequence[Prompt]) -> Tail:
-        """The times of one type; ``utilisation`` is not known here."""
-        wait_s, wait_variance = self.wait_s()
+    def tails(self, utilisation: float) -> list[Tail]:
+        """The times of each type, in their order."""
+        wait = self.wait_s()
+        return [
+            self._tail(load, own, wait, utilisation)
+            for load, own in zip(self.loads, self.prompts, strict=True)
+        ]
+
+    def _tail(
+        self, load: Load, own: Sequence[Prompt], wait: tuple[float, float], utilisation: float
+    ) -> Tail:
+        wait_s, wait_variance = wait
         took_s = sum(p.weight * p.took_s for p in own)
         spread = sum(p.weight * p.took_s**2 for p in own) - took_s**2
         arrivals = sum(each.arrivals_rps for each in self.loads)
@@ -136,7 +147,7 @@ class State:
         return Tail(
             ttft_s=_quantile(ttft_s, variance, Z99),
             tpot_s=_quantile(tpot_s, tpot_variance, Z99),
-            utilisation=0.0,
+            utilisation=utilisation,
             ttft_s_mean=ttft_s,
             ttft_s_p50=_quantile(ttft_s, variance, 0.0),
             tpot_s_mean=tpot_s,
@@ -169,31 +180,60 @@ class SteadyReplica:
         )
         self._context = held / self._decoded if self._decoded else 0.0
         self._prompted = sum(load.arrivals_rps * load.input_tokens for load in loads)
+        block = (limits.block_tokens - 1) / 2
+        self._seats = max(
+            1, min(limits.running_max, int(model.kv_tokens / max(1.0, self._context + block)))
+        )
+        self._full = self._prompts_of(self._seats if self._decoded else 0)
 
-    def state(self, start: float, seats: int) -> State:
-        """The one in which the batch is what arrives of it, sought from ``start`` on by two steps
-        of the secant method, within ``seats``."""
+    def utilisation(self) -> float:
+        """The share of all time that the load takes at its most efficient, with every seat taken
+        and every step full of prompts."""
+        batch = self._seats if self._decoded else 0
+        step_s = self._step_s(max(1, batch))
+        added, steps = self._sums(self._full)
+        part, _ = self._shared(batch, steps, float("inf"), step_s)
+        return self._decoded * step_s / self._seats + added * part
+
+    def state(self) -> State:
+        """The one in which the batch is what arrives of it, within the seats there are; by two
+        steps of the secant method, from where it would be if steps grew evenly with it."""
         if not self._decoded:
-            return self._at(0.0, seats)
-        one = self._at(min(start, float(seats)), seats)
-        two = self._at(min(self._decoded * one.itl_s, float(seats)), seats)
+            return self._at(0.0)
+        seats = float(self._seats)
+        lone_s, full_s = self._step_s(1), self._step_s(self._seats)
+        grows_s = (full_s - lone_s) / max(1.0, seats - 1.0)
+        idle = 1.0 - min(EXTRA_MAX, self._sums(self._full)[0]) - self._decoded * grows_s
+        start = self._decoded * lone_s / idle if idle > 0 else seats
+        one = self._at(min(start, seats))
+        two = self._at(min(self._decoded * one.itl_s, seats))
         off, further = (self._decoded * each.itl_s - each.batch for each in (one, two))
-        if abs(off - further) <= 1e-3 * max(1.0, one.batch):
+        if abs(further) <= CLOSE * max(1.0, two.batch) or off == further:
             return two
         batch = two.batch + further * (two.batch - one.batch) / (off - further)
-        return self._at(min(max(batch, 0.0), float(seats)), seats)
+        return self._at(min(max(batch, 0.0), seats))
 
     def _step_s(self, batch: int) -> float:
         return self._model.step.step_ps(batch, round(batch * self._context)) / PS_PER_S
 
-    def _at(self, batch: float, seats: int) -> State:
-        whole = round(batch)
-        step_s = self._step_s(max(1, whole))
-        prompts = [self._prompts(load, whole, step_s) for load in self._loads]
+    def _prompts_of(self, batch: int) -> list[list[Prompt]]:
+        step_s = self._step_s(max(1, batch))
+        return [self._prompts(load, batch, step_s) for load in self._loads]
+
+    def _sums(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[float, float]:
+        """Of all time, what prompts add when each has its steps alone; and steps with any, per
+        second."""
         added = steps = 0.0
         for load, own in zip(self._loads, prompts, strict=True):
             added += load.arrivals_rps * sum(p.weight * p.extra_s for p in own)
             steps += load.arrivals_rps * sum(p.weight * p.steps for p in own)
+        return added, steps
+
+    def _at(self, batch: float) -> State:
+        whole = round(batch)
+        step_s, seats = self._step_s(max(1, whole)), self._seats
+        prompts = self._prompts_of(whole)
+        added, steps = self._sums(prompts)
         itl_s, part, together = step_s / (1.0 - min(EXTRA_MAX, added)), 1.0, 1.0
         for _ in range(2):
             part, together = self._shared(whole, steps, itl_s, step_s)
@@ -239,8 +279,9 @@ class SteadyReplica:
         room = max(1, self._limits.batch_tokens_max - batch)
         tokens = min(float(room), self._prompted / steps_per_s)
         coming = steps_per_s * itl_s
-        together = coming / -expm1(-coming) if coming > 1e-6 else 1.0  # noqa: PLR2004  # its limit
-        together = max(1.0, min(together, room / tokens))
+        most = room / tokens
+        together = min(most, coming / -expm1(-coming)) if coming > ALONE else 1.0
+        together = max(1.0, together)
         anyway_s = step_s if batch else 0.0
         alone_s = self._mixed_s(batch, 1, tokens) - anyway_s
         if together == 1.0 or alone_s <= 0.0:
