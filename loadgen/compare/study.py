@@ -8,15 +8,14 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from loadgen.compare import outcome
 from loadgen.compare.asked import demand_of
+from loadgen.compare.hindsight import best_of, hindsight
 from loadgen.compare.jobs import Job, Runs
-from loadgen.compare.metrics import RunMetrics
 from loadgen.compare.options import Options
 from loadgen.compare.saturation import (
     FIRST_STEP,
@@ -109,7 +108,7 @@ class Study:
                 remedy="no shape fits the topology's GPUs: use larger ones, or another model",
             )
         for policy in self.policies:
-            if not _hindsight(policy) and policy.begin != "planned":
+            if not hindsight(policy) and policy.begin != "planned":
                 # Raises for a shape that does not fit, before hours of runs.
                 self._begin(policy, {}, 1.0)
         self.targets = self._targets(simulate)
@@ -173,7 +172,7 @@ class Study:
 
     def _at(self, load: float, scale: float) -> list[outcome.Runs]:
         seeds = range(1, self._options.seeds + 1)
-        best = self._best(load, scale) if any(_hindsight(p) for p in self.policies) else {}
+        best = self._best(load, scale) if any(hindsight(p) for p in self.policies) else {}
         begin = {policy.name: self._begin(policy, best, scale) for policy in self.policies}
         jobs = [
             self._job(policy, begin[policy.name], scale, seed)
@@ -283,25 +282,3 @@ class Study:
                 remedy=f"no shape serves a request of {', '.join(sorted(missing))}: use class",
             )
         return targets
-
-
-def best_of(
-    scored: Sequence[tuple[Deployment, Sequence[RunMetrics]]],
-) -> dict[str, Deployment]:
-    """The best by goodput and the best by P99 of E2E, each the other's tie-break."""
-
-    def goodput(entry: tuple[Deployment, Sequence[RunMetrics]]) -> float:
-        return -math.fsum(run.goodput_rps for run in entry[1])
-
-    def tail(entry: tuple[Deployment, Sequence[RunMetrics]]) -> float:
-        tails = (run.e2e_ms.p99 for run in entry[1])
-        return math.fsum(math.inf if p99 is None else p99 for p99 in tails)
-
-    return {
-        "best": min(scored, key=lambda entry: (goodput(entry), tail(entry)))[0],
-        "best-p99": min(scored, key=lambda entry: (tail(entry), goodput(entry)))[0],
-    }
-
-
-def _hindsight(policy: Policy) -> bool:
-    return policy.begin in ("best", "best-p99")

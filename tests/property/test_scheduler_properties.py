@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.config import SchedulerConfig
+from services.scheduler.correction import FACTOR_MAX, LENT_MAX, Bias, advanced, corrected
 from services.scheduler.demands import Demands
 from services.scheduler.policies.interface import GpuOffer, Planned, Problem
 from services.scheduler.policies.placing import place, standing_shapes
@@ -19,7 +20,10 @@ from shared.cost.limits import EngineLimits
 from shared.hardware import Parallelism
 from shared.messages.demand import ForecastReport, TypeForecast
 from shared.messages.plans import DeploymentPlan
+from shared.messages.replicas import ReplicaReport
 from tests.unit.scheduler_cluster import EMPTY, KIND, TARGET, made_up_profiles, shipped
+from tests.unit.scheduler_scenarios import MESH as SCENARIO_MESH
+from tests.unit.scheduler_scenarios import Scenario
 
 __all__ = ["made_up_profiles", "shipped"]
 MODELS: tuple[str, ...] = ("big", "small")
@@ -179,3 +183,95 @@ def test_powers_of_two_pack_whenever_they_fit(seed: int, sizes: list[int]) -> No
         assert made.plan is None or verify(made.plan, offers, MODELS) == []
         assert standing_shapes(made.plan or EMPTY) == {k: n for k, n in counts.items() if n}
         plan = made.plan or EMPTY
+
+
+shares = st.floats(0.0, 1.0).map(lambda x: round(x, 3))
+counts = st.integers(0, 300)
+
+
+@st.composite
+def reports(draw: st.DrawFn, plan: DeploymentPlan) -> list[ReplicaReport]:
+    """Loads of some of its replicas, the absurd included."""
+    return [
+        ReplicaReport(
+            replica_id=spec.replica_id, worker_id=spec.gpus[0], incarnation="i", epoch=1,
+            phase=draw(st.sampled_from(["serving", "serving", "failed", "starting"])),
+            running=draw(counts), waiting=draw(counts), step_s=draw(shares),
+            kv_blocks_total=draw(st.sampled_from([0, 100, 200])),
+        )
+        for spec in plan.replicas
+        if draw(st.integers(0, 9))
+    ]  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_corrected_rows_are_whole_and_bounded_and_return_to_the_plan(data: st.DataObject) -> None:
+    """Otherwise the fast loop could starve a replica, take a model's requests, or never let go."""
+    plan = data.draw(plans(data.draw(clusters())))
+    specs, bias = plan.replicas, Bias()
+    for _ in range(data.draw(st.integers(1, 4))):
+        loads = data.draw(reports(plan))
+        for _ in range(data.draw(st.integers(0, 40))):
+            bias = advanced(bias, specs, plan.weights, loads, seconds=data.draw(shares))
+    rows = corrected(plan.weights, specs, bias)
+    for name, row in rows.items():
+        base = plan.weights[name]
+        assert abs(sum(row.values()) - 1.0) < 1e-9
+        for model_id in MODELS:
+            own = [spec.replica_id for spec in specs if spec.model_id == model_id]
+            before, after = (sum(r.get(id_, 0.0) for id_ in own) for r in (base, row))
+            assert abs(before - after) < 1e-4
+        for replica_id, share in row.items():
+            if base.get(replica_id, 0.0) == 0.0:
+                assert share <= LENT_MAX + 1e-6
+            else:
+                assert share >= 0.6 * base[replica_id] / FACTOR_MAX**2 - 1e-4
+    idle = [
+        ReplicaReport(replica_id=s.replica_id, worker_id=s.gpus[0], incarnation="i", epoch=1,
+                      phase="serving") for s in specs
+    ]  # fmt: skip
+    for _ in range(600):
+        bias = advanced(bias, specs, plan.weights, idle, seconds=5.0)
+    assert corrected(plan.weights, specs, bias) == plan.weights
+
+
+ids = st.sampled_from([f"n0-g{i}" for i in range(4)])
+words = st.one_of(
+    st.tuples(st.just("seconds"), st.sampled_from(["1", "2", "7"])),
+    st.tuples(st.just("forecast"), st.just("m"), st.sampled_from(["0.4", "1", "3", "9", "nan"])),
+    st.tuples(st.just("forecast"), st.just("m"), st.just("1"), st.just("1")),
+    st.tuples(st.just("observed"), st.just("idle"), st.just("rejected"), st.just("2")),
+    st.tuples(st.just("load"), st.just("m-tp1-1"), st.just("60"), st.sampled_from(["0", "200"])),
+    st.tuples(st.sampled_from(["die", "leave", "back"]), ids),
+    st.tuples(st.just("failed"), st.just("m-tp1-0"), ids),
+    st.tuples(st.just("pin"), ids.map("a@{}".format)),
+    st.tuples(st.sampled_from(["raises", "answers", "prompt", "restart", "release", "pin"])),
+)
+
+
+@settings(max_examples=150)
+@given(events=st.lists(words, max_size=30), grants=st.randoms(use_true_random=False))
+def test_whatever_happens_the_core_asks_for_plans_that_can_be_and_keeps_to_what_is_pinned(
+    events: list[tuple[str, ...]], grants: random.Random
+) -> None:
+    """Otherwise some order of events would ask for an empty plan, for GPUs that are gone, or undo
+    what a person decided."""
+    run = Scenario()
+    run.run("seconds 2\nin-force\nprompt\n")
+    pinned = False
+    for event in events:
+        run.adopt = None
+        run.run(" ".join(event))
+        pinned = event[0] != "release" and (pinned or run.stored.in_force.pinned)
+        asked = run.adopt
+        if asked is not None:
+            offered = [
+                GpuOffer(gpu_id=gpu.gpu_id, node_id="n0", kind="") for gpu in SCENARIO_MESH.gpus()
+            ]
+            assert verify(asked.plan, offered, SCENARIO_MESH.model_ids) == []
+            assert asked.based_on_epoch == run.stored.epoch
+            assert asked.plan.pinned or not pinned
+            if grants.random() < 0.6:
+                run.run(grants.choice(["in-force", "in-force", "rolled-back"]))
+        assert run.core.wish is None or run.core.wish.replicas

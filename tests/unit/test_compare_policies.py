@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from loadgen.compare.asked import workload_of
+from loadgen.compare.hindsight import best_of
 from loadgen.compare.options import (
     Options,
     parse_forecast,
@@ -15,7 +16,7 @@ from loadgen.compare.options import (
     parse_slo,
     parse_traces,
 )
-from loadgen.compare.study import best_of, expand
+from loadgen.compare.study import expand
 from loadgen.compare.workload import history
 from loadgen.simulator.demand import Demand, busy
 from loadgen.simulator.deployments import (

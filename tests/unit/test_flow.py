@@ -7,6 +7,7 @@ from services.scheduler.policies.flow import (
     Flow,
     Instance,
     best_flow,
+    duals,
     formulate,
     measured,
     solve,
@@ -131,3 +132,40 @@ def test_verify_finds_what_a_solver_got_wrong(sent: list[list[float]], complaint
     case = instance([[2.0]], [1.0], ceilings=ceiling)
     wrong = verify(case, measured(case, np.array(sent)), served_max=1.0)
     assert any(complaint in line for line in wrong), wrong
+
+
+def test_duals_bound_what_another_replica_brings() -> None:
+    """They are what the bottleneck, and the worth of one more GPU, are told by."""
+    case = instance([[10.0, 1.0], [1.0, 10.0], [4.0, 4.0]], [5.0, 2.0], copies=[2.0, 1.0, 0.0])
+    for objective in ("headroom", "served"):
+        before = best(case, objective)
+        found = duals(case, objective)  # pyright: ignore[reportArgumentType]  # from the tuple
+        value = before.headroom if objective == "headroom" else before.served
+        assert found.optimum == pytest.approx(value)
+        for k in range(3):
+            copies = [2.0, 1.0, 0.0]
+            copies[k] += 1.0
+            flow = best(instance(case.rates.tolist(), [5.0, 2.0], copies=copies), objective)
+            after = flow.headroom if objective == "headroom" else flow.served
+            assert after - value <= found.replica[k] * (1 + 1e-6) + 1e-9
+            copies[k] -= 1.0 - 1e-3
+            flow = best(instance(case.rates.tolist(), [5.0, 2.0], copies=copies), objective)
+            after = flow.headroom if objective == "headroom" else flow.served
+            assert after - value == pytest.approx(1e-3 * found.replica[k], rel=0.01, abs=1e-7)
+
+
+def test_replicas_are_worth_the_headroom_that_they_make() -> None:
+    """Their worth adds up to it, and types take all of that between them."""
+    case = instance([[6.0, 2.0], [3.0, 4.0]], [3.0, 1.0], copies=[2.0, 1.0])
+    found = duals(case, "headroom")
+    assert float(found.replica @ case.copies) == pytest.approx(found.optimum)
+    assert found.types.sum() == pytest.approx(1.0)
+
+
+def test_duals_of_what_serves_nothing_are_what_the_first_replica_brings() -> None:
+    """A plan is filled from nothing by them."""
+    case = instance([[6.0], [2.0]], [3.0], copies=[0.0, 0.0])
+    assert duals(case, "served").replica == pytest.approx([6.0, 2.0])
+    assert duals(case, "headroom").replica == pytest.approx([2.0, 2 / 3])
+    with pytest.raises(AssertionError):
+        duals(instance([[1.0]], [1.0], ceilings=[[1.0]]), "headroom")

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
 
-from services.scheduler.policies.joint_steady import Z99, Load, SteadyReplica, Tail
+from services.scheduler.policies.joint_state import Z99, Load, Tail
+from services.scheduler.policies.joint_steady import SteadyReplica
 from shared.cost.limits import EngineLimits
 from shared.cost.model import CostModel
 
