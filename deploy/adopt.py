@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 
 from deploy.status import find_mesh
+from deploy.why import WhichMesh
 from deploy.why_plan import in_words
 from loadgen.planning.plan_file import read_plan
 from shared import subjects
@@ -21,6 +22,7 @@ from shared.bus import Bus, BusConfig, Delivery, NatsBus, Subscription
 from shared.errors import BusUnavailable, DeadlineExceeded
 from shared.messages.base import M, Message, decode, encode
 from shared.messages.plans import (
+    DeploymentPlan,
     PinAnswer,
     PinPlan,
     PlanInForce,
@@ -41,48 +43,51 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     failure: str = ""
 
 
-def run_adopt(
-    file: Path, *, topology: Path | None, data_dir: Path | None, bus_url: str, wait_s: float
-) -> int:
+def run_adopt(file: Path, which: WhichMesh, *, wait_s: float) -> int:
     """Pin the plan in ``file`` and wait up to ``wait_s`` until it is in force; 0: do not wait. The
     exit code. Raises ConfigInvalid."""
     plan = read_plan(file)
-
-    async def work(bus: Bus, console: Console) -> int:
-        async with Watch(bus) as watch:
-            answer = await ask(bus, subjects.PIN_PLAN, PinPlan(plan=plan))
-            if answer.wrong:
-                return _refused("adopt", answer)
-            plan_id = answer.plan_id
-            console.print(
-                f"pinned {plan_id}: {in_words(plan.replicas)}; the scheduler keeps to it until "
-                "`oserve release`"
-            )
-            if wait_s <= 0.0:
-                return 0
-            waiting = f"waiting for {plan_id} to be in force, up to {wait_s:g} s"
-            with console.status(waiting) if console.is_terminal else nullcontext():
-                outcome = await watch.until_in_force(plan_id, wait_s=wait_s)
-        if outcome.failure:
-            Console(stderr=True).print(f"oserve adopt: {outcome.failure}", markup=False)
-            return 1
-        console.print(f"{plan_id} is in force as epoch {outcome.epoch}")
-        return 0
-
-    return _run("adopt", work, topology=topology, data_dir=data_dir, bus_url=bus_url)
+    return _run("adopt", which, lambda bus: adopt(bus, plan, wait_s=wait_s))
 
 
-def run_release(*, topology: Path | None, data_dir: Path | None, bus_url: str) -> int:
+def run_release(which: WhichMesh) -> int:
     """Let the scheduler plan again; the exit code. Raises ConfigInvalid."""
+    return _run("release", which, release)
 
-    async def work(bus: Bus, console: Console) -> int:
-        answer = await ask(bus, subjects.RELEASE_PLAN, ReleasePlan())
+
+async def adopt(bus: Bus, plan: DeploymentPlan, *, wait_s: float) -> int:
+    """The exit code. Raises BusUnavailable, DeadlineExceeded."""
+    console = _console()
+    async with Watch(bus) as watch:
+        answer = await ask(bus, subjects.PIN_PLAN, PinPlan(plan=plan))
         if answer.wrong:
-            return _refused("release", answer)
-        console.print(f"released {answer.plan_id}: the scheduler plans again")
-        return 0
+            return _refused("adopt", answer)
+        plan_id = answer.plan_id
+        console.print(
+            f"pinned {plan_id}: {in_words(plan.replicas)}; the scheduler keeps to it until "
+            "`oserve release`"
+        )
+        if wait_s <= 0.0:
+            return 0
+        waiting = f"waiting for {plan_id} to be in force, up to {wait_s:g} s"
+        with console.status(waiting) if console.is_terminal else nullcontext():
+            outcome = await watch.until_in_force(plan_id, wait_s=wait_s)
+    if outcome.failure:
+        _console(stderr=True).print(f"oserve adopt: {outcome.failure}")
+        return 1
+    console.print(f"{plan_id} is in force as epoch {outcome.epoch}")
+    return 0
 
-    return _run("release", work, topology=topology, data_dir=data_dir, bus_url=bus_url)
+
+async def release(bus: Bus) -> int:
+    """The exit code. Raises BusUnavailable, DeadlineExceeded."""
+    answer = await ask(bus, subjects.RELEASE_PLAN, ReleasePlan())
+    if answer.wrong:
+        return _refused("release", answer)
+    _console().print(
+        f"released: the scheduler plans again; in force until then: {answer.plan_id or 'nothing'}"
+    )
+    return 0
 
 
 async def ask(bus: Bus, subject: Subject[M], question: Message) -> PinAnswer:
@@ -170,35 +175,35 @@ class Watch:
 
 
 def _refused(command: str, answer: PinAnswer) -> int:
-    errors = Console(stderr=True)
-    errors.print(f"oserve {command}: the scheduler refuses:", markup=False)
+    console = _console(stderr=True)
+    console.print(f"oserve {command}: the scheduler refuses:")
     for wrong in answer.wrong:
-        errors.print(f"  {wrong}", markup=False)
+        console.print(f"  {wrong}")
     return 1
 
 
-def _run(
-    command: str,
-    work: Callable[[Bus, Console], Awaitable[int]],
-    *,
-    topology: Path | None,
-    data_dir: Path | None,
-    bus_url: str,
-) -> int:
+def _console(*, stderr: bool = False) -> Console:
+    """Prints what it is given as it is."""
+    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(command: str, which: WhichMesh, work: Callable[[Bus], Awaitable[int]]) -> int:
     async def connected(config: BusConfig) -> int:
         bus = NatsBus(msgspec.structs.replace(config, connect_timeout_s=_CONNECT_S))
         await bus.connect(name=f"oserve-{command}")
         try:
-            return await work(bus, Console(highlight=False, soft_wrap=True))
+            return await work(bus)
         finally:
             await bus.close()
 
     try:
-        config, _ = find_mesh(topology=topology, data_dir=data_dir, bus_url=bus_url)
+        config, _ = find_mesh(
+            topology=which.topology, data_dir=which.data_dir, bus_url=which.bus_url
+        )
         return asyncio.run(connected(config))
     except BusUnavailable as error:
         cause = f"{error}"
     except DeadlineExceeded as error:
         cause = f"{error}: the scheduler is busy or hangs, see `oserve status` and its log"
-    Console(stderr=True).print(f"oserve {command}: {cause}", markup=False)
+    _console(stderr=True).print(f"oserve {command}: {cause}")
     return 1

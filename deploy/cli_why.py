@@ -69,9 +69,10 @@ def adopt(
 ) -> None:
     """Put a plan into force and keep to it until `oserve release`."""
     from deploy.adopt import run_adopt  # noqa: PLC0415
+    from deploy.why import WhichMesh  # noqa: PLC0415
 
-    code = run_adopt(file, topology=topology, data_dir=data_dir, bus_url=bus_url, wait_s=wait_s)
-    raise typer.Exit(code)
+    which = WhichMesh(topology=topology, data_dir=data_dir, bus_url=bus_url)
+    raise typer.Exit(run_adopt(file, which, wait_s=wait_s))
 
 
 def release(
@@ -79,5 +80,6 @@ def release(
 ) -> None:
     """Let the scheduler plan again after `oserve adopt`."""
     from deploy.adopt import run_release  # noqa: PLC0415
+    from deploy.why import WhichMesh  # noqa: PLC0415
 
-    raise typer.Exit(run_release(topology=topology, data_dir=data_dir, bus_url=bus_url))
+    raise typer.Exit(run_release(WhichMesh(topology=topology, data_dir=data_dir, bus_url=bus_url)))

@@ -27,7 +27,8 @@ from shared.messages.replicas import (
 )
 from shared.subjects import Subject
 
-PLANS_MAX = 200  # proposals, decisions to keep, and switches, of each
+PLANS_MAX = 2000  # proposals and switches, of each: corrections of weights are such, too
+KEPT_MAX = 500
 WINDOWS_MAX = 2000
 REPLICA_EVENTS_MAX = 500  # of each kind, of one replica
 LISTEN_S = 3.0  # to one replica: long enough for a rate
@@ -111,7 +112,7 @@ async def read_journal(
         now_s=now_s,
         status=status,
         proposed=await reader.newest(subjects.PLAN_PROPOSED, PLANS_MAX),
-        kept=await reader.newest(subjects.PLAN_KEPT, PLANS_MAX),
+        kept=await reader.newest(subjects.PLAN_KEPT, KEPT_MAX),
         started=await reader.newest(subjects.SWITCH_STARTED, PLANS_MAX),
         ended=ended,
         demand=await reader.newest(subjects.DEMAND_REPORT, WINDOWS_MAX),

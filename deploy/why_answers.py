@@ -49,7 +49,8 @@ class SwitchSeen(msgspec.Struct, frozen=True, kw_only=True):
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Why the plan in force is in force. ``decided_by``: the plan whose ``decision`` this is, made
-    at ``decided_at_s``; it differs from ``plan_id`` when only routing weights changed since.
+    at ``decided_at_s`` for ``decided_reason``; it differs from ``plan_id`` when only routing
+    weights changed since, and ``switch`` is the one that brought the replicas.
     ``kept``: the decision was to keep the plan, which had come without figures. ``seen_s``: how
     long was looked at for ``types``."""
 
@@ -65,6 +66,7 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     proposed_at_s: float | None = None
     decided_by: str = ""
     decided_at_s: float | None = None
+    decided_reason: str = ""
     kept: bool = False
     decision: Decision | None = None
     switch: SwitchSeen | None = None

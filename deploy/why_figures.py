@@ -54,9 +54,17 @@ def share(value: float | None) -> str:
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
     """Without rules between rows; the first ``left`` columns are text, the others figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
     for place, name in enumerate(columns):
-        made.add_column(name, justify="left" if place < left else "right", no_wrap=place >= left)
+        text = place < left
+        made.add_column(name, justify="left" if text else "right", no_wrap=not text, min_width=4)
     return made
 
 
@@ -107,7 +115,7 @@ def _off(actual: float | None, expected: float | None) -> str:
     if actual is None or expected is None or expected <= 0.0:
         return ""
     times = actual / expected
-    return f" (x {times:.2g})" if times >= 2.0 else f" ({100 * (times - 1):+.0f} %)"  # noqa: PLR2004
+    return f" (x {times:.2g})" if times >= 2.0 else f" ({times - 1:+.0%})"  # noqa: PLR2004
 
 
 def _rest(figures: Figures) -> list[str]:

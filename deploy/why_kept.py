@@ -90,8 +90,10 @@ def _worth_it(switch: SwitchOutlook) -> Iterable[str]:
         yield "the best plan found would have to promise less lateness than the one in force"
         return
     if switch.gain > switch.cost:
-        yield f"the gain exceeds the cost already; what holds the switch back: {switch.why}"
+        yield f"its gain exceeds its cost already; what holds the switch back: {switch.why}"
         return
+    if switch.why:
+        yield f"what is said against the switch must hold no more: {switch.why}"
     times = switch.cost / switch.gain
     yield (
         f"a gain in lateness {times:.2g} times as large, by a demand that suits the replicas in "

@@ -8,28 +8,31 @@ expected) is explained by those with which it was first kept.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from deploy.journal import Journal, Past
-from deploy.why_answers import Figures, PlanAnswer, SwitchSeen, TypeCompared
-from shared.messages.decisions import Decision, TypeOutlook
-from shared.messages.demand import DemandReport, TypeDemand
+from deploy.why_answers import PlanAnswer, SwitchSeen
+from deploy.why_types import compared, covered_s, windows_since
+from shared.messages.decisions import Decision
+from shared.messages.demand import DemandReport
 from shared.messages.plans import DeploymentPlan, PlanInForce, PlanProposed, ReplicaSpec
 
 NO_FIGURES = (
     "no figures came with this decision, only a reason: no policy but 'oserve' gives any, nor does "
     "that one before it has a forecast"
 )
+SETTLED_S = 60.0  # after a switch, what is seen is of these replicas alone
 JOURNAL_LIMITS = "bus.journal_age_s_max and bus.journal_bytes_max"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where figures come from: ``plan_id``, as it was proposed at ``at_s``, or kept then.
-    ``since_s``: from when on they may be compared with what is seen."""
+    """Where figures come from: ``plan_id``, as it was proposed at ``at_s``, or kept then, for
+    ``reason``. ``since_s``: from when on they may be compared with what is seen."""
 
     decision: Decision
     plan_id: str
+    reason: str
     at_s: float
     since_s: float | None
     kept: bool = False
@@ -44,7 +47,7 @@ def why_plan(journal: Journal, in_force: PlanInForce) -> PlanAnswer:
     source = figures_of(journal, in_force)
     decision = source.decision if source else None
     since_s = put_in_force_at(journal, plan.plan_id)
-    windows = _windows(journal.demand, (source.since_s if source else None) or since_s)
+    windows = windows_since(journal.demand, (source.since_s if source else None) or since_s)
     return PlanAnswer(
         now_s=journal.now_s,
         plan_id=plan.plan_id,
@@ -58,52 +61,62 @@ def why_plan(journal: Journal, in_force: PlanInForce) -> PlanAnswer:
         proposed_at_s=own.at_s if own else None,
         decided_by=source.plan_id if source else "",
         decided_at_s=source.at_s if source else None,
+        decided_reason=source.reason if source else "",
         kept=source.kept if source else False,
         decision=decision,
-        switch=switch_to(journal, plan.plan_id),
+        switch=switch_to(journal, source.plan_id if source else plan.plan_id),
         types=compared(decision.types if decision else (), windows),
-        seen_s=max(_covered_s(windows).values(), default=0.0),
-        notes=tuple(_notes(journal, in_force, own, decision, windows)),
+        seen_s=max(covered_s(windows).values(), default=0.0),
+        notes=tuple(_notes(journal, in_force, own, source, windows)),
     )
 
 
 def figures_of(journal: Journal, in_force: PlanInForce) -> Source | None:
-    """Of the plan in force, or of an earlier one with the same replicas; else those with which the
-    plan in force was first kept."""
+    """Of the plan in force, or of an earlier one with the same replicas; else those with which
+    these replicas were first kept."""
     plan = in_force.plan
-    past = _proposal_with_figures(journal, plan)
-    if past is not None and past.message.decision is not None:
-        plan_id = past.message.plan.plan_id
-        since_s = put_in_force_at(journal, plan_id)
-        return Source(
-            decision=past.message.decision, plan_id=plan_id, at_s=past.at_s, since_s=since_s
-        )
-    for kept in journal.kept:
-        decision = kept.message.decision
-        if kept.message.epoch == in_force.epoch and decision is not None and decision.types:
+    line = _line(journal, plan)
+    for past in line:
+        decision, plan_id = past.message.decision, past.message.plan.plan_id
+        if decision is not None and decision.types:
+            since_s = put_in_force_at(journal, plan_id)
+            return Source(
+                decision=decision,
+                plan_id=plan_id,
+                reason=past.message.reason,
+                at_s=past.at_s,
+                since_s=since_s,
+            )
+    stood_since_s = line[-1].at_s if line else None
+    for past in journal.kept:
+        kept, at_s, decision = past.message, past.at_s, past.message.decision
+        same = kept.epoch == in_force.epoch or (stood_since_s is not None and at_s > stood_since_s)
+        if same and decision is not None and decision.types:
             return Source(
                 decision=decision,
                 plan_id=plan.plan_id,
-                at_s=kept.at_s,
-                since_s=kept.at_s,
+                reason=kept.reason,
+                at_s=at_s,
+                since_s=at_s,
                 kept=True,
             )
     return None
 
 
-def _proposal_with_figures(journal: Journal, plan: DeploymentPlan) -> Past[PlanProposed] | None:
-    """The newest proposal of these replicas with predictions, from the plan in force backwards."""
-    found = False
+def _line(journal: Journal, plan: DeploymentPlan) -> list[Past[PlanProposed]]:
+    """Proposals that came into force one after the other with the replicas of ``plan``, which is
+    the newest of them, backwards."""
+    line: list[Past[PlanProposed]] = []
+    adopted = {past.message.plan_id for past in journal.ended if past.message.succeeded}
     for past in reversed(journal.proposed):
         event = past.message
-        found = found or event.plan.plan_id == plan.plan_id
-        if not found:
-            continue  # asked for later, and not in force
+        own = event.plan.plan_id == plan.plan_id
+        if not (own or (line and event.plan.plan_id in adopted)):
+            continue  # asked for later, or in vain
         if event.plan.replicas != plan.replicas:
-            return None
-        if event.decision is not None and event.decision.types:
-            return past
-    return None
+            break
+        line.append(past)
+    return line
 
 
 def put_in_force_at(journal: Journal, plan_id: str) -> float | None:
@@ -152,105 +165,15 @@ def shape_in_words(parallelism: str) -> str:
     return parallelism.removesuffix("pp1")
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Of one type over all windows; times are weighted by the requests behind them."""
-
-    requests: int = 0
-    arrivals: float = 0.0
-    input_tokens: float = 0.0
-    output_tokens: float = 0.0
-    ttft_s: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
-    tpot_s: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
-
-    def add(self, demand: TypeDemand, window_s: float) -> None:
-        self.requests += demand.requests
-        self.arrivals += demand.arrivals_rps * window_s
-        self.input_tokens += demand.input_tokens_mean * demand.requests
-        self.output_tokens += demand.output_tokens_mean * demand.requests
-        if demand.ttft_s_mean is not None:
-            self.ttft_s.append((demand.ttft_s_mean, demand.requests))
-        if demand.tpot_s_mean is not None:
-            self.tpot_s.append((demand.tpot_s_mean, demand.requests))
-
-    def figures(self, covered_s: float) -> Figures | None:
-        if not self.requests:
-            return None
-        return Figures(
-            arrivals_rps=self.arrivals / covered_s,
-            input_tokens=self.input_tokens / self.requests,
-            output_tokens=self.output_tokens / self.requests,
-            ttft_s_mean=_mean(self.ttft_s),
-            tpot_s_mean=_mean(self.tpot_s),
-        )
-
-
-def _mean(weighted: list[tuple[float, int]]) -> float | None:
-    total = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / total if total else None
-
-
-def _windows(demand: Iterable[Past[DemandReport]], since_s: float | None) -> list[DemandReport]:
-    """Windows that began after ``since_s``: one that began before mixes two plans."""
-    if since_s is None:
-        return []
-    return [past.message for past in demand if past.message.window_start_s >= since_s]
-
-
-def _covered_s(windows: Iterable[DemandReport]) -> dict[str, float]:
-    """By model, for how long it was seen."""
-    covered_s: dict[str, float] = {}
-    for window in windows:
-        covered_s[window.model_id] = covered_s.get(window.model_id, 0.0) + window.window_s
-    return covered_s
-
-
-def compared(
-    outlooks: Iterable[TypeOutlook], windows: Sequence[DemandReport]
-) -> tuple[TypeCompared, ...]:
-    """Each type that was expected or seen."""
-    sums: dict[tuple[str, str], _Sums] = {}
-    covered_s = _covered_s(windows)
-    for window in windows:
-        for demand in window.types:
-            key = window.model_id, str(demand.request_type)
-            sums.setdefault(key, _Sums()).add(demand, window.window_s)
-    expected = {(outlook.model_id, outlook.request_type): outlook for outlook in outlooks}
-    found: list[TypeCompared] = []
-    for key in sorted(expected.keys() | {key for key in sums if sums[key].requests}):
-        outlook, seen = expected.get(key), sums.get(key)
-        found.append(
-            TypeCompared(
-                model_id=key[0],
-                request_type=key[1],
-                predicted=_predicted(outlook) if outlook else None,
-                seen=seen.figures(covered_s[key[0]]) if seen else None,
-                requests=seen.requests if seen else 0,
-                arrivals_rps_p10=outlook.arrivals_rps_p10 if outlook else None,
-                arrivals_rps_p90=outlook.arrivals_rps_p90 if outlook else None,
-            )
-        )
-    return tuple(found)
-
-
-def _predicted(outlook: TypeOutlook) -> Figures:
-    return Figures(
-        arrivals_rps=outlook.arrivals_rps,
-        input_tokens=outlook.input_tokens,
-        output_tokens=outlook.output_tokens,
-        ttft_s_mean=outlook.ttft_s_mean,
-        tpot_s_mean=outlook.tpot_s_mean,
-    )
-
-
 def _notes(
     journal: Journal,
     in_force: PlanInForce,
     own: Past[PlanProposed] | None,
-    decision: Decision | None,
+    source: Source | None,
     windows: Sequence[DemandReport],
 ) -> Iterable[str]:
-    plan = in_force.plan
+    plan, decision = in_force.plan, source.decision if source else None
+    since_s = source.since_s if source and not source.kept else None
     if not plan.replicas:
         yield (
             "the plan in force is empty: nothing serves yet; the scheduler waits for workers, "
@@ -271,6 +194,12 @@ def _notes(
         yield (
             "no demand was reported since these replicas are in force: what is predicted has "
             "nothing to be compared with before profiler.window_s has passed"
+        )
+
+    elif windows and since_s is not None and journal.now_s - since_s < SETTLED_S:
+        yield (
+            "the replicas are new: what was seen includes requests that waited for them or began "
+            "on others"
         )
 
 

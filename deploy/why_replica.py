@@ -6,6 +6,7 @@ from deploy.journal import Journal, Past, ReplicaEvent
 from deploy.why_answers import ReplicaAnswer, ReplicaEventSeen
 from deploy.why_plan import (
     NO_FIGURES,
+    Source,
     figures_of,
     in_words,
     journal_notes,
@@ -63,7 +64,7 @@ def why_replica(journal: Journal, in_force: PlanInForce, replica_id: str) -> Rep
         listened_s=load.listened_s if load else 0.0,
         requests_rps=load.requests_rps if load else None,
         output_tokens_per_s=load.output_tokens_per_s if load else None,
-        why=tuple(_why(plan, spec, decision) if spec else _why_not(journal, replica_id)),
+        why=tuple(_why(plan, spec, source) if spec else _why_not(journal, replica_id)),
         events=tuple(events[-EVENTS_MAX:]),
         starts=sum(event.what == "started" for event in events),
         failures=sum(event.what == "failed" for event in events),
@@ -107,7 +108,7 @@ def _events(events: Sequence[Past[ReplicaEvent]]) -> list[ReplicaEventSeen]:
         event, what = past.message, _what(past.message)
         detail = event.detail if isinstance(event, ReplicaFailed) else ""
         if isinstance(event, ReplicaDrained) and event.handed_back:
-            detail = f"{event.handed_back} requests were handed back"
+            detail = f"handed back requests: {event.handed_back}"
         same = seen[-1] if seen else None
         if (
             same is not None
@@ -120,7 +121,7 @@ def _events(events: Sequence[Past[ReplicaEvent]]) -> list[ReplicaEventSeen]:
                 began_at_s=same.began_at_s,
                 what=what,
                 epoch=event.epoch,
-                gpus=(*same.gpus, event.worker_id),
+                gpus=tuple(sorted((*same.gpus, event.worker_id))),
                 detail=same.detail or detail,
             )
         else:
@@ -149,12 +150,13 @@ def _what(event: ReplicaEvent) -> str:
             return "failed"
 
 
-def _why(plan: DeploymentPlan, spec: ReplicaSpec, decision: Decision | None) -> Iterable[str]:
+def _why(plan: DeploymentPlan, spec: ReplicaSpec, source: Source | None) -> Iterable[str]:
     """Sentences on its shape, from the decision that led to the replicas in force."""
     shape = shape_in_words(spec.parallelism)
-    yield f"it is one of {in_words(plan.replicas)}: {plan.reason}"
-    if decision is None:
+    yield f"it is one of {in_words(plan.replicas)}: {source.reason if source else plan.reason}"
+    if source is None:
         return
+    decision = source.decision
     rates = _rates_by_shape(decision, spec.model_id)
     for kind in sorted({kind for found in rates.values() for kind in found}):
         per_gpu = {

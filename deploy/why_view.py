@@ -54,11 +54,12 @@ def _proposed(answer: PlanAnswer) -> Iterable[str]:
     if answer.proposed_at_s is not None:
         yield f"proposed {when(answer.proposed_at_s, now_s)}"
     if answer.kept:
-        yield f"figures: those with which it was first kept, {when(answer.decided_at_s, now_s)}"
+        kept = when(answer.decided_at_s, now_s)
+        yield f"figures: those with which it was first kept, {kept}: {answer.decided_reason}"
     elif answer.decided_by and answer.decided_by != answer.plan_id:
         yield (
-            f"figures: those of {answer.decided_by}, which had the same replicas, of "
-            f"{when(answer.decided_at_s, now_s)}"
+            f"figures: those of {answer.decided_by}, which brought the replicas, of "
+            f"{when(answer.decided_at_s, now_s)}: {answer.decided_reason}"
         )
 
 
@@ -80,7 +81,7 @@ def _switch_seen(switch: SwitchSeen | None, decision: Decision | None) -> str:
 def kept_view(answer: KeptAnswer) -> RenderableType:
     now_s = answer.now_s
     stays = f"Nothing moves: {answer.plan or 'no replicas'} stays"
-    headline = f"It is about to: {answer.moving}" if answer.moving else stays
+    headline = f"About to move: {answer.moving}" if answer.moving else stays
     decided = ""
     if answer.decided_at_s is not None:
         decided = (

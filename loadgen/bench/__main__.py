@@ -7,6 +7,7 @@ BENCHMARKS = (
     "loadgen.bench.bench_router",
     "loadgen.bench.bench_data_plane",
     "loadgen.bench.bench_planners",
+    "loadgen.bench.bench_predictions",
     "loadgen.bench.bench_simulator",
     "loadgen.bench.bench_fidelity",
     "loadgen.bench.bench_torch_fidelity",

@@ -5,13 +5,14 @@ static deployment in hindsight can bear. Prints one JSON line for each cell and 
 each policy against others, by workload and over all. Every finished run is kept under ``--out``:
 interrupted, the same command goes on where it was. ``--markdown`` writes the tables.
 
-Without options it does a small part; ``--study`` does all of it.
+``--part`` says how much of it is done, where options do not: a small part, the reduced matrix
+(every workload, sixteen GPUs, two loads, a third of the hour), or all.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -32,20 +33,29 @@ POLICIES = (
     "llumnix", "dynamo", "melange", "exhaustive", "oserve-paper@oracle", "oserve-paper@last",
     "oserve@oracle", "oserve@last", "oserve-fast@oracle", "oserve-fast@last", "oserve-elastic@last",
 )  # fmt: skip
-SMALL = {
-    "workload": "azure", "gpus": "16", "load": "0.6,0.9", "duration": 900.0, "warmup": 240.0,
-    "policies": "static-best,static-default,uniform-reload,oserve-paper@oracle,"
-    "oserve@oracle,oserve@last",
-}  # fmt: skip
-STUDY = {
-    "workload": ",".join(WORKLOADS), "gpus": ",".join(map(str, GPUS)), "load": "0.5:1.1:0.1",
-    "duration": 3600.0, "warmup": 300.0, "policies": ",".join(POLICIES),
+PARTS: Mapping[str, Mapping[str, str | float]] = {
+    "small": {
+        "workload": "azure", "gpus": "16", "load": "0.6,0.9", "duration": 900.0, "warmup": 240.0,
+        "policies": "static-best,static-default,uniform-reload,oserve-paper@oracle,"
+        "oserve@oracle,oserve@last",
+    },
+    "reduced": {
+        "workload": ",".join(WORKLOADS), "gpus": "16", "load": "0.6,0.9", "duration": 1200.0,
+        "warmup": 240.0,
+        "policies": "static-best,static-default,uniform-reload,uniform-fast,llumnix,"
+        "oserve-paper@oracle,oserve-paper@last,oserve@oracle,oserve@last,oserve-fast@oracle,"
+        "oserve-elastic@last",
+    },
+    "all": {
+        "workload": ",".join(WORKLOADS), "gpus": ",".join(map(str, GPUS)), "load": "0.5:1.1:0.1",
+        "duration": 3600.0, "warmup": 300.0, "policies": ",".join(POLICIES),
+    },
 }  # fmt: skip
 
 
 def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadgen.bench.bench_compare")
-    parser.add_argument("--study", action="store_true", help="all of it, where options say no less")
+    parser.add_argument("--part", choices=tuple(PARTS), default="small", help="of the study")
     parser.add_argument("--workload", help=f"comma-separated: {', '.join(WORKLOADS)}")
     parser.add_argument("--model", default=",".join(MODELS), help="of workloads that name none")
     parser.add_argument("--gpus", help="comma-separated numbers of H100s; three models have 32")
@@ -64,9 +74,9 @@ def parser_of() -> argparse.ArgumentParser:
 
 
 def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
-    """What is asked for, whole: options, else those of ``--study`` or of the small part."""
+    """What is asked for, whole: options, else those of the part."""
     arguments = parser_of().parse_args(words)
-    for name, value in (STUDY if arguments.study else SMALL).items():
+    for name, value in PARTS[arguments.part].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     return arguments

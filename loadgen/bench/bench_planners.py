@@ -7,9 +7,10 @@ size one JSON line:
 - the joint program alone (greatest headroom, on rates worked out before): seconds, and how many
   were proven to ``GAP_MAX``, the largest gap with them;
 - up to ``COMPARED_MAX`` GPUs, side by side with the paper's search and with exhaustive search on
-  the same rates: their time over the program's, the headroom they end with over the program's, and
-  the predicted tails (lateness, each deployment under its best shares) over those of what policy
-  "oserve" decides, with the seconds that this takes. A ratio of tails above 1 is a later P99.
+  the same rates: their time over the program's, and the headroom they end with over the program's;
+  and against what policy "oserve" decides, with the seconds that this takes, each deployment under
+  its best shares: predicted tails by formula (lateness), and of a rehearsal with requests that the
+  policy has not seen, the P99 of E2E (for both, above 1 the others answer later) and the goodput.
 """
 
 import argparse
@@ -31,9 +32,11 @@ from services.scheduler.policies.capacity import Column, Table, build, standing
 from services.scheduler.policies.capacity_rates import CostRates
 from services.scheduler.policies.exhaustive import exhaust
 from services.scheduler.policies.joint import GAP_MAX, Terms, best_joint
-from services.scheduler.policies.joint_choice import Judge
+from services.scheduler.policies.joint_choice import Candidate, Judge
 from services.scheduler.policies.joint_policy import OServe
 from services.scheduler.policies.oserve_paper import search
+from services.scheduler.policies.rehearsal import rehearse, requests
+from services.scheduler.policies.rehearsal_choice import REQUESTS, SECONDS, SEED, scene_of
 from shared.messages.demand import TypeForecast
 
 TRACES = Path(os.environ.get("OSERVE_TRACES", "../shared/traces"))
@@ -59,10 +62,15 @@ class Comparator(msgspec.Struct, frozen=True, kw_only=True):
     lateness_ratio_p50: float
     lateness_ratio_mean: float
     lateness_ratio_min: float
+    e2e_p99_ratio_p50: float
+    e2e_p99_ratio_mean: float
+    e2e_p99_ratio_min: float
+    goodput_share_mean: float
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Over all demands of one source."""
+    """Over all demands of one source. ``decision_s`` and ``goodput_share`` are of policy
+    "oserve"."""
 
     demands: int
     types_mean: float
@@ -72,6 +80,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gap_max: float
     decision_s_p50: float | None = None
     decision_s_max: float | None = None
+    goodput_share_mean: float | None = None
     others: dict[str, Comparator] = {}  # msgspec copies defaults
 
 
@@ -94,6 +103,8 @@ class Others:
     slower: list[float] = field(default_factory=list[float])
     headroom: list[float] = field(default_factory=list[float])
     lateness: list[float] = field(default_factory=list[float])
+    e2e_p99: list[float] = field(default_factory=list[float])
+    goodput: list[float] = field(default_factory=list[float])
 
     def told(self) -> Comparator:
         return Comparator(
@@ -106,6 +117,10 @@ class Others:
             lateness_ratio_p50=round(median(self.lateness), 4),
             lateness_ratio_mean=round(fmean(self.lateness), 4),
             lateness_ratio_min=round(min(self.lateness), 4),
+            e2e_p99_ratio_p50=round(median(self.e2e_p99), 4),
+            e2e_p99_ratio_mean=round(fmean(self.e2e_p99), 4),
+            e2e_p99_ratio_min=round(min(self.e2e_p99), 4),
+            goodput_share_mean=round(fmean(self.goodput), 4),
         )
 
 
@@ -126,6 +141,18 @@ def by_exhaustion(table: Table) -> Mapping[Column, int]:
 SOLVERS: dict[str, Solver] = {"oserve-paper": by_search, "exhaustive": by_exhaustion}
 
 
+def fared(judge: Judge, candidate: Candidate) -> tuple[float, float]:
+    """P99 of E2E of a rehearsal's requests, those that had not ended by then included, and the
+    share that met its targets."""
+    least, most = SECONDS
+    seconds = min(most, max(least, REQUESTS / float(judge.table.demand.sum())))
+    drawn = requests(judge.table, seconds=seconds, seed=SEED + 1)
+    whole = rehearse(scene_of(judge), candidate.counts, candidate.shares, drawn).whole
+    assert whole.e2e_s.p99 is not None, "it lasts until requests have come"
+    assert whole.goodput_share is not None, "it lasts until requests have come"
+    return whole.e2e_s.p99, whole.goodput_share
+
+
 class Bench:
     """Measures one source of demands on one number of GPUs."""
 
@@ -134,6 +161,7 @@ class Bench:
         self._solve_s: list[float] = []
         self._gaps: list[float] = []
         self._decision_s: list[float] = []
+        self._goodput: list[float] = []
         self._others = {name: Others() for name in SOLVERS}
 
     def measure(self, demands: Sequence[Demand]) -> Measured:
@@ -149,6 +177,7 @@ class Bench:
             gap_max=max(self._gaps),
             decision_s_p50=round(median(self._decision_s), 4) if compared else None,
             decision_s_max=round(max(self._decision_s), 4) if compared else None,
+            goodput_share_mean=round(fmean(self._goodput), 4) if compared else None,
             others={name: other.told() for name, other in self._others.items()} if compared else {},
         )
 
@@ -179,7 +208,9 @@ class Bench:
         answer = policy.plan(case)
         self._decision_s.append(time.perf_counter() - began)
         assert answer.plan is not None, answer.reason
-        lateness = judge.dispatched(standing(answer.plan, table.pools)).lateness
+        decided = judge.dispatched(standing(answer.plan, table.pools))
+        e2e_s, goodput = fared(judge, decided)
+        self._goodput.append(goodput)
         for name, solver in SOLVERS.items():
             began = time.perf_counter()
             counts = solver(table)
@@ -188,7 +219,10 @@ class Bench:
             other.seconds.append(took_s)
             other.slower.append(took_s / ours[0])
             other.headroom.append(found.headroom / ours[1])
-            other.lateness.append(found.lateness / lateness)
+            other.lateness.append(found.lateness / decided.lateness)
+            their_e2e_s, their_goodput = fared(judge, found)
+            other.e2e_p99.append(their_e2e_s / e2e_s)
+            other.goodput.append(their_goodput)
 
     def _table(self, demand: Demand, scale: float) -> Table:
         case = problem(self._gpus, demand, scale=scale, limit_s=TIME_LIMIT_S)

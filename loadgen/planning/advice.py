@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 
+from loadgen.planning.answer import Answer
 from loadgen.planning.demand import Expected
 from loadgen.planning.machine import Site, plus_gpus, with_network
-from loadgen.planning.planner import Answer
 from shared.cost.links import reload_s
 from shared.cost.model import cost_model
 from shared.hardware import Parallelism
@@ -23,13 +23,14 @@ GOODPUT_GAIN_MIN = 0.001
 
 
 class Brought(msgspec.Struct, frozen=True, kw_only=True):
-    """``what`` was added, and what the plans with and without it are worth. ``gain``: of headroom,
-    as a share of it; ``worth_it``: whether anything changed by more than a plan's rounding."""
+    """``what`` was added, and what the plan is worth then. ``gain``: of headroom, as a share of it,
+    None where nothing was carried before; ``worth_it``: whether anything gets better by more than a
+    prediction's error."""
 
     what: str
     plan: str
     headroom: float
-    gain: float
+    gain: float | None
     goodput_share: float | None
     e2e_s_p99: float | None
     lateness: float
@@ -60,7 +61,7 @@ def better_link(
     if len(site.mesh.nodes) < 2:  # noqa: PLR2004  # a network joins two
         return None
     faster = Site(mesh=with_network(site.mesh, folder, None), scheduler=site.scheduler)
-    what = "a network between nodes as fast as the links inside them"
+    what = "a network as fast as the links in a node"
     return _compared(what, base, ask(faster, expected))
 
 
@@ -90,19 +91,20 @@ def _placed(site: Site, spec: ReplicaSpec) -> tuple[str, str, Parallelism, int]:
 
 
 def _compared(what: str, base: Answer, other: Answer) -> Brought | None:
-    """None where either has no plan."""
+    """None where there is no plan even so."""
     before, after = base.decision.chosen, other.decision.chosen
-    if before is None or after is None:
+    if after is None:
         return None
+    carried = before.headroom if before is not None else 0.0
     return Brought(
         what=what,
         plan=after.plan,
         headroom=after.headroom,
-        gain=after.headroom / before.headroom - 1.0 if before.headroom > 0.0 else 0.0,
+        gain=after.headroom / carried - 1.0 if carried > 0.0 else None,
         goodput_share=after.goodput_share,
         e2e_s_p99=after.e2e_s_p99,
         lateness=after.lateness,
-        worth_it=_better(before, after),
+        worth_it=before is None or _better(before, after),
     )
 
 

@@ -25,6 +25,11 @@ class Expected:
     def arrivals_rps(self) -> float:
         return sum(model.arrivals_rps for model in self.models)
 
+    @property
+    def horizon_s(self) -> float:
+        """For how long it is expected: the longest of its models'."""
+        return max((model.horizon_s for model in self.models), default=HORIZON_S)
+
     def name(self, model_id: str, number: str) -> str:
         """A type in words; "*" are all types of a model of which nothing is expected."""
         return self.names.get((model_id, number), number)
@@ -39,9 +44,8 @@ class Expected:
     def of(self, model_ids: tuple[str, ...]) -> "Expected":
         """With an entry for each of ``model_ids``, in their order: nothing where none was said."""
         known = {model.model_id: model for model in self.models}
-        horizon_s = max((model.horizon_s for model in self.models), default=0.0)
         models = tuple(
-            known.get(name) or ModelDemand(model_id=name, types=(), horizon_s=horizon_s)
+            known.get(name) or ModelDemand(model_id=name, types=(), horizon_s=self.horizon_s)
             for name in model_ids
         )
         return Expected(models=models, names=self.names, source=self.source, notes=self.notes)

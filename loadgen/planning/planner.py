@@ -3,10 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Collection
 from time import perf_counter
-from typing import Literal
 
-import msgspec
-
+from loadgen.planning.answer import Answer, Change, Rate, TypeName
 from loadgen.planning.demand import Expected
 from loadgen.planning.machine import Site, price_per_hour
 from services.scheduler.config import SchedulerConfig
@@ -15,81 +13,34 @@ from services.scheduler.policies.capacity import Column, build, kind_of
 from services.scheduler.policies.capacity_plan import brief
 from services.scheduler.policies.capacity_rates import CostRates
 from services.scheduler.policies.interface import GpuOffer, Needs, Planned, Policy, Problem
-from services.scheduler.policies.registry import make_policy
+from services.scheduler.policies.joint_policy import OServe
 from services.scheduler.policies.verify import verify
 from shared.errors import OServeError
 from shared.hardware import Parallelism
 from shared.messages.decisions import Decision
-from shared.messages.plans import DeploymentPlan
+from shared.messages.plans import DeploymentPlan, ReplicaSpec
 from shared.slo import SloClass, SloTarget
 
 NOTHING = DeploymentPlan(plan_id="none")
 USUAL: SloClass = "standard"
 SERVED_ENOUGH = 1.0 - 1e-6  # headroom of a plan that carries the demand: rounding
 
-Change = Literal["new", "none", "weights", "replicas"]
-"""What a plan changes of the one in force: all, where nothing is; nothing; weights alone; or which
-replicas there are."""
+NONE_FITS = (
+    "a plan: add GPUs, take GPUs with more memory, or a profile with smaller weights, such as fp8; "
+    "--explain and --what-if tell what suffices"
+)
 
-MakePolicy = Callable[[SchedulerConfig], Policy]
-
-
-class TypeName(msgspec.Struct, frozen=True, kw_only=True):
-    """What the type ``request_type`` of a model is called in the demand."""
-
-    model_id: str
-    request_type: str
-    name: str
-
-
-class Rate(msgspec.Struct, frozen=True, kw_only=True):
-    """n[shape, type]: what one replica serves within its targets if it sees this type alone."""
-
-    model_id: str
-    gpu_kind: str
-    parallelism: str
-    request_type: str
-    requests_per_s: float
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked, and what the policy said. ``gpus`` and ``demand`` are words; ``horizon_s`` is
-    for how long the demand is taken to last. ``targets``: by SLO class, of those expected, and by
-    model where one has its own. ``plan`` is None when nothing can be placed; ``brief`` are its
-    replicas, such as ``2 x tp4``, and ``price_per_hour`` is that of the GPUs that it uses.
-    ``change``: from the plan in force. ``missing``: what cannot be served, and what it would take;
-    empty when the plan carries the demand."""
-
-    topology: str
-    gpus: str
-    demand: str
-    horizon_s: float
-    notes: tuple[str, ...]
-    price_per_hour: float
-    targets: dict[str, SloTarget]
-    types: tuple[TypeName, ...]
-    plan: DeploymentPlan | None
-    brief: str
-    decision: Decision
-    reason: str
-    change: Change
-    missing: tuple[str, ...]
-    took_s: float
-
-    @property
-    def feasible(self) -> bool:
-        return not self.missing
-
-    def type_name(self, model_id: str, number: str) -> str:
-        """The name of a type, its number where it has none."""
-        for kind in self.types:
-            if (kind.model_id, kind.request_type) == (model_id, number):
-                return kind.name
-        return number
+MakePolicy = Callable[[SchedulerConfig, float], Policy]
 
 
 class PlanImpossible(OServeError):
     """The policy gave no answer that can be shown."""
+
+
+def production(config: SchedulerConfig, horizon_s: float) -> Policy:
+    """The scheduler's, with nothing to remember. A mesh learns how long its demand stays as it is;
+    here it was said, and plans have to pay within that."""
+    return OServe(payback_s=horizon_s, switch_s=config.switch_s or None)
 
 
 def ask(
@@ -98,12 +49,12 @@ def ask(
     *,
     in_force: DeploymentPlan = NOTHING,
     topology: str = "",
-    make: MakePolicy = make_policy,
+    make: MakePolicy = production,
 ) -> Answer:
-    """The plan for what is expected. Raises PlanImpossible for an answer without figures or one
-    that the scheduler would refuse."""
+    """The plan for what is expected; ``make`` gives the policy, told for how many seconds that is.
+    Raises PlanImpossible for an answer without figures or one that the scheduler would refuse."""
     problem = problem_of(site, expected, in_force)
-    policy = make(site.scheduler)
+    policy = make(site.scheduler, expected.horizon_s)
     began = perf_counter()
     planned = policy.plan(problem)
     took_s = perf_counter() - began
@@ -113,13 +64,19 @@ def ask(
         topology=topology,
         gpus=site.brief(),
         demand=expected.source,
-        horizon_s=max((model.horizon_s for model in expected.models), default=0.0),
+        horizon_s=expected.horizon_s,
+        arrivals_rps=expected.arrivals_rps,
+        survive=problem.needs.survive,
+        priced=bool(problem.needs.gpu_prices),
         notes=_notes(problem, expected, in_force),
         price_per_hour=price_per_hour(site, _gpus(planned.plan)),
         targets=_targets(problem),
         types=_type_names(expected),
         plan=planned.plan,
         brief=_brief(planned.plan, problem),
+        shapes=tuple(
+            sorted({(problem.kinds[s.gpus[0]], s.parallelism) for s in _replicas(planned.plan)})
+        ),
         decision=decision,
         reason=planned.reason,
         change=_change(planned.plan, in_force),
@@ -194,10 +151,10 @@ def _check(planned: Planned, problem: Problem) -> None:
 
 
 def _missing(planned: Planned, decision: Decision) -> tuple[str, ...]:
+    if planned.plan is None:
+        return (*(decision.missing or (planned.reason,)), NONE_FITS)
     if decision.missing:
         return decision.missing
-    if planned.plan is None:
-        return (planned.reason,)
     chosen = decision.chosen
     if chosen is not None and chosen.headroom < SERVED_ENOUGH:
         short = (
@@ -217,17 +174,20 @@ def _change(plan: DeploymentPlan | None, in_force: DeploymentPlan) -> Change:
 
 
 def _brief(plan: DeploymentPlan | None, problem: Problem) -> str:
-    replicas = plan.replicas if plan else ()
     return brief(
         Counter(
             Column(spec.model_id, problem.kinds[spec.gpus[0]], Parallelism.parse(spec.parallelism))
-            for spec in replicas
+            for spec in _replicas(plan)
         )
     )
 
 
+def _replicas(plan: DeploymentPlan | None) -> tuple[ReplicaSpec, ...]:
+    return plan.replicas if plan else ()
+
+
 def _gpus(plan: DeploymentPlan | None) -> list[str]:
-    return [gpu for spec in plan.replicas for gpu in spec.gpus] if plan else []
+    return [gpu for spec in _replicas(plan) for gpu in spec.gpus]
 
 
 def _targets(problem: Problem) -> dict[str, SloTarget]:

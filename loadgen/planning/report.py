@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 
 from loadgen.planning.advice import Ask, Brought, better_link, more_gpus, start_words
+from loadgen.planning.answer import Answer, Rate
 from loadgen.planning.demand import Expected
 from loadgen.planning.machine import Site
-from loadgen.planning.planner import NOTHING, Answer, MakePolicy, Rate, ask, rates_of
+from loadgen.planning.planner import NOTHING, MakePolicy, ask, production, rates_of
 from loadgen.planning.what_if import WhatIf
-from services.scheduler.policies.registry import make_policy
 from shared.messages.plans import DeploymentPlan
 
 
@@ -46,7 +46,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     starts: tuple[str, ...] = ()
 
 
-def report(question: Question, make: MakePolicy = make_policy) -> Report:
+def report(question: Question, make: MakePolicy = production) -> Report:
     """Ask for the plan, and for what ``what_ifs`` and ``explain`` want to know; ``make`` gives the
     policy, a new one for each question, since it remembers. Raises OServeError."""
     site, expected, in_force = question.site, question.expected, question.in_force

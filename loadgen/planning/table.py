@@ -7,11 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from loadgen.planning import words
+from loadgen.planning.answer import Answer, Change
 from loadgen.planning.grid import Row, left, right, section, wide
-from loadgen.planning.planner import Answer, Change
 from loadgen.report_table import share
 from shared.messages.decisions import (
-    Decision,
     PlanOutlook,
     ReplicaOutlook,
     SwitchOutlook,
@@ -24,9 +23,9 @@ REPLICAS_SHOWN = 24
 _NO_PLAN = {
     "headroom": "no plan carries more than {:.4g} x the p90 of the demand",
     "served": "no plan serves more than {:.4g} requests/s of it",
-    "thrift": "no plan that carries the demand costs less than {:.4g} per hour",
+    "thrift": "no plan that carries the demand uses fewer than {:.4g} GPUs",
+    "price": "no plan that carries the demand costs less than {:.4g} per hour",
 }
-
 _CHANGES: dict[Change, str] = {
     "new": "",
     "replicas": "",
@@ -61,17 +60,20 @@ def worth(outlook: PlanOutlook) -> str:
     return ", ".join(parts)
 
 
-def proof(decision: Decision, took_s: float) -> str:
+def proof(answer: Answer) -> str:
     """How far from the best the plan may be, and what finding it took."""
-    time = f"solved in {decision.solve_s or took_s:.2f} s"
+    decision = answer.decision
+    time = f"{decision.solve_s or answer.took_s:.2f} s"
     if decision.objective is None or decision.gap is None:
-        return f"no bound was worked out; {time}"
+        return f"no bound was worked out in {time}"
+    goal = "price" if decision.goal == "thrift" and answer.priced else decision.goal
     bound = decision.objective if decision.bound is None else decision.bound
-    limit = _NO_PLAN.get(decision.goal, "no plan is better than {:.4g}").format(bound)
+    limit = _NO_PLAN.get(goal, "no plan is better than {:.4g}").format(bound)
+    limit = f"with one replica lost, {limit}" if answer.survive else limit
     gap = f"gap {100 * decision.gap:.2f} %"
     if decision.optimal:
-        return f"{limit}: proven, {gap}; {time}"
-    return f"{limit}; {decision.objective:.4g} was found in time, {gap}; {time}"
+        return f"{limit}: proven in {time}, {gap}"
+    return f"{limit}; {decision.objective:.4g} was found in {time}, {gap}"
 
 
 def _headline(answer: Answer) -> Table:
@@ -98,7 +100,7 @@ def _summary(answer: Answer) -> list[tuple[str, str]]:
     if chosen.plan != answer.brief:
         rows.append(("on the way to", chosen.plan))
     rows.append(("worth", worth(chosen)))
-    rows.append(("proof", proof(decision, answer.took_s)))
+    rows.append(("proof", proof(answer)))
     if decision.in_force is not None and answer.change == "replicas":
         rows.append(("in force", f"{decision.in_force.plan}: {worth(decision.in_force)}"))
     if decision.switch is not None:
@@ -107,10 +109,9 @@ def _summary(answer: Answer) -> list[tuple[str, str]]:
 
 
 def _offered(answer: Answer) -> str:
-    types, horizon_s = answer.decision.types, answer.horizon_s
-    total = words.rate(sum(kind.arrivals_rps for kind in types))
-    lasts = f", for {horizon_s:,.0f} s" if horizon_s else ""
-    return f"{total} requests/s of {len(types)} type{'s' if len(types) > 1 else ''}{lasts}"
+    types = f"{len(answer.types)} type{'s' if len(answer.types) > 1 else ''}"
+    total = words.rate(answer.arrivals_rps)
+    return f"{total} requests/s of {types}, for {answer.horizon_s:,.0f} s"
 
 
 def _targets(answer: Answer) -> str:
@@ -128,7 +129,7 @@ def _switch(switch: SwitchOutlook) -> str:
         f"{verdict}: takes {switch.seconds:.0f} s, {served} of the demand is served meanwhile",
         f"{moved} are moved, {switch.busiest_link_s:.0f} s of it over the busiest link",
         f"{switch.requests_paused:,.0f} requests are paused",
-        f"gain {switch.gain:.3g} s of lateness, cost {switch.cost:.3g} s",
+        f"gain {words.rate(switch.gain)} s of lateness, cost {words.rate(switch.cost)} s",
     ]
     if switch.horizon_s:
         parts.append(f"the forecast is trusted for {switch.horizon_s:,.0f} s")
@@ -188,31 +189,34 @@ def _figures(answer: Answer, one: ReplicaOutlook) -> tuple[str, ...]:
 
 
 def _types(answer: Answer) -> list[RenderableType]:
-    several = len({kind.model_id for kind in answer.decision.types}) > 1
+    """A table for each model."""
+    models = list(dict.fromkeys(kind.model_id for kind in answer.decision.types))
     columns = (
         *wide("type"),
-        *right("arrivals", "p10-p90", "tokens in / out", "TTFT", "TPOT", "E2E p99, s"),
-        *right("in time"),
+        *right("arrivals", "p10-p90", "tokens", "TTFT", "TPOT", "E2E p99, s", "in time"),
     )
-    title = "Types: requests/s, mean tokens, predicted times in ms at p50 / p99, within targets"
-    rows: list[Row] = []
-    for kind in answer.decision.types:
-        name = answer.type_name(kind.model_id, kind.request_type)
-        rows.append(
-            Row(
-                cells=(
-                    f"{kind.model_id} {name}" if several else name,
-                    words.rate(kind.arrivals_rps),
-                    _range(kind),
-                    f"{kind.input_tokens:,.0f} / {kind.output_tokens:,.0f}",
-                    words.pair(kind.ttft_s_p50, kind.ttft_s_p99),
-                    words.pair(kind.tpot_s_p50, kind.tpot_s_p99),
-                    words.seconds(kind.e2e_s_p99),
-                    share(kind.goodput_share),
-                )
-            )
+    parts: list[RenderableType] = []
+    for model_id in models:
+        of = f" of {model_id}" if len(models) > 1 else ""
+        title = f"Types{of}: requests/s, mean tokens in / out, predicted times in ms at p50 / p99"
+        own = [kind for kind in answer.decision.types if kind.model_id == model_id]
+        parts += section(title, columns, [_type(answer, kind) for kind in own])
+    return parts
+
+
+def _type(answer: Answer, kind: TypeOutlook) -> Row:
+    return Row(
+        cells=(
+            answer.type_name(kind.model_id, kind.request_type),
+            words.rate(kind.arrivals_rps),
+            _range(kind),
+            f"{kind.input_tokens:,.0f} / {kind.output_tokens:,.0f}",
+            words.pair(kind.ttft_s_p50, kind.ttft_s_p99),
+            words.pair(kind.tpot_s_p50, kind.tpot_s_p99),
+            words.seconds(kind.e2e_s_p99),
+            share(kind.goodput_share),
         )
-    return section(title, columns, rows)
+    )
 
 
 def _range(kind: TypeOutlook) -> str:

@@ -7,8 +7,8 @@ from rich.text import Text
 
 from loadgen.planning import words
 from loadgen.planning.advice import Brought
-from loadgen.planning.grid import Column, Row, left, right, section, wide
-from loadgen.planning.planner import Answer, Rate
+from loadgen.planning.answer import Answer, Rate
+from loadgen.planning.grid import Row, left, right, section, wide
 from loadgen.planning.report import Report
 from loadgen.report_table import share
 from shared.hardware import Parallelism
@@ -71,7 +71,7 @@ def _gpus_used(answer: Answer) -> int:
 
 def _figures(answers: Sequence[Answer]) -> list[Row]:
     chosen = [one.decision.chosen for one in answers]
-    demands = [sum(kind.arrivals_rps for kind in one.decision.types) for one in answers]
+    demands = [one.arrivals_rps for one in answers]
     headrooms = [outlook.headroom if outlook else None for outlook in chosen]
     shares = [share(outlook.goodput_share if outlook else None) for outlook in chosen]
     late = [outlook.lateness if outlook else None for outlook in chosen]
@@ -144,7 +144,7 @@ def _brought(brought: Sequence[Brought]) -> list[RenderableType]:
             cells=(
                 one.what,
                 one.plan,
-                f"{words.times(one.headroom)} ({100 * one.gain:+.0f} %)",
+                words.times(one.headroom) + _gain(one.gain),
                 words.percent(one.lateness),
                 share(one.goodput_share),
                 words.seconds(one.e2e_s_p99),
@@ -156,32 +156,39 @@ def _brought(brought: Sequence[Brought]) -> list[RenderableType]:
     return section("What more hardware would bring", columns, rows)
 
 
+def _gain(gain: float | None) -> str:
+    return "" if gain is None else f" ({100 * gain:+.0f} %)"
+
+
 def _rates(answer: Answer, rates: Sequence[Rate]) -> list[RenderableType]:
-    """One row for each shape, one column for each type; bold is what the plan uses."""
-    types = list(dict.fromkeys((one.model_id, one.request_type) for one in rates))
-    several = len({model_id for model_id, _ in types}) > 1
-    names = [(model_id, answer.type_name(model_id, number)) for model_id, number in types]
-    columns: list[Column] = [
-        *left("shape"),
-        *right(*(f"{model_id} {name}" if several else name for model_id, name in names)),
-    ]
-    found = {(r.model_id, r.gpu_kind, r.parallelism, r.request_type): r for r in rates}
+    """A table for each model: one row for each shape, one column for each type; bold is what the
+    plan uses."""
+    models = list(dict.fromkeys(one.model_id for one in rates))
+    parts: list[RenderableType] = []
+    for model_id in models:
+        of = f" of {model_id}" if len(models) > 1 else ""
+        title = f"What one replica{of} serves of one type alone within its targets, requests/s"
+        own = [one for one in rates if one.model_id == model_id]
+        parts += _rates_of(title, answer, own)
+    return parts
+
+
+def _rates_of(title: str, answer: Answer, rates: Sequence[Rate]) -> list[RenderableType]:
+    types = list(dict.fromkeys(one.request_type for one in rates))
+    names = [answer.type_name(rates[0].model_id, number) for number in types]
+    found = {(one.gpu_kind, one.parallelism, one.request_type): one for one in rates}
     shapes = sorted(
-        {(r.gpu_kind, Parallelism.parse(r.parallelism)) for r in rates},
+        {(one.gpu_kind, Parallelism.parse(one.parallelism)) for one in rates},
         key=lambda key: (key[0], key[1].gpus, key[1]),
     )
-    kinds = {kind for kind, _ in shapes}
-    used = {one.parallelism for one in answer.decision.replicas}
+    several = len({kind for kind, _ in shapes}) > 1
     rows: list[Row] = []
     for kind, parallelism in shapes:
         cells = [
-            words.rate(one.requests_per_s)
-            if (one := found.get((model_id, kind, str(parallelism), number))) is not None
-            else words.NOTHING
-            for model_id, number in types
+            words.rate(found[kind, str(parallelism), number].requests_per_s) for number in types
         ]
         name = words.shape(str(parallelism))
-        name = f"{name} on {kind}" if len(kinds) > 1 else name
-        rows.append(Row(cells=(name, *cells), style="bold" if str(parallelism) in used else ""))
-    title = "What one replica serves of one type alone within its targets, requests/s"
-    return section(title, columns, rows)
+        used = (kind, str(parallelism)) in answer.shapes
+        name = f"{name} on {kind}" if several else name
+        rows.append(Row(cells=(name, *cells), style="bold" if used else ""))
+    return section(title, (*left("shape"), *right(*names)), rows)

@@ -4,7 +4,7 @@ replica, type or plan."""
 import msgspec
 
 from loadgen.planning.advice import Brought
-from loadgen.planning.planner import Answer, Change, Rate
+from loadgen.planning.answer import Answer, Change, Rate
 from loadgen.planning.report import Report
 from shared.messages.decisions import PlanOutlook, ReplicaOutlook, SwitchOutlook, TypeOutlook
 from shared.messages.plans import ReplicaSpec

@@ -7,12 +7,9 @@ NOTHING = "-"
 _GPU = re.compile(r"(.*-g)(\d+)")
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Of seconds; three digits that mean something."""
-    if seconds is None:
-        return NOTHING
-    value = 1000.0 * seconds
-    return f"{value:.3g}" if value < 1000.0 else f"{value:,.0f}"  # noqa: PLR2004  # three digits
+def milliseconds(value_s: float | None) -> str:
+    """Of seconds."""
+    return NOTHING if value_s is None else rate(1000.0 * value_s)
 
 
 def pair(first: float | None, second: float | None) -> str:
@@ -28,8 +25,11 @@ def seconds(value: float | None) -> str:
 
 
 def rate(value: float) -> str:
-    """A figure without its unit, three digits of it."""
-    return f"{value:.3g}" if value < 1000.0 else f"{value:,.0f}"  # noqa: PLR2004  # three digits
+    """A figure without its unit, three digits of it, and never as a power of ten."""
+    if abs(value) >= 999.5:  # noqa: PLR2004  # what three digits would round to 1e+03
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return f"{value:.6f}".rstrip("0").rstrip(".") if "e" in text else text
 
 
 def times(value: float | None) -> str:

@@ -192,8 +192,8 @@ POLICIES: Mapping[str, Policy] = {
             start_s=FAST_SWITCH_S,
             known="Melange: an integer program gives slices of the load to the cheapest set of "
             "GPUs that carries it (arXiv 2404.14527).",
-            inferred="Its GPU kinds are our shapes; its plan is made anew in each period, with "
-            f"replicas that take 10 s to start. {_BEGINS}",
+            inferred="Its kinds of GPU are our shapes, its buckets our types; solved each minute "
+            f"with replicas that take 10 s to start; GPUs that it leaves idle. {_BEGINS}",
         ),
         *(
             Policy(

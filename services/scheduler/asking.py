@@ -2,7 +2,7 @@
 what replicas bear now; or it is said why nothing moves."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from services.scheduler.balance import Balance
 from services.scheduler.config import SchedulerConfig
@@ -65,11 +65,9 @@ class Asking:
         if planned.plan is None or self.config.policy != CORRECTING:
             yield from self.settle(planned, problem)
             return
+        needs = {id_: problem.needs.replicas_min.get(id_, 1) for id_ in self.mesh.model_ids}
         wrong, missing = shortages(
-            planned.plan,
-            problem.offers,
-            self.mesh.model_ids,
-            replicas_min=problem.needs.replicas_min,
+            planned.plan, problem.offers, problem.in_force, replicas_min=needs
         )
         if wrong:
             yield Log("plan.dropped", {"plan_id": planned.plan.plan_id, "wrong": wrong}, "warning")
@@ -79,14 +77,13 @@ class Asking:
         reason = "; ".join([planned.reason, *missing])
         yield from self.settle(dataclasses.replace(planned, reason=reason), problem)
 
-    def correct(self, problem: Problem) -> Iterable[Effect]:
-        """Between decisions, weights alone."""
-        standing, loads, now_s = self.standing, self.demands.loads, problem.now_s
+    def correct(self, now_s: float, problem: Callable[[], Problem]) -> Iterable[Effect]:
+        """Between decisions, weights alone. ``problem``: as it is now, made if it is needed."""
+        standing, loads = self.standing, self.demands.loads
         self.balance.look(standing, loads, now_s)
-        if self.wish.plan is None:
-            planned = self.balance.proposal(standing, loads, now_s)
-            if planned and planned.plan and not self.faults(planned.plan, problem):
-                yield from self.ask(planned, problem, standing.weights)
+        planned = None if self.wish.plan else self.balance.proposal(standing, loads, now_s)
+        if planned and planned.plan and not self.faults(planned.plan, now := problem()):
+            yield from self.ask(planned, now, standing.weights)
 
     def faults(self, plan: DeploymentPlan, problem: Problem) -> list[str]:
         """Why it cannot be; empty if it can."""

@@ -58,6 +58,8 @@ class Balance:
         in_force = standing.plan
         if in_force is None or self._period_s <= 0.0 or now_s - self._proposed_s < self._period_s:
             return None
+        if self._bias.even and in_force.weights == standing.weights:
+            return None
         plan = self.applied(standing.as_decided())
         move = largest_move(in_force.weights, plan.weights, standing.replicas)
         even = plan.weights == standing.weights

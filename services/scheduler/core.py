@@ -103,7 +103,7 @@ class Scheduler:
             case ForecastReport():
                 self._demands.forecast(event, now_s)
             case DemandReport():
-                self._demands.window(event, now_s)
+                self._demands.window(event, now_s, served=self._standing.models)
             case Loaded():
                 self._on_loaded(event, now_s)
             case Solved():
@@ -183,7 +183,7 @@ class Scheduler:
                 yield from self._demands.news(now_s)
             yield from self._decide(now_s)
             if self._pins.plan is None:
-                yield from self._asking.correct(self._problem(now_s))
+                yield from self._asking.correct(now_s, lambda: self._problem(now_s))
             else:
                 self._balance.rest()
 

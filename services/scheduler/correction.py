@@ -21,10 +21,11 @@ when all that serve a type are overloaded and others of the model are idle, thes
 ``LENT_MAX`` of it, as long as their KV cache is no smaller.
 """
 
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
-from statistics import median
 
 from services.scheduler.policies.weights import ANY_TYPE, rounded
 from shared.messages.plans import ReplicaSpec
@@ -76,6 +77,11 @@ class Bias:
             key: loan for key, loan in self.loans.items() if set(loan.to).issubset(replica_ids)
         }
         return Bias(strains=kept[0], errors=kept[1], integrals=kept[2], loans=loans)
+
+    @property
+    def even(self) -> bool:
+        """Whether it suggests nothing."""
+        return not self.loans and all(self.factor(id_) == 1.0 for id_ in self.integrals)
 
     def factor(self, replica_id: str) -> float:
         """What the shares of that replica are multiplied by, before rows are made whole again."""
@@ -164,6 +170,11 @@ def _strains(
 ) -> dict[str, float]:
     """Of the replicas that serve, or broke; one that has not reported is left out."""
     strains: dict[str, float] = {}
+    steps_s: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for spec in replicas:
+        report = reports.get(spec.replica_id)
+        if report is not None and report.running >= FEW:
+            insort(steps_s[spec.model_id, spec.parallelism], report.step_s)
     for spec in replicas:
         report = reports.get(spec.replica_id)
         if report is None or report.phase in ("starting", "draining"):
@@ -172,18 +183,21 @@ def _strains(
             strains[spec.replica_id] = STRAIN_MAX
             continue
         queue = report.waiting / max(report.running, FEW)
-        like = [
-            reports[other.replica_id].step_s
-            for other in replicas
-            if other.replica_id in reports and other.replica_id != spec.replica_id
-            and (other.model_id, other.parallelism) == (spec.model_id, spec.parallelism)
-            and reports[other.replica_id].running >= FEW
-        ]  # fmt: skip
-        usual_s = median(like) if like else 0.0
-        busy = report.running >= FEW and usual_s > 0.0
-        slow = report.step_s / usual_s - 1.0 if busy else 0.0
+        usual_s = _usual_s(steps_s[spec.model_id, spec.parallelism], report)
+        slow = report.step_s / usual_s - 1.0 if usual_s > 0.0 else 0.0
         strains[spec.replica_id] = min(STRAIN_MAX, max(queue, slow))
     return strains
+
+
+def _usual_s(steps_s: Sequence[float], report: ReplicaReport) -> float:
+    """Median step time of those like it, which are all of ``steps_s`` (sorted) but its own; 0 when
+    there are none, or it has too few requests to compare."""
+    count = len(steps_s) - 1
+    if report.running < FEW or count < 1:
+        return 0.0
+    own = bisect_left(steps_s, report.step_s)
+    low, high = (count - 1) // 2, count // 2
+    return (steps_s[low + (low >= own)] + steps_s[high + (high >= own)]) / 2.0
 
 
 def _errors(strains: Mapping[str, float], rows: Weights) -> dict[str, float]:
@@ -211,10 +225,15 @@ def _loans(
     for model_id in sorted({spec.model_id for spec in replicas}):
         known = [s.replica_id for s in replicas if s.model_id == model_id]
         for name, row in rows.items():
-            serving = [id_ for id_ in known if row.get(id_, 0.0) > 0.0]
+            before = former.get((model_id, name))
+            strained = all(
+                strains.get(id_, 0.0) >= OVERLOADED for id_ in known if row.get(id_, 0.0) > 0.0
+            )
+            serving = (
+                {id_ for id_ in known if row.get(id_, 0.0) > 0.0} if strained or before else ()
+            )
             if not serving:
                 continue
-            before = former.get((model_id, name), Loan(0.0, ()))
             room = min((reports[i].kv_blocks_total for i in serving if i in reports), default=0)
             idle = tuple(
                 id_
@@ -225,8 +244,10 @@ def _loans(
             )
             strained = all(strains.get(id_, 0.0) >= OVERLOADED for id_ in serving)
             step = LENT_RATE * seconds if strained and idle else -LENT_RATE * seconds
-            share = min(LENT_MAX, before.share + step)
-            to = idle or tuple(id_ for id_ in before.to if id_ in known and id_ not in serving)
+            share = min(LENT_MAX, (before.share if before else 0.0) + step)
+            to = idle or tuple(
+                id_ for id_ in (before.to if before else ()) if id_ in known and id_ not in serving
+            )
             if share > 0.0 and to:
                 loans[model_id, name] = Loan(share, to)
     return loans

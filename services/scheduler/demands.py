@@ -24,8 +24,8 @@ STALE_HORIZONS = 3.0
 HORIZON_S_MIN, HORIZON_S_MAX = 10.0, 3600.0  # what staleness goes by, whatever a forecast claims
 WINDOWS_ALONE = 2  # observed without a forecast ever: the forecaster is away
 WANTED_S = 300.0
-"""How long a model without replicas of which requests were rejected is planned for: a replica
-takes minutes to come, and whoever was rejected tries again."""
+"""How long a model is planned for of which only requests are known that nobody served: a replica
+takes minutes to come, and whoever was turned away, or gave up, tries again."""
 WANTED_RPS_MIN, WANTED_INPUT_TOKENS, WANTED_OUTPUT_TOKENS = 0.1, 512.0, 256.0
 """What is expected of a model of which nothing is known but that it is wanted."""
 NOMINAL = "nominal"
@@ -47,8 +47,8 @@ class _Windows:
     newest: DemandReport
     at_s: float
     alone: int = 1
-    rejected: int = 0
-    rejected_s: float = float("-inf")
+    unserved: int = 0  # requests that ended otherwise than completed, of a model without types
+    unserved_s: float = float("-inf")
 
 
 class Demands:
@@ -74,7 +74,8 @@ class Demands:
         self._forecasts[report.model_id] = _Heard(report, now_s)
         self.heard += 1
 
-    def window(self, report: DemandReport, now_s: float) -> None:
+    def window(self, report: DemandReport, now_s: float, *, served: Collection[str] = ()) -> None:
+        """``served``: models with replicas in force, whose requests are lost for other reasons."""
         known = self._windows.get(report.model_id)
         if report.model_id not in self._models or (known and known.newest == report):
             return
@@ -84,8 +85,9 @@ class Demands:
             return
         known.newest, known.at_s = report, now_s
         known.alone += 1
-        if report.rejected > 0 and not report.types:
-            known.rejected, known.rejected_s = report.rejected, now_s
+        unserved = report.rejected + report.aborted + report.failed
+        if unserved > 0 and not report.types and report.model_id not in served:
+            known.unserved, known.unserved_s = unserved, now_s
 
     def load(self, report: ReplicaReport, *, leaders: Collection[tuple[str, str]]) -> None:
         """``leaders``: replica and leading worker of each replica in force; others are no news."""
@@ -99,10 +101,6 @@ class Demands:
             for id_, report in self._loads.items()
             if (report.replica_id, report.worker_id) in leaders
         }
-
-    def known(self, now_s: float) -> bool:
-        """Whether anything is expected at all: until then there is nothing to plan for."""
-        return any(demand.types for demand in self.models(now_s))
 
     def models(self, now_s: float) -> tuple[ModelDemand, ...]:
         """What each model is expected to get; nothing without any word of it."""
@@ -132,7 +130,7 @@ class Demands:
         return "stale" in sources and sources <= {"stale", "none"}
 
     def wanted(self, now_s: float) -> frozenset[str]:
-        """Models of which requests were rejected, and nothing else is known."""
+        """Models of which requests were turned away, or given up, and nothing else is known."""
         return frozenset(
             demand.model_id for demand in self.models(now_s) if _is_nominal(demand.types)
         )
@@ -182,10 +180,10 @@ class Demands:
 
     def _nominal(self, model_id: str, now_s: float) -> tuple[TypeForecast, ...]:
         windows = self._windows.get(model_id)
-        if windows is None or now_s - windows.rejected_s > WANTED_S:
+        if windows is None or now_s - windows.unserved_s > WANTED_S:
             return ()
         window_s = max(1.0, windows.newest.window_s)
-        rps = min(RATE_MAX, max(WANTED_RPS_MIN, windows.rejected / window_s))
+        rps = min(RATE_MAX, max(WANTED_RPS_MIN, windows.unserved / window_s))
         return (
             TypeForecast(
                 request_type=0,

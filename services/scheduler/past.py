@@ -1,4 +1,4 @@
-"""The last minutes' arrivals by type, as the profiler settles them: what plans are rehearsed with."""
+"""The last minutes' arrivals by type, as they are settled: what plans are rehearsed with."""
 
 from collections import deque
 from collections.abc import Collection, Mapping

@@ -21,6 +21,9 @@ class Standing:
         self._heard_s = 0.0  # when the switcher last confirmed ``epoch``
         self._since_s = 0.0
         self._weights: Weights = {}
+        self._as_decided: DeploymentPlan | None = None
+        self.leaders: frozenset[tuple[str, str]] = frozenset()
+        """Replica and leading worker of each replica."""
         self._decided: dict[str, Weights] = {}
 
     def begin(self, now_s: float) -> None:
@@ -52,19 +55,18 @@ class Standing:
         return self.plan.replicas if self.plan else ()
 
     @property
+    def models(self) -> set[str]:
+        return {spec.model_id for spec in self.replicas}
+
+    @property
     def weights(self) -> Weights:
         """As they were decided, before any correction."""
         return self._weights
 
-    @property
-    def leaders(self) -> set[tuple[str, str]]:
-        """Replica and leading worker of each replica."""
-        return {(spec.replica_id, spec.gpus[0]) for spec in self.replicas if spec.gpus}
-
     def as_decided(self) -> DeploymentPlan:
         """The plan in force as a policy made it: without corrections, and without a pin."""
-        assert self.plan is not None
-        return renamed(self.plan, weights=self._weights)
+        assert self._as_decided is not None
+        return self._as_decided
 
     def dwell_s(self, now_s: float) -> float:
         """How long its replicas have stood unchanged, as far as known: at least that long."""
@@ -77,4 +79,7 @@ class Standing:
         if former is None or former.plan_id != plan.plan_id:
             unknown: Mapping[str, Mapping[str, float]] = plan.weights
             self._weights = self._decided.get(plan.plan_id, unknown)
+            self._as_decided = renamed(plan, weights=self._weights)
+            leaders = ((spec.replica_id, spec.gpus[0]) for spec in plan.replicas if spec.gpus)
+            self.leaders = frozenset(leaders)
         self.epoch, self.plan, self._heard_s = epoch, plan, now_s

@@ -25,7 +25,7 @@ MODELS = ("large", "small")
 KINDS = ("a100", "h100")
 SHAPES = ("tp1", "tp2", "tp1pp2", "tp4", "tp2pp2", "tp8")
 PRICES = {"a100": 1.7, "h100": 3.0}
-PLANS_MAX = 300
+PLANS_MAX = 150
 CLOSE = 2 * GAP_MAX
 ZERO = 1e-6
 TIME_S = 20.0
@@ -139,7 +139,7 @@ def solved(case: Table, goal: Goal, terms: Terms) -> Solution | None:
 
 
 @given(tables(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_plan_at_all_is_better(case: Table, data: st.DataObject) -> None:
     """An optimum that is none would be believed: it is proven, by a program that is then wrong."""
     plans: list[Counter[Column]] = []
@@ -182,8 +182,29 @@ def test_no_plan_at_all_is_better(case: Table, data: st.DataObject) -> None:
         assert cheapest.objective == pytest.approx(hourly(case, cheapest.counts))
 
 
+@given(tables(), st.integers(0, 1), st.sampled_from([0.6, 1.0, 1.5]), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_no_even_dispatch_is_gentler(case: Table, survive: int, load: float, seed: int) -> None:
+    """Each plan that carries the demand is one that "gentle" could have chosen."""
+    cost = np.exp(np.random.default_rng(seed).normal(0.0, 1.0, case.rates.shape))
+    terms = Terms(load=load, cost=cost, survive=survive)
+    lighter = scaled(case, 2.0)
+    found = solved(lighter, "gentle", terms)
+    total = float(lighter.demand.sum())
+    for number, counts in enumerate(every_plan(lighter)):
+        if number > PLANS_MAX // 4:
+            return
+        flow = best_flow(lighter.instance(counts), "headroom")
+        assert flow is not None
+        after = headroom_of(lighter, counts, survive=survive)
+        if flow.headroom * load >= 1.0 and after * terms.load_after_loss() >= 1.0:
+            assert found is not None
+            dispatched = float((flow.shares() * cost * lighter.demand).sum()) / total
+            assert found.objective <= dispatched * (1 + CLOSE)
+
+
 @given(tables(gpus=16), st.integers(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_another_gpu_never_lowers_the_headroom(case: Table, survive: int) -> None:
     """It could always idle."""
     before = solved(case, "headroom", Terms(survive=survive))
@@ -219,7 +240,7 @@ def test_names_of_gpus_and_nodes_change_nothing(case: Table, random: Random) -> 
 
 
 @given(tables(gpus=16), st.floats(0.01, 100.0), st.integers(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_headroom_is_relative_to_the_demand(case: Table, factor: float, survive: int) -> None:
     """Twice the demand would fit half as often, whatever the unit it is counted in."""
     first = solved(case, "headroom", Terms(survive=survive))
@@ -229,7 +250,7 @@ def test_headroom_is_relative_to_the_demand(case: Table, factor: float, survive:
 
 
 @given(tables(gpus=16))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_to_survive_costs_headroom(case: Table) -> None:
     """What is left after a loss is never more than what there was."""
     with_all, after_loss = (solved(case, "headroom", Terms(survive=s)) for s in (0, 1))
@@ -238,7 +259,7 @@ def test_to_survive_costs_headroom(case: Table) -> None:
 
 
 @given(tables(gpus=16), st.floats(0.05, 0.9), st.floats(1.0, 2.0), st.integers(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_more_demand_is_never_cheaper(case: Table, share: float, more: float, survive: int) -> None:
     """A night would cost more than the day."""
     most = solved(case, "headroom", Terms(survive=survive))

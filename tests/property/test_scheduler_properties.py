@@ -204,7 +204,7 @@ def reports(draw: st.DrawFn, plan: DeploymentPlan) -> list[ReplicaReport]:
     ]  # fmt: skip
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_corrected_rows_are_whole_and_bounded_and_return_to_the_plan(data: st.DataObject) -> None:
     """Otherwise the fast loop could starve a replica, take a model's requests, or never let go."""

@@ -131,7 +131,7 @@ def test_losses_are_bold_in_every_table() -> None:
 
 def test_an_unread_option_is_the_small_or_the_whole_study() -> None:
     """One command would not do what the README says it does."""
-    small, whole = arguments_of([]), arguments_of(["--study", "--load", "0.6"])
+    small, whole = arguments_of([]), arguments_of(["--part", "all", "--load", "0.6"])
     assert small.workload == "azure"
     assert parse_names(whole.workload) == tuple(WORKLOADS)
     assert (whole.load, small.load) == ("0.6", "0.6,0.9")

@@ -42,7 +42,10 @@ def test_the_model_that_runs_short_holds_the_bottleneck() -> None:
     assert found.narrowest.requests_per_s == pytest.approx(4.0)
     idle = next(w for w in found.columns if w.column.model_id == OTHER)
     assert idle.headroom == pytest.approx(0.0)
-    assert "the bottleneck is 2 x tp2: one more would carry at most 2 times" in found.in_words()
+    assert (
+        "the bottleneck is 2 x llama-2-70b tp2: one more would carry at most 2 times"
+        in found.in_words()
+    )
     assert "type 0 of llama-2-70b takes 100% of the capacity" in found.in_words()
 
 
@@ -83,11 +86,12 @@ def test_one_more_gpu_may_bring_nothing_where_shapes_are_large() -> None:
 
 
 def test_one_more_gpu_may_change_the_shapes() -> None:
-    """Seven GPUs make four, two and one; an eighth makes the large one possible."""
+    """A node that is whole again holds a large replica, which is worth more than eight small."""
     rates = {(M, "tp1"): (1.0,), (M, "tp8"): (20.0,)}
     found = more(table(rates, {M: (1.0,)}, offers(7)), "headroom", Terms())
-    assert not found.one.brings  # its node is of seven: no shape of eight fits one
-    assert found.node.gpus == 7
+    assert found.one.objective == pytest.approx(20.0)
+    assert found.node.gpus == 8
+    assert "with 1 x tp8 instead of 7 x tp1" in found.in_words()
 
 
 def test_a_node_that_lost_a_gpu_is_completed_first() -> None:
@@ -130,3 +134,4 @@ def test_new_nodes_are_as_large_as_the_largest() -> None:
     assert grown((8, 7, 3), 3) == (8, 8, 5)
     assert grown((4, 4), 6) == (4, 4, 4, 2)
     assert grown((2,), 0) == (2,)
+    assert grown((7, 7), 2) == (8, 8)

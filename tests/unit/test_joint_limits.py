@@ -178,6 +178,15 @@ def test_without_any_plan_of_the_solver_the_relaxation_is_rounded(
         assert rounded.objective <= best.bound * (1 + 1e-9)
 
 
+def test_the_last_round_has_every_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding them one by one would go on for ever, or end with a plan that is not proven."""
+    sizes = ("tp1", "tp2", "tp4", "tp8")
+    case, terms = table_of(np.random.default_rng(3), {"h100": (8, 8)}, sizes), Terms(survive=1)
+    best = solved(case, "headroom", terms)
+    monkeypatch.setattr(joint, "ROUNDS_MAX", 2)
+    assert solved(case, "headroom", terms).objective == pytest.approx(best.objective, rel=2e-4)
+
+
 def test_no_time_at_all_still_gives_a_plan() -> None:
     """HiGHS itself then has none."""
     case, terms = hard("headroom")

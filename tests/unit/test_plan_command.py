@@ -1,6 +1,7 @@
 """``oserve plan`` from its command line to what it prints, and what it asks the policy."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,8 +185,8 @@ def printed(*parts: Any) -> str:
     return caught.get()
 
 
-def always(policy: Policy) -> Callable[[SchedulerConfig], Policy]:
-    return lambda _: policy
+def always(policy: Policy) -> Callable[[SchedulerConfig, float], Policy]:
+    return lambda _config, _horizon_s: policy
 
 
 def test_the_scheduler_is_asked_as_it_would_ask_itself(
@@ -224,7 +225,7 @@ def test_the_tables_say_what_the_decision_says(asked: tuple[Site, Expected]) -> 
     text = printed(plan_tables(found.answer))
     assert "3 x tp1, on 3 GPUs for 9.00 per hour" in text
     assert "carries 1.00 x the p90 of the demand" in text
-    assert "proven, gap 0.00 %; solved in 0.25 s" in text
+    assert "proven in 0.25 s, gap 0.00 %" in text
     assert "interactive: TTFT 500 ms, TPOT 50 ms" in text
     assert "chat: 0.667, code: 0.333" in text
     assert "50 / 1,250" in text
@@ -447,7 +448,7 @@ def test_a_window_of_a_trace_becomes_types(tmp_path: Path) -> None:
     late = trace_demand(
         {"llama-3.1-8b": str(trace)}, site.mesh, Window(at_s=690.0, slo_class="batch")
     )
-    assert "1 of 2 prompts were cut to the context of 8,192 tokens" in late.notes[0]
+    assert "1 of 2 prompts were cut to the context of 8,192 tokens" in late.notes[-1]
     assert late.models[0].types[0].class_shares == {"batch": 1.0}
 
 
@@ -486,6 +487,29 @@ def test_too_much_demand_ends_in_one_and_says_what_is_missing(files: tuple[Path,
     assert "Replicas" in result.stdout  # what can be served is still told
 
 
+def test_a_model_that_fits_nowhere_is_told_with_what_would_hold_it(
+    files: tuple[Path, Path],
+) -> None:
+    """Whoever has too few GPUs wants to know how few."""
+    topology, demand = files
+    topology.write_text(
+        TOPOLOGY.replace("llama-3.1-8b", "llama-2-70b").replace("gpus = 2", "gpus = 1")
+    )
+    result = oserve("-t", topology, "--demand", demand, "--set", "mesh.nodes=[]")
+    assert result.exit_code == 2  # no GPU at all is no topology
+    topology.write_text(topology.read_text().rpartition("[[mesh.nodes]]")[0])
+    result = oserve("-t", topology, "--demand", demand, "--explain", "--out", topology.parent / "p")
+    assert result.exit_code == 1
+    text = " ".join(result.stdout.split())
+    assert "plan none" in text
+    assert "Missing: llama-2-70b fits no shape" in text
+    assert "3 requests/s of 2 types" in text
+    assert "1 more h100" in text
+    assert "helps" in text
+    assert "not written" in said(result)
+    assert not (topology.parent / "p").exists()
+
+
 def test_models_of_the_topology_stay_unless_another_is_asked_for(tmp_path: Path) -> None:
     """Adopting a plan without the second model would stop all its replicas."""
     site = read_site(TWO, sets=())
@@ -504,6 +528,7 @@ def test_models_of_the_topology_stay_unless_another_is_asked_for(tmp_path: Path)
         (("--trace", "D"), "say --at SECONDS"),
         (("--trace", "D", "--at", "0", "--for", "0"), "more than 0 s"),
         (("--trace", "absent.csv", "--at", "0"), "no such file"),
+        (("--demand", "D", "--for", "60"), "it is of a --trace"),
         (("--demand", "D", "--scale", "0"), "a number above 0"),
         (("--demand", "D", "--class", "gold"), "use one of interactive"),
         (("--demand", "D", "--set", "scheduler.policy=uniform"), "plans are made by oserve"),
@@ -539,6 +564,8 @@ def test_gpus_are_told_by_runs() -> None:
     assert words.gpus(("n0-g0",)) == "n0-g0"
     assert words.milliseconds(None) == "-"
     assert words.pair(0.0312, 12.3456) == "31.2 / 12,346"
+    figures = [words.rate(value) for value in (999.4, 999.6, 0.0, 1.5, 0.00001234, 123456.7)]
+    assert figures == ["999", "1,000", "0", "1.5", "0.000012", "123,457"]
 
 
 def test_the_shipped_demand_can_be_read() -> None:
@@ -547,11 +574,21 @@ def test_the_shipped_demand_can_be_read() -> None:
     assert [found.name("m", str(n)) for n in range(3)] == ["chat", "code", "summaries"]
 
 
+def test_the_readme_has_the_keys_of_what_ifs() -> None:
+    """A key that nobody knows of is not asked for, and one that is gone is."""
+    text = (ROOT / "loadgen" / "planning" / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## What-ifs")[2].partition("## ")[0]
+    told = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    with pytest.raises(ConfigInvalid) as caught:
+        parse_what_if("none=1")
+    assert told == caught.value.remedy.partition("there are: ")[2].split(", ")
+
+
 def test_help_needs_none_of_it() -> None:
     """Help that takes a second is not asked for."""
     code = (
-        "import sys, deploy.cli; "
-        "print([n for n in ('numpy', 'scipy', 'loadgen.planning') if n in sys.modules])"
+        "import sys, deploy.cli, loadgen.planning.cli; "
+        "print([n for n in ('numpy', 'scipy', 'services') if n in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True

@@ -91,3 +91,27 @@ def test_policy_settings_that_cannot_work_are_refused() -> None:
         SchedulerConfig(solve_timeout_s=0.0).checked()
     with pytest.raises(ConfigInvalid, match="policy_period_s"):
         SchedulerConfig(policy_period_s=-1.0).checked()
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (SchedulerConfig(replicas_min={"m": -1}), r"replicas_min\.m"),
+        (SchedulerConfig(replicas_min={"n": 1}), "replicas_min = 'n'"),
+        (SchedulerConfig(targets={"n": SloTarget(ttft_s=1.0, tpot_s=0.1)}), "targets = 'n'"),
+        (SchedulerConfig(survive=2), "survive"),
+        (SchedulerConfig(gpu_prices={"h100": 0.0}), r"gpu_prices\.h100"),
+        (SchedulerConfig(gpu_prices={"h100": float("nan")}), r"gpu_prices\.h100"),
+        (SchedulerConfig(class_targets={"gold": SloTarget(ttft_s=1.0, tpot_s=0.1)}), "gold"),
+        (SchedulerConfig(class_targets={"standard": SloTarget(ttft_s=1.0, tpot_s=0.1)}), "target"),
+        (SchedulerConfig(class_targets={"batch": SloTarget(ttft_s=0.0, tpot_s=0.1)}), "batch"),
+        (SchedulerConfig(correction_period_s=-1.0), "correction_period_s"),
+        (SchedulerConfig(forecast_stale_s=-1.0), "forecast_stale_s"),
+        (SchedulerConfig(keep_period_s=-1.0), "keep_period_s"),
+    ],
+)
+def test_needs_that_cannot_be_met_are_refused_at_start(config: SchedulerConfig, field: str) -> None:
+    """Otherwise a slip of the pen would be found by a plan that lacks a model."""
+    with pytest.raises(ConfigInvalid, match=field):
+        config.checked_for(("m",))
+    SchedulerConfig(replicas_min={"m": 0}, survive=1).checked_for(("m",))

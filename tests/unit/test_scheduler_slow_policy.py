@@ -1,26 +1,37 @@
 """Scheduler core with a policy that decides now and then, and takes its time."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.core import INPUTS, Scheduler, SolveDeadline, Tick, inputs
-from services.scheduler.policies.interface import Planned, Problem
+from services.scheduler.policies.interface import Needs, Planned, Problem
 from services.scheduler.policies.placing import place
 from services.scheduler.policies.weights import equal, planned
 from services.scheduler.solving import Solved, solve
+from services.scheduler.wish import Wish
 from shared import subjects
-from shared.core import Effect, Log, Publish, SetTimer, Start, Started
+from shared.core import Effect, Log, Publish, Query, SetTimer, Start, Started
 from shared.hardware import GpuSpec, Parallelism
 from shared.mesh import MeshConfig, NodeSpec
 from shared.messages.base import Message
+from shared.messages.decisions import Decision
 from shared.messages.demand import DemandReport, ForecastReport, TypeForecast
-from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanInForce, PlanKept
+from shared.messages.plans import (
+    AdoptPlan,
+    DeploymentPlan,
+    PinPlan,
+    PlanInForce,
+    PlanKept,
+    PlanProposed,
+    ReleasePlan,
+    ReplicaSpec,
+)
 from shared.messages.replicas import ReplicaReport, WorkerReport
 from shared.models import ModelSpec
-from shared.slo import SloTarget
+from shared.slo import DEFAULT_TARGETS, SloTarget
 
 M = TypeVar("M", bound=Message)
 MESH = MeshConfig(
@@ -66,7 +77,7 @@ class Run:
         self.in_force(EMPTY)
         self.in_force(self.adopted(self.second()))
 
-    def step(self, event: Message) -> list[Effect]:
+    def step(self, event: Message | Query) -> list[Effect]:
         effects = self.core.step(event, self.now_s)  # type: ignore[arg-type]  # any of its events
         self.core.check()
         return effects
@@ -318,3 +329,124 @@ def test_a_gpu_is_offered_with_the_models_that_its_worker_has() -> None:
         "n0-g2": (),
         "n0-g3": (),
     }
+
+
+def test_a_policy_is_told_what_the_operator_needs_and_how_long_replicas_stand() -> None:
+    """Otherwise knobs would be accepted and change nothing, and what was just moved move again."""
+    config = SchedulerConfig(
+        policy="oserve",
+        replicas_min={"m": 2, "other": 0},
+        survive=1,
+        elastic=True,
+        gpu_prices={"h100": 2.5},
+        target=SloTarget(ttft_s=3.0, tpot_s=0.2),
+        class_targets={"batch": SloTarget(ttft_s=9.0, tpot_s=0.9)},
+    ).checked_for(("m", "other"))
+    run = Run(Count(slow=False), config)
+    run.seconds(5)
+    run.forecast()
+    plan = run.adopted(run.second())
+    (problem,) = run.policy.problems
+    assert problem.needs == Needs(
+        replicas_min={"m": 2, "other": 0}, survive=1, elastic=True, gpu_prices={"h100": 2.5}
+    )
+    assert problem.class_targets == {
+        "interactive": DEFAULT_TARGETS["interactive"],
+        "standard": config.target,
+        "batch": SloTarget(ttft_s=9.0, tpot_s=0.9),
+    }
+    assert problem.dwell_s == 6.0
+    run.in_force(plan)
+    run.seconds(20)
+    leaning = {
+        "*": {spec.replica_id: share for spec, share in zip(plan.replicas, (0.3, 0.7), strict=True)}
+    }
+    run.in_force(msgspec.structs.replace(plan, plan_id="leaning", weights=leaning))
+    run.second(seconds=60.0)
+    assert run.policy.problems[-1].dwell_s == 80.0, "weights alone are no change"
+
+
+def test_another_weight_does_not_cost_a_solve() -> None:
+    """Otherwise each correction would throw the slow policy's work away."""
+    run = Run(Count(slow=True))
+    run.forecast()
+    problem = run.start(run.second())
+    other = msgspec.structs.replace(problem.in_force, plan_id="same replicas")
+    run.in_force(other)
+    (adopt,) = said(run.solved(problem), AdoptPlan)
+    assert adopt.based_on_epoch == run.epoch - 1, "in force now, not when the solve began"
+
+
+def test_a_plan_that_takes_needed_replicas_away_is_dropped_if_there_are_gpus_for_them() -> None:
+    """Otherwise a policy's slip would leave a model with less than its operator asked for."""
+    for least, reason in ((2, "m has 1 of at least 2 replicas, and GPUs are free"), (1, "")):
+        config = msgspec.structs.replace(CONFIG, replicas_min={"m": least, "other": 0})
+        run = Run(Count(slow=False), config)
+        run.forecast()
+        run.in_force(run.adopted(run.second()))
+        run.policy.replicas = 1
+        effects = run.second(seconds=61.0)
+        kept = "".join(message.reason for message in said(effects, PlanKept))
+        assert reason in kept
+        assert bool(said(effects, AdoptPlan)) is not bool(reason)
+
+
+def test_a_plan_that_lacks_replicas_for_want_of_gpus_says_so() -> None:
+    """Otherwise a mesh too small for its needs would be left without any plan."""
+    config = msgspec.structs.replace(CONFIG, replicas_min={"m": 9, "other": 1})
+    run = Run(Count(slow=True, replicas=4), config)
+    run.forecast()
+    plan = run.adopted(run.solved(run.start(run.second())))
+    assert "m has 4 of at least 9 replicas; other has 0 of at least 1 replicas" in plan.reason
+
+
+def test_figures_of_a_decision_are_passed_on() -> None:
+    """Otherwise nobody could ask why afterwards."""
+
+    class Tells(Count):
+        def plan(self, problem: Problem) -> Planned:
+            return replace(super().plan(problem), decision=Decision(policy="oserve", gap=0.5))
+
+    run = Run(Tells(slow=True))
+    run.forecast()
+    effects = run.solved(run.start(run.second()))
+    (proposed,) = said(effects, PlanProposed)
+    assert proposed.decision == Decision(policy="oserve", gap=0.5)
+    run.in_force(run.adopted(effects))
+    (kept,) = said(run.solved(run.start(run.second(seconds=61.0))), PlanKept)
+    assert kept.decision == Decision(policy="oserve", gap=0.5)
+
+
+def test_the_same_reason_with_other_numbers_is_told_now_and_then() -> None:
+    """Otherwise the journal would hold a kept plan for each decision of each day."""
+    wish = Wish(keep_period_s=60.0)
+
+    def told(why: str, now_s: float) -> bool:
+        return bool(said(list(wish.keep(why, now_s=now_s, epoch=1, expected_rps=None)), PlanKept))
+
+    assert told("a gain of 1.5 is no reason", 0.0)
+    assert not told("a gain of 2 is no reason", 30.0)
+    assert told("a gain of 3e-05 is no reason", 60.0)
+    assert told("it does not pay back", 61.0), "of another kind"
+    assert not told("it does not pay back", 500.0), "nothing new at all"
+
+
+def test_a_plan_pinned_while_it_is_switched_to_outlives_its_release_nowhere() -> None:
+    """Otherwise a pin that comes into force late, after its release, would hold for ever."""
+    run = Run(Count(slow=False))
+    run.forecast()
+    spec = ReplicaSpec(replica_id="a", model_id="m", parallelism="tp1pp1", gpus=("n0-g3",))
+    asked = DeploymentPlan(plan_id="", replicas=(spec,))
+    pinned = run.adopted(run.step(Query(PinPlan(plan=asked), "cli")))
+    run.step(Query(ReleasePlan(), "cli"))
+    run.in_force(pinned)
+    (adopt,) = said(run.second(), AdoptPlan)
+    assert not adopt.plan.pinned
+    assert run.policy.problems
+
+
+def test_questions_that_nobody_can_answer_are_logged() -> None:
+    """Otherwise a client that asks the wrong way would wait, and nobody know why."""
+    run = Run(Count(slow=True))
+    assert logs(run.step(ReleasePlan())) == ["scheduler.question_without_reply_address"]
+    assert logs(run.step(Query(Tick(), "cli"))) == ["scheduler.question_unknown"]

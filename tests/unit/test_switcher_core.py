@@ -552,7 +552,9 @@ def test_other_weights_alone_touch_no_worker() -> None:
     two = (replica("r0", "g0"), replica("r1", "g1"))
     even = plan("even", *two)
     run = Run().in_force(even, 1)
-    leaning = msgspec.structs.replace(even, plan_id="leaning", weights={"*": {"r0": 0.4, "r1": 0.6}})
+    leaning = msgspec.structs.replace(
+        even, plan_id="leaning", weights={"*": {"r0": 0.4, "r1": 0.6}}
+    )
     told = [*run.adopt(leaning, 1), *run.write(), *run.write()]
     assert run.core.state == "settled", "two writes, and nobody else is waited for"
     assert run.bucket == StoredPlan(epoch=2, in_force=leaning, target_epoch=2)

@@ -17,7 +17,7 @@ Forecasts can be wrong, so what the newest window saw corrects them upwards. Its
 uncertain as sqrt(N): ``usual`` is at least N - sqrt(N) and ``high`` at least N per window, what is
 lacking being added to types that were seen more often than expected. Arrivals are counted when
 requests end, so an overload hides itself; requests that wait at replicas for longer than their
-target allows are demand too, to be worked off within the forecast's horizon.
+target allows are demand too, to be worked off within ``WORK_OFF_S``.
 
 Smoothed forecasts lag behind a step of the mix. What was seen replaces them at once if
 
@@ -47,6 +47,7 @@ SHIFT_MIN = 0.15  # total variation of two mixes: less would hardly change a pla
 Z_SHIFT = 3.09  # one in 1,000
 EXPECTED_MIN = 0.5  # requests: types that nobody expected are not infinitely unlikely
 HORIZON_S = 30.0  # of a forecast that names none
+WORK_OFF_S = 120.0  # about what a switch takes: no plan could be there sooner
 BACKLOG_MAX = 1.0  # times the demand: what waits may double it and no more
 
 Mix = Mapping[int, float]
@@ -124,9 +125,7 @@ class Foresight:
             own, lacking_rps = _lines(demand, window)
             if lacking_rps > 0.0:
                 notes.append(f"{lacking_rps:.3g} requests/s of {model_id} beyond the forecast")
-            own, queue = _with_backlog(
-                own, waiting[model_id], problem.targets[model_id].ttft_s, demand.horizon_s
-            )
+            own, queue = _with_backlog(own, waiting[model_id], problem.targets[model_id].ttft_s)
             if queue > 0.0:
                 notes.append(f"{queue:.0f} requests of {model_id} wait to be worked off")
             lines |= {(model_id, line.kind.request_type): line for line in own}
@@ -264,16 +263,14 @@ def _waiting(problem: Problem) -> Counter[str]:
     return waiting
 
 
-def _with_backlog(
-    lines: list[Line], waiting: int, target_s: float, horizon_s: float
-) -> tuple[list[Line], float]:
+def _with_backlog(lines: list[Line], waiting: int, target_s: float) -> tuple[list[Line], float]:
     """``lines`` with what waits for longer than its target added in proportion, and how many
     requests that are."""
     arrivals = sum(line.rps for line in lines)
     queue = waiting - arrivals * target_s
     if queue <= 0.0 or arrivals <= 0.0:
         return lines, 0.0
-    more = min(BACKLOG_MAX, queue / (horizon_s or HORIZON_S) / arrivals)
+    more = min(BACKLOG_MAX, queue / WORK_OFF_S / arrivals)
     return [
         replace(
             line,

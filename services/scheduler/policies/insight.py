@@ -8,17 +8,17 @@ and with the fewest that bring anything.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from services.scheduler.policies.capacity import Column, Pool, Table
-from services.scheduler.policies.capacity_plan import brief
 from services.scheduler.policies.flow import duals
 from services.scheduler.policies.joint import Goal, Solution, Terms, best_joint
 from services.scheduler.policies.joint_terms import GREATEST
 
 NOTHING = 1e-9  # relative: a solver's zero
 SOLVED_MAX = 5  # programs for one pool: of one GPU, of a node, and halving in between
+TOLD_MAX = 4  # columns that change, told one by one
 UNITS: Mapping[Goal, str] = {
     "headroom": "times the demand",
     "gentle": "of cost",
@@ -59,12 +59,12 @@ class Bottlenecks:
         if worst is None:
             return "nothing is expected, so that nothing is a bottleneck"
         model_id, name = worst
-        narrowest = self.narrowest
+        narrowest, every = self.narrowest, [worth.column for worth in self.columns]
         if narrowest is None or self.headroom <= 0.0:
             return f"no replica serves type {name} of {model_id}"
         return (
-            f"the bottleneck is {brief({narrowest.column: narrowest.count})}: one more would carry "
-            f"at most {narrowest.headroom:.3g} times the demand more "
+            f"the bottleneck is {_listed({narrowest.column: narrowest.count}, every)}: one more "
+            f"would carry at most {narrowest.headroom:.3g} times the demand more "
             f"({narrowest.requests_per_s:.3g} requests/s), {narrowest.headroom_per_gpu:.3g} for "
             f"each GPU; type {name} of {model_id} takes {self.types[worst]:.0%} of the capacity"
         )
@@ -111,7 +111,12 @@ class Extension:
             return f"{what} would make a plan possible, of {more.objective:.3g} {unit}"
         new = Counter(more.counts) - Counter(self.counts)
         old = Counter(self.counts) - Counter(more.counts)
-        change = f"{brief(new)} instead of {brief(old)}" if old else f"{brief(new)} more"
+        every = [*self.counts, *more.counts]
+        change = f"{_listed(new, every)} more"
+        if old:
+            change = f"{_listed(new, every)} instead of {_listed(old, every)}"
+        if len(new) + len(old) > TOLD_MAX:
+            change = f"{new.total()} other replicas instead of {old.total()}"
         percent = ""
         if self.before and more.objective is not None:
             percent = f" ({more.objective / self.before - 1:+.1%})"
@@ -168,7 +173,7 @@ def one_more(
 
     extensions: list[Extension] = []
     for pool in table.pools.values():
-        one, node = solved(pool, 1), solved(pool, pool.node_gpus[0])
+        one, node = solved(pool, 1), solved(pool, _node_size(pool))
         least = one if one.brings else node
         low = 1  # brings nothing
         while least.brings and least.gpus > low + 1 and not one.brings:
@@ -190,8 +195,9 @@ def one_more(
 
 def larger(pool: Pool, gpus: int) -> Pool:
     """``pool`` with so many GPUs more: nodes that lack some are filled first, the fullest before
-    the others, then there are new nodes of the size of the largest."""
-    size, nodes = pool.node_gpus[0], list(pool.node_gpus)
+    the others, then there are new nodes of the same size: the power of two that the largest node
+    has, or had before it lost some."""
+    size, nodes = _node_size(pool), list(pool.node_gpus)
     left = gpus
     for i, have in enumerate(nodes):
         added = min(left, size - have)
@@ -200,6 +206,22 @@ def larger(pool: Pool, gpus: int) -> Pool:
         nodes.append(min(left, size))
         left -= nodes[-1]
     return replace(pool, node_gpus=tuple(sorted(nodes, reverse=True)))
+
+
+def _listed(counts: Mapping[Column, int], every: Iterable[Column]) -> str:
+    """``2 x tp4``; with models and pools where ``every`` has several."""
+    among = set(every)
+    models, pools = {each.model_id for each in among}, {each.pool for each in among}
+    parts: list[str] = []
+    for column, count in sorted(counts.items()):
+        model = f"{column.model_id} " if len(models) > 1 else ""
+        place = f" on {column.pool}" if len(pools) > 1 else ""
+        parts.append(f"{count} x {model}{str(column.shape).removesuffix('pp1')}{place}")
+    return ", ".join(parts) or "nothing"
+
+
+def _node_size(pool: Pool) -> int:
+    return 1 << (pool.node_gpus[0] - 1).bit_length()
 
 
 def _brings(goal: Goal, before: Solution | None, after: Solution | None) -> bool:

@@ -13,7 +13,8 @@ last round has every scenario, so that it ends.
 
 Counts decide: shares, objective and what is left after a loss are worked out anew from them
 (``extract``), free of the solver's tolerance. When its time is up the best plan found so far is
-taken, with its gap, and if there is none the relaxation's, rounded (``joint_fallback``).
+taken, with its gap, or the relaxation's, rounded, where that is better or there is no other
+(``joint_fallback``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ __all__ = [
 
 NODES_MAX = 20_000  # of the search tree: a bound that does not depend on the machine's speed
 SOLVER_GAP = 0.9 * GAP_MAX  # what the solver is asked for: rounding may cost the rest
-ROUNDS_MAX = 6  # of adding scenarios; the last one has them all
+ROUNDS_MAX = 4  # of adding scenarios, mostly two or three; the last one has them all
 RELAXED_S_MAX = 1.0  # for the linear relaxation alone, after the time was up
 SOLVED, INFEASIBLE = 0, 2  # statuses of scipy's milp
 
@@ -86,8 +87,8 @@ def best_joint(
             fails = [lost for lost in table.columns if lost not in scenarios]
         scenarios += fails
         program = formulate(table, goal, terms, scenarios=scenarios)
-    if best is None:
-        best = _better(None, _rounded(table, goal, terms, program, bounds), bounds)
+    if best is None or not best.optimal:
+        best = _better(best, _rounded(table, goal, terms, program, bounds), bounds)
     if best is not None:
         wrong = verify_solution(table, terms, best)
         assert not wrong, wrong

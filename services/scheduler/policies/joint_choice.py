@@ -42,7 +42,7 @@ from services.scheduler.policies.capacity import Table
 from services.scheduler.policies.capacity_plan import spread
 from services.scheduler.policies.flow import best_flow
 from services.scheduler.policies.interface import Needs
-from services.scheduler.policies.joint import Solution, Terms, best_joint, plannable
+from services.scheduler.policies.joint import Solution, Terms, best_joint
 from services.scheduler.policies.joint_judge import (
     LOAD_MAX,
     NOTHING,
@@ -52,6 +52,7 @@ from services.scheduler.policies.joint_judge import (
     LatencySource,
 )
 from services.scheduler.policies.joint_uniform import Counts, lean_plans, uniform_plans
+from services.scheduler.policies.minimums import ladder
 
 __all__ = ["Candidate", "Judge", "LatencySource", "candidates", "choose", "solve_capacity"]
 
@@ -70,7 +71,7 @@ def solve_capacity(
     those that anything is expected of. If no plan serves some of every type, the one that serves
     most requests."""
     for survive in range(needs.survive, -1, -1):
-        for least in _ladder(table, models, needs):
+        for least in ladder(table, models, needs.replicas_min):
             terms = Terms(least=least, survive=survive, prices=needs.gpu_prices)
             found = best_joint(table, "headroom", terms, time_limit_s=time_limit_s)
             if found is None or found.objective <= NOTHING or (survive and found.objective < 1.0):
@@ -81,25 +82,12 @@ def solve_capacity(
                 if cheap is not None:
                     return cheap, lean
             return found, terms
-    for least in [*_ladder(table, models, needs), {}]:
+    for least in ladder(table, models, needs.replicas_min):
         terms = Terms(least=least)
         found = best_joint(table, "served", terms, time_limit_s=time_limit_s)
         if found is not None and found.objective > NOTHING:
             return found, terms
     return None, Terms()
-
-
-def _ladder(table: Table, models: Sequence[str], needs: Needs) -> list[dict[str, int]]:
-    """Least replicas by model, to be tried in turn; a model that fits no shape needs none."""
-    fitting = {column.model_id for column in table.columns if plannable(column)}
-    expected = {kind.model_id for kind in table.types}
-    asked = {m: needs.replicas_min.get(m, 1) for m in models if m in fitting}
-    rungs = [
-        {model_id: count for model_id, count in asked.items() if count > 0},
-        {model_id: 1 for model_id, count in asked.items() if count > 0},
-        {model_id: 1 for model_id in asked if model_id in expected},
-    ]
-    return [rung for i, rung in enumerate(rungs) if rung not in rungs[:i]]
 
 
 def choose(found: Sequence[Candidate], *, elastic: bool = False) -> Candidate:

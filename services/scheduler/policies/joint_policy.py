@@ -18,7 +18,7 @@ not hear of it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from services.scheduler.policies.capacity import Table, build
@@ -30,7 +30,6 @@ from services.scheduler.policies.horizon_judge import weighed
 from services.scheduler.policies.horizon_lasting import LASTS_S, Lasting
 from services.scheduler.policies.interface import Planned, Problem
 from services.scheduler.policies.joint_choice import (
-    TIE,
     Candidate,
     LatencySource,
     candidates,
@@ -40,16 +39,17 @@ from services.scheduler.policies.joint_choice import (
 from services.scheduler.policies.joint_refine import keeps, refine
 from services.scheduler.policies.joint_terms import Terms
 from services.scheduler.policies.starting import plan_default
-from services.scheduler.policies.transition_columns import columns_of
+from services.scheduler.policies.transition_columns import columns_of, shares_of
 from services.scheduler.policies.transition_memory import Asked, Memory, offered
 from services.scheduler.policies.transition_rehearsed import played
-from services.scheduler.policies.transition_rules import Verdict, ruled, words
+from services.scheduler.policies.transition_rules import GAIN_MIN, Verdict, ruled, words
 from services.scheduler.policies.transition_verdict import Move
 from services.scheduler.policies.weights import planned
 from shared.messages.decisions import Decision
 
 PERIOD_S = 30.0
-SHARE_MIN = 0.02  # weights that differ less stay
+SHARE_GAIN_MIN = 0.02  # of lateness: weights that others would improve by less stay
+OTHERS_MAX = 3  # plans tried where there is no way to the best
 PROGRAMS = 32  # solved for one decision at most, each in its part of the time limit
 
 
@@ -111,26 +111,37 @@ class OServe:
             choice = refine(judge, choice, terms)
         if kept is None:
             return self._begun(look, choice)
-        choice, placed, done = self._onwards(look, *_placed(look, choice))
-        move = Move(
-            judge=judge,
-            kept=kept,
-            choice=choice,
-            before=tuple(spec for spec in in_force.replicas if spec.replica_id in columns),
-            placed=placed,
-            lasts_s=look.lasts_s,
-            switch_s=self._switch_s,
-            done=done,
-        )
+        before = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
         held = self._memory.holds(
             judge.problem, look.foreseen.lines, horizon_s=_horizon_s(judge.problem)
         )
-        lacking = _lacking(judge.table, kept, choice, terms)
-        found = ruled(move, held=held, lacking=lacking)
-        if found.moves and not done and not lacking:  # a step on was played through at the first
-            look, move = _played(look, move)
-            found = ruled(move, held=held)
-        return self._stepped(look, move, found) if found.moves else self._kept(look, move, found)
+        stays: tuple[Move, Verdict] | None = None
+        options = [(*_placed(look, each), 0) for each in _reachable_maybe(look, kept, choice)]
+        onwards = self._onwards(look)
+        if onwards is not None:
+            options.insert(0 if held else len(options), onwards)
+        for option, placed, done in options:
+            move = Move(
+                judge=judge,
+                kept=kept,
+                choice=option,
+                before=before,
+                placed=placed,
+                lasts_s=look.lasts_s,
+                switch_s=self._switch_s,
+                done=done,
+            )
+            lacking = _lacking(judge.table, kept, option, terms)
+            found = ruled(move, held=held, lacking=lacking)
+            if found.moves and not done and not lacking:  # a step on was played through before
+                look, move, found = _confirmed(look, move, found, held=held)
+            if found.moves:
+                return self._stepped(look, move, found)
+            stays = stays or (move, found)
+            if not (found.unreachable or done):
+                break
+        assert stays is not None, "the choice was tried"
+        return self._kept(look, *stays)
 
     def _begun(self, look: Look, choice: Candidate) -> Planned:
         """Nothing stands that could be kept: the best that was found and played through."""
@@ -140,21 +151,17 @@ class OServe:
         told = decision(look, chosen=choice, now=choice, placed=placed)
         return self._plan(look, choice, placed, words("the plan", choice), told)
 
-    def _onwards(
-        self, look: Look, choice: Candidate, placed: Placed
-    ) -> tuple[Candidate, Placed, int]:
+    def _onwards(self, look: Look) -> tuple[Candidate, Placed, int] | None:
         """Where the way leads that the replicas in force are a step of, and how many steps were
-        walked, as long as nothing better was found; else the choice."""
+        walked; None when they are none."""
         way = self._memory.way(look.judge.problem)
         if way is None:
-            return choice, placed, 0
+            return None
         target, done = way
         columns = columns_of(look.judge.table, target)
         if len(columns) < len(target):
-            return choice, placed, 0
+            return None
         onwards = look.judge.dispatched(Counter(columns.values()))
-        if onwards.lateness > choice.lateness * (1 + TIE):
-            return choice, placed, 0
         return onwards, Placed(replicas=target, columns=columns, dropped=(), reason=""), done
 
     def _stepped(self, look: Look, move: Move, found: Verdict) -> Planned:
@@ -197,13 +204,13 @@ class OServe:
             refused=None if found.switch is None else move.choice,
         )  # fmt: skip
         lost = len(problem.in_force.replicas) - len(placed.replicas)
-        change = _largest_change(
-            problem.in_force.weights, weights(look.judge.table, placed, kept.shares)
-        )
-        if not lost and change < SHARE_MIN:
+        shares = shares_of(look.judge.table, columns, problem.in_force.weights)
+        now = look.judge.lateness(kept.counts, shares)
+        best = look.judge.lateness(kept.counts, kept.shares)
+        if not lost and now <= best * (1 + SHARE_GAIN_MIN):
             reason = _joined([found.why, *notes(look), "its weights still fit"])
             return Planned(plan=problem.in_force, reason=reason, decision=told)
-        what = f"{lost} replicas lost" if lost else f"weights change by up to {change:.2f}"
+        what = f"{lost} replicas lost" if lost else f"new weights, {1 - best / now:.0%} less late"
         return self._plan(look, kept, placed, _joined([found.why, what]), told)
 
     def _unsolved(self, look: Look, limit_s: float) -> Planned:
@@ -241,17 +248,38 @@ def _placed(look: Look, choice: Candidate) -> tuple[Candidate, Placed]:
     return choice, placed
 
 
-def _played(look: Look, move: Move) -> tuple[Look, Move]:
-    """The same choice, or a better one, with the lateness that was seen."""
-    tried = played(look.judge, look.found, move.kept, move.choice, elastic=look.elastic)
-    placed = move.placed
-    if Counter(tried.choice.counts) != Counter(move.choice.counts):
-        placed = place_counts(look.judge.table, tried.choice.counts, look.judge.problem.in_force)
-        if placed.dropped:  # what was played through cannot be had
-            return look, move
-    return replace(look, played=tried), replace(
-        move, kept=tried.kept, choice=tried.choice, placed=placed, scale=tried.scale
-    )
+def _reachable_maybe(look: Look, kept: Candidate, choice: Candidate) -> list[Candidate]:
+    """The choice, and those that are worth going to if there is no way to it, the best first. What
+    lacks nothing but speed is not left for another that lacks something else."""
+    best: dict[frozenset[object], Candidate] = {}
+    for candidate in look.found:
+        key = frozenset[object](candidate.counts.items())
+        best[key] = min(best.get(key, candidate), candidate, key=lambda each: each.lateness)
+    best.pop(frozenset(choice.counts.items()), None)
+    gains = [each for each in best.values() if each.lateness < (1 - GAIN_MIN) * kept.lateness]
+    others = sorted(gains, key=lambda each: each.lateness)[:OTHERS_MAX]
+    return [choice] if look.elastic else [choice, *others]
+
+
+def _confirmed(look: Look, move: Move, found: Verdict, *, held: str) -> tuple[Look, Move, Verdict]:
+    """The verdict on what was played through: the same choice or a better one, to which there is a
+    way."""
+    for others in (look.found, ()):
+        tried = played(
+            look.judge, [*others, move.choice], move.kept, move.choice, elastic=look.elastic
+        )
+        same = Counter(tried.choice.counts) == Counter(move.choice.counts)
+        placed = move.placed
+        if not same:
+            in_force = look.judge.problem.in_force
+            placed = place_counts(look.judge.table, tried.choice.counts, in_force)
+        seen = replace(move, kept=tried.kept, choice=tried.choice, placed=placed, scale=tried.scale)
+        found = ruled(seen, held=held)
+        if found.moves and not placed.dropped:
+            return replace(look, played=tried), seen, found
+        if same:
+            break
+    return look, move, replace(found, way=None)
 
 
 def _lacking(table: Table, kept: Candidate, choice: Candidate, terms: Terms) -> str:
@@ -267,15 +295,3 @@ def _horizon_s(problem: Problem) -> float:
 
 def _joined(parts: Iterable[str]) -> str:
     return "; ".join(part for part in parts if part)
-
-
-def _largest_change(
-    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
-) -> float:
-    """Of any share in ``after``; a row that is new counts against the row for "*"."""
-    largest = 0.0
-    for name, row in after.items():
-        old = before.get(name, before.get("*", {}))
-        for replica_id in row.keys() | old.keys():
-            largest = max(largest, abs(row.get(replica_id, 0.0) - old.get(replica_id, 0.0)))
-    return largest

@@ -56,14 +56,15 @@ class Prompt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """A replica at ``batch``. ``added``: of all time, what prompts add; ``together``: prompts in a
-    step that has any, each of which adds ``part`` of what it would alone; ``slope_s``: how ITL
-    grows with the batch; ``stay_s``: for how long the batch remembers; ``seat_s``: the wait for a
-    seat."""
+    step that has any, each of which adds ``part`` of what it would alone; ``longest_s``: a step
+    full of prompts, which no TPOT exceeds; ``slope_s``: how ITL grows with the batch; ``stay_s``:
+    for how long the batch remembers; ``seat_s``: the wait for a seat."""
 
     batch: float
     step_s: float
     lone_s: float
     itl_s: float
+    longest_s: float
     slope_s: float
     stay_s: float
     seat_s: float
@@ -113,7 +114,7 @@ class State:
         tpot_s, tpot_variance = self._tpot_s(load)
         return Tail(
             ttft_s=_quantile(ttft_s, variance, Z99),
-            tpot_s=_quantile(tpot_s, tpot_variance, Z99),
+            tpot_s=min(self.longest_s, _quantile(tpot_s, tpot_variance, Z99)),
             utilisation=utilisation,
             ttft_s_mean=ttft_s,
             ttft_s_p50=_quantile(ttft_s, variance, 0.0),
@@ -127,7 +128,8 @@ class State:
         if load.gaps == 0.0:
             return 0.0, 0.0
         drift = self.added * max(0.0, self.itl_s - self.lone_s) / self.lone_s
-        mean_s = self.itl_s * (1.0 + DRIFT * drift / max(1.0, self.batch))
+        drift = DRIFT * drift / max(1.0, self.batch)
+        mean_s = min(self.longest_s, self.itl_s * (1.0 + drift))
         times = load.gaps * self.itl_s / self.stay_s
         evened = 2.0 * (times + expm1(-times)) / times**2
         batch = BATCH_VARIANCE * self.slope_s**2 * self.batch * evened

@@ -34,6 +34,8 @@ from shared.cost.step import PS_PER_S, Prefill
 
 EXTRA_MAX = 0.97  # of all time, that prompts add
 CLOSE = 0.02  # of the batch: nearer to the steady state than that is near enough
+FEW, HALF = 0.1, 0.5  # of all time, that prompts add
+ROUNDS = 5  # each at least halves what is off
 ALONE = 1e-6  # prompts that come during a step: fewer never share one
 POINTS = tuple(
     (weight, exp(k * sqrt(3.0) * SPREAD_LN - SPREAD_LN**2 / 2))
@@ -53,6 +55,8 @@ class SteadyReplica:
         )
         self._context = held / self._decoded if self._decoded else 0.0
         self._prompted = sum(load.arrivals_rps * load.input_tokens for load in loads)
+        squares = sum(load.arrivals_rps * load.input_tokens**2 for load in loads)
+        self._pairs = squares * SPREAD_SQUARES / 2 / self._prompted  # of each prompt token
         block = (limits.block_tokens - 1) / 2
         self._seats = max(
             1, min(limits.running_max, int(model.kv_tokens / max(1.0, self._context + block)))
@@ -66,7 +70,8 @@ class SteadyReplica:
         step_s = self._step_s(max(1, batch))
         added, steps = self._sums(self._full)
         part, _ = self._shared(batch, steps, float("inf"), step_s)
-        return self._decoded * step_s / self._seats + added * part
+        added = max(added * part, self._least_added(batch, step_s))
+        return self._decoded * step_s / self._seats + added
 
     def state(self) -> State:
         """The one in which the batch is what arrives of it, within the seats there are; by two
@@ -107,10 +112,9 @@ class SteadyReplica:
         step_s, seats = self._step_s(max(1, whole)), self._seats
         prompts = self._prompts_of(whole)
         added, steps = self._sums(prompts)
-        itl_s, part, together = step_s / (1.0 - min(EXTRA_MAX, added)), 1.0, 1.0
-        for _ in range(2):
-            part, together = self._shared(whole, steps, itl_s, step_s)
-            itl_s = (itl_s + step_s / (1.0 - min(EXTRA_MAX, added * part))) / 2
+        itl_s, part, together = self._shared_step(whole, steps, added, step_s)
+        longest_s = max(step_s, self._full_s(whole))
+        itl_s = min(itl_s, longest_s)
         wide = max(1, round(sqrt(max(batch, 1.0))))
         low, high = max(1, whole - wide), max(2, whole + wide)
         slope_s = (self._step_s(high) - self._step_s(low)) / (high - low) * itl_s / step_s
@@ -121,6 +125,7 @@ class SteadyReplica:
             step_s=step_s,
             lone_s=self._step_s(1),
             itl_s=itl_s,
+            longest_s=longest_s,
             slope_s=slope_s,
             stay_s=squares / self._decoded * itl_s if self._decoded else 0.0,
             seat_s=_seat_s(min(EXTRA_MAX, batch / seats), seats, self._decoded * itl_s / arrivals),
@@ -130,6 +135,19 @@ class SteadyReplica:
             loads=self._loads,
             prompts=prompts,
         )
+
+    def _shared_step(
+        self, batch: int, steps_per_s: float, added: float, step_s: float
+    ) -> tuple[float, float, float]:
+        """ITL, and what ``_shared`` says at it. A longer step is shared by more prompts, each of
+        which adds less: the fixed point is sought by geometric means, which close in on it."""
+        itl_s, part, together = step_s / (1.0 - min(HALF, added)), 1.0, 1.0
+        least = self._least_added(batch, step_s) / added if added >= FEW else 0.0
+        for _ in range(1 if added < FEW else ROUNDS):
+            part, together = self._shared(batch, steps_per_s, itl_s, step_s)
+            part = min(1.0, max(part, least))
+            itl_s = sqrt(itl_s * step_s / (1.0 - min(EXTRA_MAX, added * part)))
+        return itl_s, part, together
 
     def _prompts(self, load: Load, batch: int, step_s: float) -> list[Prompt]:
         """What prompts of the type take beside ``batch`` requests that decode."""
@@ -166,9 +184,24 @@ class SteadyReplica:
             several_s += share * self._mixed_s(batch, below + 1, tokens)
         return min(1.0, max(0.0, several_s - anyway_s) / (together * alone_s)), together
 
+    def _least_added(self, batch: int, step_s: float) -> float:
+        """Of all time, what prompts add if every step that has any is full of them."""
+        room = max(1, self._limits.batch_tokens_max - batch)
+        anyway_s = step_s if batch else 0.0
+        return self._prompted / room * max(0.0, self._full_s(batch) - anyway_s)
+
+    def _full_s(self, batch: int) -> float:
+        """The longest step: the room that ``batch`` requests leave is full of prompts."""
+        room = max(1, self._limits.batch_tokens_max - batch)
+        arrivals = sum(load.arrivals_rps for load in self._loads)
+        prompts = max(1, round(arrivals * room / self._prompted))
+        return self._mixed_s(batch, prompts, room / prompts)
+
     def _mixed_s(self, batch: int, prompts: int, tokens: float) -> float:
-        """A step with ``prompts`` prompts of ``tokens`` tokens, each in one chunk."""
-        work = Prefill(round(prompts * tokens), prompts, round(prompts * tokens**2 / 2), prompts)
+        """A step with ``prompts`` prompts of ``tokens`` tokens, all in one chunk each."""
+        work = Prefill(
+            round(prompts * tokens), prompts, round(prompts * tokens * self._pairs), prompts
+        )
         context = round(batch * self._context)
         return self._model.step.step_ps(batch, context, work) / PS_PER_S
 

@@ -27,6 +27,7 @@ Inferred here:
 - Of what costs as little, that which takes the least of the replicas' time.
 - A bucket's requests go as its slices do. What is left over of the GPUs idles, as in the original.
 - Without prices each GPU costs 1. It is solved each minute, and moved to whenever it differs.
+  ``Needs.survive`` and ``elastic`` change nothing: it leaves GPUs unused at all times.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,13 @@
 """Replicas of plans as columns of a table, and what each column is worth there."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from services.scheduler.policies.capacity import Column, Table
+from services.scheduler.policies.capacity_plan import spread
 from services.scheduler.policies.flow import Array
+from services.scheduler.policies.weights import ANY_TYPE
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
 
@@ -24,6 +26,20 @@ def columns_of(table: Table, specs: Iterable[ReplicaSpec]) -> dict[str, Column]:
             if column in known:
                 found[spec.replica_id] = column
     return found
+
+
+def shares_of(
+    table: Table, columns: Mapping[str, Column], weights: Mapping[str, Mapping[str, float]]
+) -> Array:
+    """[S, J]: what a plan's rows of weights send of each type to the replicas of each column."""
+    index = {column: s for s, column in enumerate(table.columns)}
+    found = np.zeros_like(table.rates)
+    for j, kind in enumerate(table.types):
+        row = weights.get(kind.name, weights.get(ANY_TYPE, {}))
+        for replica_id, column in columns.items():
+            if column.model_id == kind.model_id:
+                found[index[column], j] += row.get(replica_id, 0.0)
+    return spread(found)
 
 
 def mix_headrooms(table: Table) -> Array:

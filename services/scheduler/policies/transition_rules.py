@@ -28,11 +28,13 @@ MARGIN = 0.8  # of it, that a cheaper plan may use up
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """``way``: what to go, None to stay; ``why`` in words, ``switch`` in figures."""
+    """``way``: what to go, None to stay; ``why`` in words, ``switch`` in figures. ``unreachable``:
+    worth going to, were there an affordable way."""
 
     why: str
     way: Way | None = None
     switch: SwitchOutlook | None = None
+    unreachable: bool = False
 
     @property
     def moves(self) -> bool:
@@ -58,11 +60,13 @@ def ruled(move: Move, *, held: str = "", lacking: str = "") -> Verdict:
     way = affordable_way(move)
     if not refused and saving and not lacking:
         refused = _gone_too_soon(move, way)
+    unreachable = not refused and bool(way.refused)
     refused = refused or way.refused
     outlook = way.outlook(move, refused, moves=not refused)
     why = f"{compared}: {_sums(outlook)}"
     if refused:
-        return Verdict(why=f"{compared}: {refused}; {_sums(outlook)}", switch=outlook)
+        said = f"{compared}: {refused}; {_sums(outlook)}"
+        return Verdict(why=said, switch=outlook, unreachable=unreachable)
     return Verdict(why=why, way=way, switch=outlook)
 
 

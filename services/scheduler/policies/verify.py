@@ -43,32 +43,33 @@ def verify(
 def shortages(
     plan: DeploymentPlan,
     offers: Iterable[GpuOffer],
-    models: Collection[str],
+    in_force: DeploymentPlan,
     *,
     replicas_min: Mapping[str, int],
 ) -> tuple[list[str], list[str]]:
-    """Models with fewer replicas than ``replicas_min`` asks for (1 where it says nothing): first
-    those for which the plan leaves GPUs free that would do, which is wrong, then those for which
-    none are left, which is no fault of the plan's. A GPU would do if enough of its kind, on its
-    node, are free for a replica as the model has one already."""
+    """Models with fewer replicas than ``replicas_min`` asks for. First those for which that is
+    wrong: the plan takes replicas of the model away although GPUs are free that would do. Then
+    those for which it is worth a note. A GPU would do if enough of its kind, on its node, are free
+    for a replica as the model has one already."""
     taken = {gpu for spec in plan.replicas for gpu in spec.gpus}
     kinds = {offer.gpu_id: offer.kind for offer in offers}
     free = [offer for offer in offers if offer.gpu_id not in taken]
+    before = Counter(spec.model_id for spec in in_force.replicas)
     wrong: list[str] = []
     missing: list[str] = []
-    for model_id in models:
+    for model_id, least in sorted(replicas_min.items()):
         own = [spec for spec in plan.replicas if spec.model_id == model_id]
-        least = replicas_min.get(model_id, 1)
         if len(own) >= least:
             continue
-        what = f"{model_id} has {len(own)} of at least {least} replicas"
+        known = [*own, *(spec for spec in in_force.replicas if spec.model_id == model_id)]
         room = Counter((o.kind, o.node_id) for o in free if o.serves(model_id))
         fits = any(
             count >= len(spec.gpus) and kind == kinds.get(spec.gpus[0])
-            for spec in own
+            for spec in known
             for (kind, _), count in room.items()
         )
-        if fits:
+        what = f"{model_id} has {len(own)} of at least {least} replicas"
+        if fits and len(own) < before[model_id]:
             wrong.append(f"{what}, and GPUs are free for another")
         else:
             missing.append(what)
