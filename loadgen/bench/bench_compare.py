@@ -131,7 +131,9 @@ def main() -> int:
         _say({"benchmark": "compare-summary", **msgspec.to_builtins(versus), **told})
     if arguments.markdown is not None and found:
         arguments.markdown.write_text(markdown(found), encoding="utf-8")
-    sys.stderr.write(f"bench_compare: {runs.done} runs done, {runs.reused} reused\n")
+    sys.stderr.write(
+        f"bench_compare: {runs.done} runs done in {runs.cpu_s:.0f} s of CPU, {runs.reused} reused\n"
+    )
     return 1 if failures else 0
 
 

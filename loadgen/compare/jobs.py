@@ -119,6 +119,7 @@ class Runs:
         self.told: Callable[[str, int, int], None] | None = None
         """Hears of progress: of what, how many runs are done, of how many."""
         self.done = self.reused = 0
+        self.cpu_s = 0.0  # of the runs that were done
 
     @property
     def processes(self) -> int:
@@ -143,6 +144,7 @@ class Runs:
             self._keep(record)
             records[record.digest] = record
             self.done += 1
+            self.cpu_s += record.metrics.cpu_s
             self._tell(what, len(records), len(wanted))
         return [records[job.digest] for job in jobs]
 

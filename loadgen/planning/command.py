@@ -22,6 +22,7 @@ from loadgen.planning.table_explain import compared, explained
 from loadgen.planning.view import view
 from loadgen.planning.what_if import parse_what_if
 from loadgen.stdout import reserved_stdout
+from services.scheduler.demands import RATE_MAX, RATE_MIN
 from shared.config import SECTIONS
 from shared.errors import ConfigInvalid, OServeError
 from shared.toml_place import located
@@ -69,9 +70,14 @@ class Asked:
         """What it means; raises OServeError."""
         self.checked()
         site, expected = self._read()
+        expected = expected.scaled(self.scale)
+        rates = [kind.arrivals_rps for model in expected.models for kind in model.types]
+        if not RATE_MIN <= min(rates) <= max(rates) <= RATE_MAX:
+            remedy = f"the rates of all types have to be {RATE_MIN:g} to {RATE_MAX:g} requests/s"
+            raise ConfigInvalid(field="--scale", value=self.scale, remedy=remedy)
         return Question(
             site=site,
-            expected=expected.scaled(self.scale),
+            expected=expected,
             topology=str(self.topology),
             in_force=NOTHING if self.in_force is None else read_plan(self.in_force),
             what_ifs=tuple(parse_what_if(text) for text in self.what_ifs),

@@ -68,7 +68,7 @@ def ask(
         arrivals_rps=expected.arrivals_rps,
         survive=problem.needs.survive,
         priced=bool(problem.needs.gpu_prices),
-        notes=_notes(problem, expected, in_force),
+        notes=_notes(site, problem, expected, in_force),
         price_per_hour=price_per_hour(site, _gpus(planned.plan)),
         targets=_targets(problem),
         types=_type_names(expected),
@@ -219,7 +219,9 @@ def _type_names(expected: Expected) -> tuple[TypeName, ...]:
     )
 
 
-def _notes(problem: Problem, expected: Expected, in_force: DeploymentPlan) -> tuple[str, ...]:
+def _notes(
+    site: Site, problem: Problem, expected: Expected, in_force: DeploymentPlan
+) -> tuple[str, ...]:
     notes = list(expected.notes)
     for model in problem.models:
         if not model.types:
@@ -227,6 +229,15 @@ def _notes(problem: Problem, expected: Expected, in_force: DeploymentPlan) -> tu
             notes.append(
                 f"{model.model_id}: nothing is expected; scheduler.replicas_min keeps {least} of it"
             )
+        limit = site.mesh.model_of(model.model_id).context_tokens_max
+        for kind in model.types:
+            tokens = kind.input_tokens_mean + kind.output_tokens_mean
+            if tokens > limit:
+                name = expected.name(model.model_id, str(kind.request_type))
+                notes.append(
+                    f"{model.model_id} {name}: {tokens:,.0f} tokens are more than the context of "
+                    f"{limit:,} (context_tokens_max): a mesh refuses such requests"
+                )
     notes += _lost(in_force, problem.kinds)
     return tuple(notes)
 

@@ -25,7 +25,7 @@ class Balance:
         self._bias = Bias()
         self._replicas: tuple[ReplicaSpec, ...] = ()  # of which it was learnt
         self._seen_s: float | None = None
-        self._proposed_s = float("-inf")
+        self._tried_s = float("-inf")
 
     def rest(self) -> None:
         """Nothing is to be corrected now: forget what was learnt."""
@@ -56,16 +56,16 @@ class Balance:
         """The plan in force with other weights, if these differ by enough, or are once more those
         that were decided; and it is time."""
         in_force = standing.plan
-        if in_force is None or self._period_s <= 0.0 or now_s - self._proposed_s < self._period_s:
+        if in_force is None or self._period_s <= 0.0 or now_s - self._tried_s < self._period_s:
             return None
         if self._bias.even and in_force.weights == standing.weights:
             return None
+        self._tried_s = now_s
         plan = self.applied(standing.as_decided())
         move = largest_move(in_force.weights, plan.weights, standing.replicas)
         even = plan.weights == standing.weights
         if move.size <= CHANGE_MIN and not (even and move.size > 0.0):
             return None
-        self._proposed_s = now_s
         load = {report.replica_id: report for report in loads}.get(move.replica_id)
         where = f", where {load.waiting} wait behind {load.running} that run" if load else ""
         why = "replicas are even, weights as they were decided" if even else "weights corrected"
@@ -76,4 +76,5 @@ class Balance:
         """Of those that stay as they are: an id may come back elsewhere."""
         if replicas == self._replicas:
             return self._bias
-        return self._bias.of({spec.replica_id for spec in replicas if spec in self._replicas})
+        learnt = set(self._replicas)
+        return self._bias.of({spec.replica_id for spec in replicas if spec in learnt})

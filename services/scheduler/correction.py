@@ -126,6 +126,7 @@ def corrected(
     """``rows`` with the shares that ``bias`` suggests. Each model keeps its part of each row, and
     rows sum to 1; without a bias they are as they were."""
     models = {spec.replica_id: spec.model_id for spec in replicas}
+    factors = {replica_id: bias.factor(replica_id) for replica_id in models}
     result: dict[str, dict[str, float]] = {}
     for name, row in rows.items():
         parts: dict[str, dict[str, float]] = {}
@@ -133,7 +134,7 @@ def corrected(
             parts.setdefault(models.get(replica_id, ""), {})[replica_id] = share
         changed: dict[str, float] = {}
         for model_id, part in parts.items():
-            changed |= _part(part, bias, bias.loans.get((model_id, name)))
+            changed |= _part(part, factors, bias.loans.get((model_id, name)))
         result[name] = dict(row) if changed == row else rounded(changed)
     return result
 
@@ -153,15 +154,19 @@ class Move:
 
 def largest_move(before: Weights, after: Weights, replicas: Sequence[ReplicaSpec]) -> Move:
     """From ``before`` to ``after``, both of the same replicas."""
-    largest = Move("", 0.0, 0.0)
+    models: dict[str, list[str]] = defaultdict(list)
+    for spec in replicas:
+        models[spec.model_id].append(spec.replica_id)
+    size, largest = 0.0, Move("", 0.0, 0.0)
     for name in sorted(before.keys() | after.keys()):
         old, new = (rows.get(name, rows.get(ANY_TYPE, {})) for rows in (before, after))
-        for model_id in sorted({spec.model_id for spec in replicas}):
-            own = [spec.replica_id for spec in replicas if spec.model_id == model_id]
+        for own in models.values():
             total = sum(new.get(id_, 0.0) for id_ in own) or 1.0
             for id_ in own:
-                move = Move(id_, old.get(id_, 0.0) / total, new.get(id_, 0.0) / total)
-                largest = max(largest, move, key=lambda move: move.size)
+                was, is_ = old.get(id_, 0.0), new.get(id_, 0.0)
+                if abs(is_ - was) > size * total:
+                    largest = Move(id_, was / total, is_ / total)
+                    size = largest.size
     return largest
 
 
@@ -242,7 +247,6 @@ def _loans(
                 and strains.get(id_, STRAIN_MAX) <= IDLE
                 and reports[id_].kv_blocks_total >= room
             )
-            strained = all(strains.get(id_, 0.0) >= OVERLOADED for id_ in serving)
             step = LENT_RATE * seconds if strained and idle else -LENT_RATE * seconds
             share = min(LENT_MAX, (before.share if before else 0.0) + step)
             to = idle or tuple(
@@ -253,13 +257,16 @@ def _loans(
     return loans
 
 
-def _part(part: Mapping[str, float], bias: Bias, loan: Loan | None) -> dict[str, float]:
+def _part(
+    part: Mapping[str, float], factors: Mapping[str, float], loan: Loan | None
+) -> dict[str, float]:
     """One model's part of a row; its sum stays."""
-    factors = {replica_id: bias.factor(replica_id) for replica_id in part}
-    if loan is None and len({factors[id_] for id_, share in part.items() if share > 0.0}) <= 1:
+    if loan is None and len({factors.get(id_, 1.0) for id_, share in part.items() if share}) <= 1:
         return dict(part)
     total = sum(part.values())
-    scaled = {replica_id: share * factors[replica_id] for replica_id, share in part.items()}
+    scaled = {
+        replica_id: share * factors.get(replica_id, 1.0) for replica_id, share in part.items()
+    }
     kept = total * (1.0 - (loan.share if loan else 0.0)) / (sum(scaled.values()) or 1.0)
     shares = {replica_id: share * kept for replica_id, share in scaled.items()}
     for replica_id in loan.to if loan else ():

@@ -45,6 +45,9 @@ gpu_memory_bytes = 85520809984
 replica_id = "r0"
 parallelism = "tp2"
 
+[ingress]
+first_route_s = 60.0 # whoever waited long at a replica that goes may wait on for the next one
+
 [profiler]
 window_s = 2.0
 seed_samples = 8

@@ -259,11 +259,14 @@ def test_whatever_happens_the_core_asks_for_plans_that_can_be_and_keeps_to_what_
     what a person decided."""
     run = Scenario()
     run.run("seconds 2\nin-force\nprompt\n")
-    pinned = False
+    released = False
     for event in events:
         run.adopt = None
         run.run(" ".join(event))
-        pinned = event[0] != "release" and (pinned or run.stored.in_force.pinned)
+        if event[0] == "release":
+            released = released or any("yes" in line for line in run.lines)
+        elif event[0] == "restart" or (event[0] == "pin" and "yes" in run.lines[-1]):
+            released = False
         asked = run.adopt
         if asked is not None:
             offered = [
@@ -271,7 +274,7 @@ def test_whatever_happens_the_core_asks_for_plans_that_can_be_and_keeps_to_what_
             ]
             assert verify(asked.plan, offered, SCENARIO_MESH.model_ids) == []
             assert asked.based_on_epoch == run.stored.epoch
-            assert asked.plan.pinned or not pinned
+            assert asked.plan.pinned or released or not run.stored.in_force.pinned
             if grants.random() < 0.6:
                 run.run(grants.choice(["in-force", "in-force", "rolled-back"]))
         assert run.core.wish is None or run.core.wish.replicas

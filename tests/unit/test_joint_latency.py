@@ -1,14 +1,19 @@
 """Predicted tails: what they must rise and fall with for a ranking of plans to make sense."""
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from services.scheduler.policies.capacity import ReplicaKind
+from services.scheduler.policies.capacity import ReplicaKind, build
+from services.scheduler.policies.joint_choice import Judge
 from services.scheduler.policies.joint_latency import Load, Tail, tails
+from services.scheduler.policies.rehearsal import rehearse, requests
+from services.scheduler.policies.rehearsal_choice import scene_of
 from shared.cost.limits import EngineLimits
 from shared.hardware import Parallelism
-from tests.unit.joint_cases import MadeUpRates
+from tests.unit.joint_cases import MadeUpRates, offers, problem
 
 LIMITS = EngineLimits()
 SOURCE = MadeUpRates()
@@ -68,3 +73,47 @@ def test_unlike_types_wait_for_each_other() -> None:
 def test_one_output_token_has_no_tpot() -> None:
     """Nothing decodes."""
     assert tail((2.0, 500.0, 1.0))[0].tpot_s == 0.0
+
+
+def errors_of(shape: str, load: float) -> list[tuple[float, ...]]:
+    """Of TPOT and TTFT, mean and 99th percentile, relative to a long rehearsal; one row a type."""
+    mix = [(2.0, 500.0, 150.0), (1.0, 2000.0, 40.0), (0.2, 7000.0, 200.0)]
+    parallelism = Parallelism.parse(shape)
+    asked = problem({"llama-2-70b": mix}, offers(parallelism.gpus))
+    table = build(asked, SOURCE)
+    (column,) = [column for column in table.columns if column.shape == parallelism]
+    scale = load / tail(*mix, tp=parallelism.tp, pp=parallelism.pp)[0].utilisation
+    kinds = tuple(replace(kind, arrivals_rps=scale * kind.arrivals_rps) for kind in table.types)
+    table = replace(table, types=kinds)
+    judge = Judge(problem=asked, table=table, source=SOURCE, horizon_s=300.0)
+    shares = np.zeros_like(table.rates)
+    shares[table.columns.index(column)] = 1.0
+    drawn = requests(table, seconds=1500.0, seed=4)
+    seen = rehearse(scene_of(judge), {column: 1}, shares, drawn)
+    told = tail(*((scale * a, i, o) for a, i, o in mix), tp=parallelism.tp, pp=parallelism.pp)
+    rows: list[tuple[float, ...]] = []
+    for one, fared in zip(told, seen.types, strict=True):
+        truth = (fared.tpot_s.mean, fared.tpot_s.p99, fared.ttft_s.mean, fared.ttft_s.p99)
+        formula = (one.tpot_s_mean, one.tpot_s, one.ttft_s_mean, one.ttft_s)
+        rows.append(tuple(abs(a / (b or 0.0) - 1) for a, b in zip(formula, truth, strict=True)))
+    return rows
+
+
+def test_formulas_come_near_a_rehearsal() -> None:
+    """Long and short prompts on one replica, with and without stages. Formulas choose what is
+    rehearsed at all: a shape that they wrong is never looked at."""
+    shapes = ("tp4", "tp8", "tp2pp2", "tp4pp2", "tp2pp4")
+    rows = [row for shape in shapes for load in (0.25, 0.65) for row in errors_of(shape, load)]
+    tpot, tpot_p99, ttft, ttft_p99 = np.median(np.array(rows), axis=0)
+    assert tpot < 0.10
+    assert tpot_p99 < 0.20
+    assert ttft < 0.20
+    assert ttft_p99 < 0.35
+    assert np.array(rows).max() < 1.0
+
+
+def test_no_tpot_exceeds_the_longest_step() -> None:
+    """However late they are: prompts share a step's budget."""
+    for rate in (1.0, 30.0, 1000.0):
+        for found in tail((rate, 4000.0, 30.0), (rate, 100.0, 300.0)):
+            assert found.tpot_s_mean <= found.tpot_s < 0.5

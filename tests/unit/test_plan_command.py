@@ -406,6 +406,19 @@ def test_an_answer_without_figures_or_with_a_wrong_plan_is_refused(
             report(Question(site=site, expected=expected, topology="t"), always(policy))
 
 
+def test_requests_longer_than_the_context_are_told(asked: tuple[Site, Expected]) -> None:
+    """A mesh would refuse them all, and the plan would stand idle."""
+    site, expected = asked
+    short = msgspec.structs.replace(
+        site.mesh, model=msgspec.structs.replace(site.mesh.model, context_tokens_max=700)
+    )
+    question = Question(
+        site=Site(mesh=short, scheduler=site.scheduler), expected=expected, topology="t"
+    )
+    (note,) = report(question, always(OnEachGpu())).answer.notes
+    assert "llama-3.1-8b code: 2,020 tokens are more than the context of 700" in note
+
+
 def test_start_up_is_told_as_the_cost_model_has_it(asked: tuple[Site, Expected]) -> None:
     """Who buys a faster network for it would be disappointed."""
     site, _ = asked
@@ -530,6 +543,7 @@ def test_models_of_the_topology_stay_unless_another_is_asked_for(tmp_path: Path)
         (("--trace", "absent.csv", "--at", "0"), "no such file"),
         (("--demand", "D", "--for", "60"), "it is of a --trace"),
         (("--demand", "D", "--scale", "0"), "a number above 0"),
+        (("--demand", "D", "--scale", "1e9"), "1e-06 to 1e+06 requests/s"),
         (("--demand", "D", "--class", "gold"), "use one of interactive"),
         (("--demand", "D", "--set", "scheduler.policy=uniform"), "plans are made by oserve"),
         (("--demand", "D", "--set", "scheduler.survive=9"), "scheduler.survive"),

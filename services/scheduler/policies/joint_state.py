@@ -12,7 +12,7 @@ SPREAD_SQUARES = exp(SPREAD_LN**2)  # mean square of a length over its squared m
 DRIFT = 2.0  # how much the batch's ups and downs lengthen the mean step
 BATCH_VARIANCE = 1.5
 PROMPTS_VARIANCE = 1.3
-WAIT_VARIANCE = 1.5
+WAIT_VARIANCE = 1.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class State:
         full_s = squares = 0.0
         for load, own in zip(self.loads, self.prompts, strict=True):
             full_s += load.arrivals_rps * sum(p.weight * p.took_s for p in own)
-            squares += load.arrivals_rps * sum(p.weight * p.took_s**2 / p.steps for p in own)
+            squares += load.arrivals_rps * sum(p.weight * p.took_s**2 for p in own)
         idle = 1.0 - min(1.0, full_s)
         rest_s = idle * min(1.0, self.batch) * self.step_s / 2 + squares * self.part**2 / 2
         queue_s = rest_s / (1.0 - self.added)

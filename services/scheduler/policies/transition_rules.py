@@ -63,9 +63,12 @@ def ruled(move: Move, *, held: str = "", lacking: str = "") -> Verdict:
     unreachable = not refused and bool(way.refused)
     refused = refused or way.refused
     outlook = way.outlook(move, refused, moves=not refused)
-    why = f"{compared}: {_sums(outlook)}"
+    sums = _sums(outlook)
+    if saving:
+        sums = f"saves {kept.price - choice.price:.3g} per hour, {sums}"
+    why = f"{compared}: {sums}"
     if refused:
-        said = f"{compared}: {refused}; {_sums(outlook)}"
+        said = f"{compared}: {refused}; {sums}"
         return Verdict(why=said, switch=outlook, unreachable=unreachable)
     return Verdict(why=why, way=way, switch=outlook)
 
