@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from services.scheduler.policies.interface import ModelDemand
+from services.scheduler.past import Past
+from services.scheduler.policies.interface import ModelDemand, PastWindow
 from shared.core import Log
 from shared.messages.demand import DemandReport, ForecastReport, TypeForecast
 from shared.messages.replicas import ReplicaReport
@@ -62,6 +63,7 @@ class Demands:
         self._windows: dict[str, _Windows] = {}
         self._loads: dict[str, ReplicaReport] = {}
         self._told: dict[str, Source] = {}
+        self._past = Past(models)
         self.heard = 0
         """Forecasts so far: tells whether one has come since."""
 
@@ -76,6 +78,7 @@ class Demands:
 
     def window(self, report: DemandReport, now_s: float, *, served: Collection[str] = ()) -> None:
         """``served``: models with replicas in force, whose requests are lost for other reasons."""
+        self._past.window(report)
         known = self._windows.get(report.model_id)
         if report.model_id not in self._models or (known and known.newest == report):
             return
@@ -134,6 +137,11 @@ class Demands:
         return frozenset(
             demand.model_id for demand in self.models(now_s) if _is_nominal(demand.types)
         )
+
+    @property
+    def history(self) -> Mapping[str, tuple[PastWindow, ...]]:
+        """By model, the settled windows of the last minutes, the oldest first."""
+        return self._past.windows
 
     @property
     def windows(self) -> tuple[DemandReport, ...]:

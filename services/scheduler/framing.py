@@ -36,6 +36,7 @@ class Framing:
             targets={m.model_id: targets.get(m.model_id, config.target) for m in models},
             limits=self._limits,
             class_targets=config.targets_by_class,
+            history=demands.history,
             needs=self._needs,
             dwell_s=standing.dwell_s(now_s),
             time_limit_s=config.solve_timeout_s,

@@ -100,6 +100,40 @@ def test_a_change_of_plan_loses_nothing_and_is_accounted_for(
     assert result.gpu_seconds == pytest.approx(by_hand, abs=0.05)
 
 
+def test_weights_that_change_each_second_disturb_no_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Corrections of weights would drain, move or delay the very requests that they are to help."""
+
+    class Leaning:
+        period_s, slow, leans = 0.0, False, 0
+
+        def start(self, problem: Problem) -> Planned:
+            return Static().plan(problem)
+
+        def plan(self, problem: Problem) -> Planned:
+            self.leans += 1
+            replicas = problem.in_force.replicas
+            first = 0.24 + 0.002 * (self.leans % 10)
+            shares = [first, *[(1.0 - first) / (len(replicas) - 1)] * (len(replicas) - 1)]
+            row = {spec.replica_id: share for spec, share in zip(replicas, shares, strict=True)}
+            return Planned(plan=make_plan(replicas, {"*": row}, reason="leans"), reason="leans")
+
+    policy = Leaning()
+    still = run(a_spec(policy=policy_named("static-default")))
+    monkeypatch.setattr(clusters, "make_policy", lambda _: policy)
+    cluster = Cluster(a_spec())
+    cluster.boot()
+    cluster.serve()
+    columns = cluster.source.columns
+    assert columns.failed == {}
+    assert cluster.moves == 0
+    assert policy.leans > 40
+    assert len(cluster.observer.switches) > 40
+    assert all(switch.took_s < 0.1 for switch in cluster.observer.switches)
+    assert np.mean(columns.e2e_s) == pytest.approx(still.requests.e2e_s.mean(), rel=0.02)
+
+
 def test_a_switch_costs_what_a_replica_takes_to_start(script: Callable[..., Scripted]) -> None:
     """Policies that differ in how fast they switch would be compared as equals."""
     script()

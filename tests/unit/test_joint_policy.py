@@ -1,12 +1,16 @@
 """Our policy: which plan it takes, when it moves, and what it says."""
 
+from collections import Counter
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
+from services.scheduler.policies import joint_policy
 from services.scheduler.policies.capacity import build
-from services.scheduler.policies.interface import Policy, Problem
+from services.scheduler.policies.interface import Needs, Policy, Problem
+from services.scheduler.policies.joint import Terms, losses
 from services.scheduler.policies.joint import verify as packs
 from services.scheduler.policies.joint_choice import (
     Candidate,
@@ -16,10 +20,13 @@ from services.scheduler.policies.joint_choice import (
     solve_capacity,
 )
 from services.scheduler.policies.joint_policy import OServe
-from services.scheduler.policies.transition import DRAIN_S, backlog
 from services.scheduler.policies.joint_refine import neighbours, refine
+from services.scheduler.policies.transition import DRAIN_S, backlog
+from services.scheduler.policies.transition_columns import columns_of
 from services.scheduler.policies.verify import verify
-from shared.messages.plans import DeploymentPlan
+from shared.messages.decisions import ALTERNATIVES_MAX
+from shared.messages.demand import DemandReport, TypeDemand
+from shared.messages.plans import DeploymentPlan, ReplicaSpec
 from tests.unit.joint_cases import MadeUpRates, offers, problem
 from tests.unit.test_joint import every_plan
 
@@ -228,6 +235,159 @@ def test_same_problem_same_plan() -> None:
     assert first.plan is not None
     for row in first.plan.weights.values():
         assert sum(row.values()) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_change_is_walked_step_by_step_to_its_end() -> None:
+    """Each step is a plan by itself, the next one follows when it stands, and then nothing moves,
+    however the forecast wobbles."""
+    policy = OServe(MadeUpRates())
+    case = problem(four(1.2), offers(32), in_force=standing_tp2(32))
+    reasons: list[str] = []
+    for step in range(8):
+        now = replace(case, now_s=200.0 * step, epoch=1 + step)
+        answer = policy.plan(now)
+        assert answer.plan is not None
+        assert verify(answer.plan, now.offers, [M]) == []
+        if answer.plan.replicas == case.in_force.replicas:
+            break
+        assert policy.plan(replace(now, now_s=now.now_s + 30.0)) is answer, "it is under way"
+        reasons.append(answer.reason)
+        case = replace(case, in_force=answer.plan)
+    assert len(reasons) > 1
+    assert f"step 1 of {len(reasons)}" in reasons[0]
+    assert f"step {len(reasons)} of {len(reasons)}" in reasons[-1]
+    for wobble in (0.9, 1.1):
+        noisy = problem(four(1.2 * wobble), offers(32), in_force=case.in_force)
+        again = policy.plan(replace(noisy, now_s=2000.0, epoch=20))
+        assert again.plan is not None
+        assert again.plan.replicas == case.in_force.replicas
+
+
+def standing_tp2(gpus: int) -> DeploymentPlan:
+    replicas = tuple(
+        ReplicaSpec(
+            replica_id=f"r{i}",
+            model_id=M,
+            parallelism="tp2pp1",
+            gpus=(f"h100-{2 * i:03d}", f"h100-{2 * i + 1:03d}"),
+        )
+        for i in range(gpus // 2)
+    )
+    row = {spec.replica_id: 2.0 / gpus for spec in replicas}
+    return DeploymentPlan(plan_id="tp2", replicas=replicas, weights={"*": row})
+
+
+def test_gpus_are_left_unused_and_taken_back_where_that_may_be() -> None:
+    """Elastic: as few as the targets need, more when they are needed, and no move for a tie."""
+    needs = Needs(elastic=True)
+    light = replace(problem(four(0.4), offers(32)), needs=needs)
+    plan, _ = planned(light)
+    assert sum(gpus_of(plan)) < 16
+    policy = OServe(MadeUpRates())
+    wide = replace(light, in_force=standing_tp2(32))
+    fewer = policy.plan(wide)
+    assert fewer.plan is not None
+    assert sum(gpus_of(fewer.plan)) < 32
+    assert "saves" in fewer.reason
+    rush = replace(problem(four(4.0), offers(32)), needs=needs, in_force=fewer.plan)
+    more, _ = planned(rush, OServe(MadeUpRates()))
+    assert sum(gpus_of(more)) > sum(gpus_of(fewer.plan))
+
+
+def test_a_plan_that_is_to_survive_a_loss_does() -> None:
+    """Any replica may go, and the rest carries the demand; those in force that cannot are left
+    though nothing is gained in lateness."""
+    needs = Needs(survive=1)
+    case = replace(problem(four(1.0), offers(16)), needs=needs)
+    plan, _ = planned(case)
+    table = build(case, MadeUpRates())
+    counts = Counter(columns_of(table, plan.replicas).values())
+    assert min(losses(table, counts).values()) >= 1.0
+    lone, _ = planned(problem(four(0.3), offers(8)))
+    assert len(lone.replicas) == 1
+    wider = replace(problem(four(0.3), offers(16)), needs=needs, in_force=lone)
+    answer, reason = planned(wider)
+    assert len(answer.replicas) > 1
+    assert "too few to lose one" in reason
+
+
+def test_a_step_of_the_mix_is_followed_in_the_period_that_shows_it() -> None:
+    """The forecast has come half way, the window all of it; and replicas that were chosen are no
+    longer held."""
+    policy = OServe(MadeUpRates(), switch_s=5.0)
+    chat, code = (
+        [(9.0, 400.0, 200.0), (0.2, 6000.0, 40.0)],
+        [(0.5, 400.0, 200.0), (6.0, 6000.0, 40.0)],
+    )
+    half = [(4.75, 400.0, 200.0), (3.1, 6000.0, 40.0)]
+    first = problem({M: chat}, offers(32))
+    plan = policy.plan(first).plan
+    assert plan is not None
+    policy.plan(replace(first, now_s=30.0, epoch=2, in_force=plan))
+    seen = problem({M: half}, offers(32), in_force=plan)
+    window = DemandReport(
+        model_id=M, window_start_s=0.0, window_s=60.0,
+        types=tuple(
+            TypeDemand(
+                request_type=i, requests=round(60 * rps), arrivals_rps=rps,
+                input_tokens_mean=tokens_in, output_tokens_mean=tokens_out,
+                input_tokens_centroid=tokens_in, output_tokens_centroid=tokens_out,
+            )
+            for i, (rps, tokens_in, tokens_out) in enumerate(code)
+        ),
+    )  # fmt: skip
+    answer = policy.plan(replace(seen, now_s=60.0, epoch=3, observed=(window,)))
+    assert "has shifted" in answer.reason
+    assert answer.decision is not None
+    planned_for = {kind.request_type: kind.arrivals_rps for kind in answer.decision.types}
+    assert planned_for == pytest.approx({"0": 0.5, "1": 6.0})
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 50.0])
+def test_every_answer_says_what_it_was_made_of(scale: float) -> None:
+    """Types, replicas, alternatives and what is missing, whether it moves or stays."""
+    policy = OServe(MadeUpRates())
+    case = problem(four(scale), offers(16))
+    for number in range(2):
+        answer = policy.plan(replace(case, now_s=40.0 * number, epoch=number))
+        told = answer.decision
+        assert answer.plan is not None
+        assert told is not None
+        assert told.chosen is not None
+        assert len(told.types) == len(FOUR)
+        assert {each.replica_id for each in told.replicas} == {
+            spec.replica_id for spec in answer.plan.replicas
+        }
+        assert all(kind.arrivals_rps_p10 <= kind.arrivals_rps <= kind.arrivals_rps_p90
+                   for kind in told.types)  # fmt: skip
+        assert all(kind.ttft_s_p99 is not None for kind in told.types)
+        sent = sum(sum(each.arrivals_rps.values()) for each in told.replicas)
+        assert sent == pytest.approx(scale * sum(rate for rate, _, _ in FOUR))
+        assert 0 < len(told.alternatives) <= ALTERNATIVES_MAX
+        assert all(each.why for each in told.alternatives)
+        assert told.objective is not None
+        assert told.bound is not None
+        assert told.optimal
+        assert bool(told.missing) == (told.objective < 1.0)
+        assert len(msgspec.json.encode(told)) < 100_000
+        case = replace(case, in_force=answer.plan)
+
+
+def test_no_plan_in_time_keeps_what_stands_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that finds nothing must not stop a mesh that serves, nor one that starts."""
+
+    def nothing(*_: object, **__: object) -> tuple[None, Terms]:
+        return None, Terms()
+
+    monkeypatch.setattr(joint_policy, "solve_capacity", nothing)
+    case = problem(four(1.0), offers(16), in_force=standing_tp2(16))
+    plan, reason = planned(case)
+    assert plan.replicas == case.in_force.replicas
+    assert "no plan was found within" in reason
+    begun = OServe(MadeUpRates()).plan(problem(four(1.0), offers(16)))
+    assert "no plan was found within" in begun.reason
+    assert begun.decision is not None
+    assert begun.decision.missing
 
 
 @pytest.mark.parametrize(
