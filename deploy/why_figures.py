@@ -196,7 +196,8 @@ def solved_line(decision: Decision) -> str:
         return f"Decided by policy {decision.policy}{took}"
     proof = "proven optimal" if decision.optimal else "not proven optimal"
     gap = "" if decision.gap is None else f", gap {decision.gap:.2g}"
-    bound = "" if decision.bound is None else f" of at most {decision.bound:.4g}"
+    most = "least" if decision.goal == "thrift" else "most"
+    bound = "" if decision.bound is None else f" of at {most} {decision.bound:.4g}"
     goal = f"{decision.goal} " if decision.goal else ""
     return (
         f"Decided by policy {decision.policy}{took}: {goal}{decision.objective:.4g}{bound}, "

@@ -67,7 +67,7 @@ data_dir = "{folder}/data"
 """
 ENOUGH = "1 x tp2"
 """Serves short requests five times as fast as they come; of long ones its KV cache holds three."""
-CHAT, DOCUMENTS = (2.0, 400, 80), (2.0, 6000, 150)  # requests/s, prompt and output tokens
+CHAT, DOCUMENTS = (2.0, 400, 80), (1.2, 6000, 150)  # requests/s, prompt and output tokens
 
 
 def _write_topology(folder: Path) -> Path:

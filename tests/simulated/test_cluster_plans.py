@@ -10,6 +10,7 @@ from loadgen.simulator.cluster import BOOT_S, Cluster
 from loadgen.simulator.outcome import SimulationSpec, Traffic
 from loadgen.simulator.policies import Policy, policy_named
 from loadgen.simulator.run import run
+from services.ingress.journey import Journey
 from services.profiler.config import ProfilerConfig
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.plan_id import make_plan
@@ -119,15 +120,25 @@ def test_weights_that_change_each_second_disturb_no_request(
             row = {spec.replica_id: share for spec, share in zip(replicas, shares, strict=True)}
             return Planned(plan=make_plan(replicas, {"*": row}, reason="leans"), reason="leans")
 
-    policy = Leaning()
-    still = run(a_spec(policy=policy_named("static-default")))
-    monkeypatch.setattr(clusters, "make_policy", lambda _: policy)
+    def make_policy(_: SchedulerConfig) -> Leaning:
+        return policy
+
+    policy, moves = Leaning(), list[int]()
+    still = run(a_spec(policy=policy_named("static")))
+    monkeypatch.setattr(clusters, "make_policy", make_policy)
     cluster = Cluster(a_spec())
+    completed = cluster.source.on_completed
+
+    def on_completed(journey: Journey) -> None:
+        moves.append(journey.moves)
+        completed(journey)
+
+    monkeypatch.setattr(cluster.source, "on_completed", on_completed)
     cluster.boot()
     cluster.serve()
     columns = cluster.source.columns
     assert columns.failed == {}
-    assert cluster.moves == 0
+    assert (len(moves), sum(moves)) == (600, 0)
     assert policy.leans > 40
     assert len(cluster.observer.switches) > 40
     assert all(switch.took_s < 0.1 for switch in cluster.observer.switches)

@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from services.scheduler.policies.capacity import Table, build
-from services.scheduler.policies.capacity_plan import Placed, place_counts, weights
+from services.scheduler.policies.capacity import build
+from services.scheduler.policies.capacity_plan import Placed, weights
 from services.scheduler.policies.capacity_rates import CostRates
 from services.scheduler.policies.decision import Look, decision, notes
 from services.scheduler.policies.horizon import HORIZON_S, Foresight
@@ -36,20 +36,26 @@ from services.scheduler.policies.joint_choice import (
     choose,
     solve_capacity,
 )
-from services.scheduler.policies.joint_refine import keeps, refine
+from services.scheduler.policies.joint_refine import refine
 from services.scheduler.policies.joint_terms import Terms
 from services.scheduler.policies.starting import plan_default
-from services.scheduler.policies.transition_columns import columns_of, shares_of
+from services.scheduler.policies.transition_columns import columns_of, largest_change, shares_of
 from services.scheduler.policies.transition_memory import Asked, Memory, offered
+from services.scheduler.policies.transition_options import (
+    confirmed,
+    lacking_in,
+    options,
+    placed_of,
+)
 from services.scheduler.policies.transition_rehearsed import played
-from services.scheduler.policies.transition_rules import GAIN_MIN, Verdict, ruled, words
+from services.scheduler.policies.transition_rules import Verdict, ruled, words
 from services.scheduler.policies.transition_verdict import Move
 from services.scheduler.policies.weights import planned
 from shared.messages.decisions import Decision
 
 PERIOD_S = 30.0
+SHARE_MIN = 0.02  # identical replicas whose shares differ by less are treated alike
 SHARE_GAIN_MIN = 0.02  # of lateness: weights that others would improve by less stay
-OTHERS_MAX = 3  # plans tried where there is no way to the best
 PROGRAMS = 32  # solved for one decision at most, each in its part of the time limit
 
 
@@ -116,11 +122,11 @@ class OServe:
             judge.problem, look.foreseen.lines, horizon_s=_horizon_s(judge.problem)
         )
         stays: tuple[Move, Verdict] | None = None
-        options = [(*_placed(look, each), 0) for each in _reachable_maybe(look, kept, choice)]
+        ways = [(*placed_of(look, each), 0) for each in options(look, kept, choice)]
         onwards = self._onwards(look)
         if onwards is not None:
-            options.insert(0 if held else len(options), onwards)
-        for option, placed, done in options:
+            ways.insert(0 if held else len(ways), onwards)
+        for option, placed, done in ways:
             move = Move(
                 judge=judge,
                 kept=kept,
@@ -131,10 +137,10 @@ class OServe:
                 switch_s=self._switch_s,
                 done=done,
             )
-            lacking = _lacking(judge.table, kept, option, terms)
+            lacking = lacking_in(judge.table, kept, option, terms)
             found = ruled(move, held=held, lacking=lacking)
             if found.moves and not done and not lacking:  # a step on was played through before
-                look, move, found = _confirmed(look, move, found, held=held)
+                look, move, found = confirmed(look, move, found, held=held)
             if found.moves:
                 return self._stepped(look, move, found)
             stays = stays or (move, found)
@@ -146,7 +152,7 @@ class OServe:
     def _begun(self, look: Look, choice: Candidate) -> Planned:
         """Nothing stands that could be kept: the best that was found and played through."""
         tried = played(look.judge, look.found, choice, choice, elastic=look.elastic)
-        choice, placed = _placed(look, tried.choice)
+        choice, placed = placed_of(look, tried.choice)
         look = replace(look, played=tried)
         told = decision(look, chosen=choice, now=choice, placed=placed)
         return self._plan(look, choice, placed, words("the plan", choice), told)
@@ -207,10 +213,16 @@ class OServe:
         shares = shares_of(look.judge.table, columns, problem.in_force.weights)
         now = look.judge.lateness(kept.counts, shares)
         best = look.judge.lateness(kept.counts, kept.shares)
-        if not lost and now <= best * (1 + SHARE_GAIN_MIN):
+        even = weights(look.judge.table, placed, shares)
+        uneven = largest_change(problem.in_force.weights, even) > SHARE_MIN
+        if not lost and not uneven and now <= best * (1 + SHARE_GAIN_MIN):
             reason = _joined([found.why, *notes(look), "its weights still fit"])
             return Planned(plan=problem.in_force, reason=reason, decision=told)
-        what = f"{lost} replicas lost" if lost else f"new weights, {1 - best / now:.0%} less late"
+        what = (
+            f"{lost} replicas lost"
+            if lost
+            else "new weights" + (f", {1 - best / now:.0%} less late" if now > best else "")
+        )
         return self._plan(look, kept, placed, _joined([found.why, what]), told)
 
     def _unsolved(self, look: Look, limit_s: float) -> Planned:
@@ -238,55 +250,6 @@ class OServe:
             dropped=placed.dropped,
         )
         return replace(answer, decision=told)
-
-
-def _placed(look: Look, choice: Candidate) -> tuple[Candidate, Placed]:
-    """Its replicas on GPUs, and itself, or what is left of it where not all found room."""
-    placed = place_counts(look.judge.table, choice.counts, look.judge.problem.in_force)
-    if placed.dropped and placed.counts:
-        choice = look.judge.dispatched(placed.counts)
-    return choice, placed
-
-
-def _reachable_maybe(look: Look, kept: Candidate, choice: Candidate) -> list[Candidate]:
-    """The choice, and those that are worth going to if there is no way to it, the best first. What
-    lacks nothing but speed is not left for another that lacks something else."""
-    best: dict[frozenset[object], Candidate] = {}
-    for candidate in look.found:
-        key = frozenset[object](candidate.counts.items())
-        best[key] = min(best.get(key, candidate), candidate, key=lambda each: each.lateness)
-    best.pop(frozenset(choice.counts.items()), None)
-    gains = [each for each in best.values() if each.lateness < (1 - GAIN_MIN) * kept.lateness]
-    others = sorted(gains, key=lambda each: each.lateness)[:OTHERS_MAX]
-    return [choice] if look.elastic else [choice, *others]
-
-
-def _confirmed(look: Look, move: Move, found: Verdict, *, held: str) -> tuple[Look, Move, Verdict]:
-    """The verdict on what was played through: the same choice or a better one, to which there is a
-    way."""
-    for others in (look.found, ()):
-        tried = played(
-            look.judge, [*others, move.choice], move.kept, move.choice, elastic=look.elastic
-        )
-        same = Counter(tried.choice.counts) == Counter(move.choice.counts)
-        placed = move.placed
-        if not same:
-            in_force = look.judge.problem.in_force
-            placed = place_counts(look.judge.table, tried.choice.counts, in_force)
-        seen = replace(move, kept=tried.kept, choice=tried.choice, placed=placed, scale=tried.scale)
-        found = ruled(seen, held=held)
-        if found.moves and not placed.dropped:
-            return replace(look, played=tried), seen, found
-        if same:
-            break
-    return look, move, replace(found, way=None)
-
-
-def _lacking(table: Table, kept: Candidate, choice: Candidate, terms: Terms) -> str:
-    """What the operator asks of any plan that the choice has and those in force have not."""
-    if keeps(table, kept.counts, terms) or not keeps(table, choice.counts, terms):
-        return ""
-    return "the replicas in force are too few" + (" to lose one" if terms.survive else "")
 
 
 def _horizon_s(problem: Problem) -> float:

@@ -49,3 +49,15 @@ def mix_headrooms(table: Table) -> Array:
     needed = np.divide(demand, table.rates, out=np.zeros_like(table.rates), where=table.rates > 0)
     time = needed.sum(axis=1)
     return np.divide(1.0, time, out=np.zeros_like(time), where=time > 0)
+
+
+def largest_change(
+    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> float:
+    """Of any share in ``after``; a row that is new counts against the row for "*"."""
+    largest = 0.0
+    for name, row in after.items():
+        old = before.get(name, before.get("*", {}))
+        for replica_id in row.keys() | old.keys():
+            largest = max(largest, abs(row.get(replica_id, 0.0) - old.get(replica_id, 0.0)))
+    return largest
