@@ -128,7 +128,7 @@ class IngressCore:
         patience_s = self._config.request_s if started else self._config.first_route_s
         hopeless = code in ("unknown_model", "too_long", "invalid")
         overloaded = code == "overloaded" and not started
-        if hopeless or overloaded or now_s - journey.arrived_s > patience_s:
+        if hopeless or overloaded or self._sought_s(journey, now_s) > patience_s:
             yield from self._fail(journey, code, reply.reason, reply.retry_after_s or 1.0)
             return
         yield from self._back_off(journey, now_s, reason=reply.reason)
@@ -192,6 +192,8 @@ class IngressCore:
             "tokens": len(journey.tokens),
         }
         yield Log("request.moved", fields)
+        if journey.phase == "streaming":
+            journey.seeking_s = now_s
         if journey.phase in HELD:
             yield abort(journey)
         if reason != "gap":  # a lost message says nothing against the replica
@@ -275,12 +277,18 @@ class IngressCore:
             journey.probing, journey.due_s = True, now_s + self._config.accept_s
             yield submission(journey, ingress_id=self._ingress_id)
 
+    @staticmethod
+    def _sought_s(journey: Journey, now_s: float) -> float:
+        """For how long it has looked for a replica: what it waited in the queue of one that took
+        it, and then had to give it back, is no reason to give up."""
+        return now_s - max(journey.arrived_s, journey.seeking_s)
+
     def _sweep_due(self, journey: Journey, now_s: float) -> Iterable[Effect]:
         if journey.phase == "submitted":
             detail = f"not acknowledged within {self._config.accept_s:g} s"
             yield from self._move(journey, now_s, "unacknowledged", detail)
             return
-        if not journey.tokens and now_s - journey.arrived_s > self._config.first_route_s:
+        if not journey.tokens and self._sought_s(journey, now_s) > self._config.first_route_s:
             detail = journey.trouble or "no router answered: is one running, and the broker up?"
             yield from self._fail(journey, "no_replica", detail, 1.0)
             return

@@ -28,6 +28,7 @@ class Journey:
     tenant: str
     arrived_s: float
     deadline_s: float
+    seeking_s: float = float("-inf")  # when a replica that had taken it gave it back
     prefix_hashes: tuple[int, ...] = ()
 
     phase: Phase = "routing"

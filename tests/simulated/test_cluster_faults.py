@@ -94,9 +94,15 @@ def test_whatever_happens_every_token_comes_once(struck: Incident, *, moves: boo
     # those that say each token by itself a few moves more.
     if struck.kind != "slow":
         assert leaping.moves == pytest.approx(stepping.moves, abs=2)
-    for one, other in zip(leapt, stepped, strict=True):
-        assert one.mean() == pytest.approx(other.mean(), rel=0.03)
-    assert np.quantile(leapt[1], 0.99) == pytest.approx(np.quantile(stepped[1], 0.99), rel=0.03)
+    (leapt_ttft_s, leapt_e2e_s), (stepped_ttft_s, stepped_e2e_s) = leapt, stepped
+    assert leapt_e2e_s.mean() == pytest.approx(stepped_e2e_s.mean(), rel=0.01)
+    # Of those that are moved at once a few find a queue, by chance: a mean of TTFT is made of them.
+    assert np.median(leapt_ttft_s) == pytest.approx(np.median(stepped_ttft_s), rel=0.03)
+    spread = 0.25 if moves else 0.03
+    assert leapt_ttft_s.mean() == pytest.approx(stepped_ttft_s.mean(), rel=spread)
+    assert np.quantile(leapt_e2e_s, 0.99) == pytest.approx(
+        np.quantile(stepped_e2e_s, 0.99), rel=0.03
+    )
 
 
 def test_what_was_seen_before_a_crash_is_kept() -> None:

@@ -113,6 +113,19 @@ class TestRouting:
         ingress.no_route(one, "no_replica")
         assert [failure.code for failure in ingress.failed] == ["no_replica"]
 
+    def test_waiting_in_a_queue_is_no_lack_of_patience(self) -> None:
+        """A switch would turn away everybody who had waited for the replicas that it stops."""
+        ingress = DrivenIngress(first_route_s=2.0)
+        one = ingress.streaming()
+        ingress.now_s = 60.0
+        ingress.lose(one, "stalled")
+        ingress.now_s = 61.0
+        assert ingress.no_route(one, "no_replica") == []
+        assert ingress.failed == []
+        ingress.now_s = 62.5
+        ingress.no_route(one, "no_replica")
+        assert [failure.code for failure in ingress.failed] == ["no_replica"]
+
     @pytest.mark.parametrize("code", ["no_replica", "overloaded", "draining"])
     def test_a_stream_that_has_begun_is_more_patient(
         self, ingress: DrivenIngress, code: FailureCode

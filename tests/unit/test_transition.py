@@ -317,13 +317,13 @@ def test_rules_say_why() -> None:
     judge = judge_of(scaled(case, counts={"tp8": 2}, headroom=0.7))
     move = move_of(judge, before, after, lasts_s=3600.0)
     assert ruled(move).moves
-    assert ruled(move, held="for now").moves, "those in force cannot carry the demand"
+    assert ruled(move, held="by rule").moves, "those in force cannot carry the demand"
     calm = judge_of(scaled(case, counts={"tp8": 2}, headroom=6.0))
     assert "a gain below 10%" in ruled(move_of(calm, before, after, lasts_s=3600.0)).why
     back = move_of(calm, after, before, lasts_s=3600.0)
     assert ruled(back).moves
-    assert "held: for now" in ruled(back, held="for now").why
-    assert ruled(replace(back, done=1), held="for now").moves, "a way begun is gone on with"
+    assert "held: by rule" in ruled(back, held="by rule").why
+    assert ruled(replace(back, done=1), held="by rule").moves, "a way begun is gone on with"
     same = move_of(calm, before, before, lasts_s=3600.0)
     assert ruled(same).why.startswith("the replicas in force are the best")
     forced = ruled(move_of(calm, before, after, lasts_s=3600.0), lacking="too few replicas")

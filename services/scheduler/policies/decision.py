@@ -12,8 +12,9 @@ from services.scheduler.policies.capacity import Column
 from services.scheduler.policies.capacity_plan import Placed
 from services.scheduler.policies.horizon import Foreseen
 from services.scheduler.policies.horizon_judge import Weighed
+from services.scheduler.policies.insight import bottlenecks, one_more
 from services.scheduler.policies.joint_judge import Candidate
-from services.scheduler.policies.joint_terms import Solution
+from services.scheduler.policies.joint_terms import Solution, Terms
 from services.scheduler.policies.minimums import left_out
 from services.scheduler.policies.rehearsal_choice import outlook, rehearsed
 from services.scheduler.policies.rehearsal_outlook import replica_outlooks, type_outlooks
@@ -25,19 +26,21 @@ from shared.messages.decisions import (
     SwitchOutlook,
 )
 
+ADVICE_S = 2.0  # for all its programs together
 NOTHING = 1e-9  # times the demand: a solver's zero
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What one decision saw. ``shortcomings``: of what is on offer; ``best``: how much fits at all;
-    ``found``: plans compared; ``lasts_s``: for how long they are expected to last; ``played``: the
-    best of them, rehearsed."""
+    """What one decision saw. ``shortcomings``: of what is on offer; ``best``: how much fits at all,
+    keeping ``terms``; ``found``: plans compared; ``lasts_s``: for how long they are expected to
+    last; ``played``: the best of them, rehearsed."""
 
     judge: Weighed
     foreseen: Foreseen
     shortcomings: str
     best: Solution | None
+    terms: Terms
     lasts_s: float
     found: Sequence[Candidate] = ()
     played: Played | None = None
@@ -77,8 +80,18 @@ def decision(  # noqa: PLR0913  # what a decision is
         in_force=outlook(kept, "in force", seen if now is kept else None) if kept else None,
         alternatives=alternatives(look, chosen, refused, switch),
         switch=switch,
+        bottleneck=bottlenecks(judge.usual.table, now.counts).in_words(),
+        advice=advice(look),
         missing=missing(look),
     )
+
+
+def advice(look: Look) -> tuple[str, ...]:
+    """What more GPUs would bring, where those on offer do not suffice."""
+    if look.best is None or not missing(look):
+        return ()
+    found = one_more(look.judge.table, look.best.goal, look.terms, look.best, time_limit_s=ADVICE_S)
+    return tuple(each.in_words() for each in found)
 
 
 def notes(look: Look) -> list[str]:

@@ -37,7 +37,6 @@ from services.scheduler.policies.joint_choice import (
     solve_capacity,
 )
 from services.scheduler.policies.joint_refine import refine
-from services.scheduler.policies.joint_terms import Terms
 from services.scheduler.policies.starting import plan_default
 from services.scheduler.policies.transition_columns import columns_of, largest_change, shares_of
 from services.scheduler.policies.transition_memory import Asked, Memory, offered
@@ -100,21 +99,22 @@ class OServe:
             foreseen=foreseen,
             shortcomings=every.shortcomings(),
             best=best,
+            terms=terms,
             lasts_s=lasts_s,
             found=candidates(judge, best, terms, time_limit_s=limit_s) if best else [],
         )
         if best is None or not best.counts:
             return self._unsolved(look, limit_s)
-        return self._answer(look, terms)
+        return self._answer(look)
 
-    def _answer(self, look: Look, terms: Terms) -> Planned:
+    def _answer(self, look: Look) -> Planned:
         """The best plan found, if it is worth going to, else the one in force."""
         judge, in_force = look.judge, look.judge.problem.in_force
         columns = columns_of(judge.table, in_force.replicas)
         kept = judge.dispatched(Counter(columns.values())) if columns else None
         choice = choose([*look.found, *([kept] if kept else [])], elastic=look.elastic)
         if not look.elastic:
-            choice = refine(judge, choice, terms)
+            choice = refine(judge, choice, look.terms)
         if kept is None:
             return self._begun(look, choice)
         before = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
@@ -137,7 +137,7 @@ class OServe:
                 switch_s=self._switch_s,
                 done=done,
             )
-            lacking = lacking_in(judge.table, kept, option, terms)
+            lacking = lacking_in(judge.table, kept, option, look.terms)
             found = ruled(move, held=held, lacking=lacking)
             if found.moves and not done and not lacking:  # a step on was played through before
                 look, move, found = confirmed(look, move, found, held=held)
