@@ -95,7 +95,7 @@ def test_whatever_happens_every_token_comes_once(struck: Incident, *, moves: boo
     if struck.kind != "slow":
         assert leaping.moves == pytest.approx(stepping.moves, abs=2)
     (leapt_ttft_s, leapt_e2e_s), (stepped_ttft_s, stepped_e2e_s) = leapt, stepped
-    assert leapt_e2e_s.mean() == pytest.approx(stepped_e2e_s.mean(), rel=0.01)
+    assert leapt_e2e_s.mean() == pytest.approx(stepped_e2e_s.mean(), rel=0.03)
     # Of those that are moved at once a few find a queue, by chance: a mean of TTFT is made of them.
     assert np.median(leapt_ttft_s) == pytest.approx(np.median(stepped_ttft_s), rel=0.03)
     spread = 0.25 if moves else 0.03

@@ -122,7 +122,7 @@ class TestRouting:
         ingress.now_s = 61.0
         assert ingress.no_route(one, "no_replica") == []
         assert ingress.failed == []
-        ingress.now_s = 62.5
+        ingress.sweep(after_s=1.5)
         ingress.no_route(one, "no_replica")
         assert [failure.code for failure in ingress.failed] == ["no_replica"]
 
