@@ -123,7 +123,6 @@ class TestRouting:
         assert ingress.no_route(one, "no_replica") == []
         assert ingress.failed == []
         ingress.sweep(after_s=1.5)
-        ingress.no_route(one, "no_replica")
         assert [failure.code for failure in ingress.failed] == ["no_replica"]
 
     @pytest.mark.parametrize("code", ["no_replica", "overloaded", "draining"])
