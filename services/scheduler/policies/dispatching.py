@@ -2,12 +2,9 @@
 
 All types together, and longer prompts apart in every way that ``separation.py`` offers, one model
 after the other. All are rehearsed with the same requests and ranked by their worth
-
-    (goodput share + ``GOODPUT_NIL``) / 99th percentile of E2E
-
-so that neither is bought with more than its part of the other: keeping types apart may bring a few
-more requests in time at the price of one type that waits forever. What is worth hardly more than
-what is listed before it is a tie, and types together are listed first. To save
+(``rehearsal_outcome.worth``): keeping types apart may bring a few more requests in time at the
+price of one type that waits forever. What is worth hardly more than what is listed before it is a
+tie, and types together are listed first. To save
 time all splits are tried one way and with the part of the requests in which most tokens come, and
 only the best few in all ways and with all requests.
 """
@@ -20,9 +17,9 @@ import numpy as np
 from services.scheduler.policies.capacity import Column
 from services.scheduler.policies.joint_judge import Judge
 from services.scheduler.policies.rehearsal import Drawn, Rehearsed, Scene, rehearse
+from services.scheduler.policies.rehearsal_outcome import worth
 from services.scheduler.policies.separation import Dispatch, apart, together
 
-GOODPUT_NIL = 0.02  # a share of requests in time that is none to speak of
 TIE = 0.03  # relative, of worth
 SCREENED_MAX = 2500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
@@ -37,11 +34,7 @@ class Tried:
 
     @property
     def worth(self) -> float:
-        """Larger is better; per second. A rehearsal without requests is worth nothing."""
-        whole = self.outcome.whole
-        if whole.goodput_share is None or not whole.e2e_s.p99:
-            return 0.0
-        return (whole.goodput_share + GOODPUT_NIL) / whole.e2e_s.p99
+        return worth(self.outcome.whole)
 
 
 def best_dispatch(judge: Judge, scene: Scene, counts: Mapping[Column, int], drawn: Drawn) -> Tried:

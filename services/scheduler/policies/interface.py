@@ -108,7 +108,9 @@ class Problem:
     profiles: Mapping[str, str]
     targets: Mapping[str, SloTarget]
     limits: EngineLimits
-    class_targets: Mapping[str, SloTarget] = field(default_factory=lambda: dict(DEFAULT_TARGETS))
+    class_targets: Mapping[str, SloTarget] = field(
+        default_factory=lambda: {str(name): target for name, target in DEFAULT_TARGETS.items()}
+    )
     history: Mapping[str, tuple[PastWindow, ...]] = field(
         default_factory=dict[str, tuple[PastWindow, ...]]
     )

@@ -6,39 +6,58 @@
     ranking.of(candidate)                        # how one fared that was rehearsed, else None
 
 Of plans with the same replicas the least late dispatch is kept, of all plans the ``keep`` least
-late, and with them the least late uniform one and those that are given as ``always``. All are
-rehearsed with the same requests, and ranked by
+late, and with them the least late uniform one, the one of most headroom, and those that are given
+as ``always``. All are rehearsed with the same requests: the last minutes' arrivals (``history``) at
+their level, and at ``STRESS`` times that, since a plan that is best at what was foreseen and
+founders beyond is no good one. They are ranked by
 
-    1. goodput: the share of requests that meet both targets of their SLO class; within
-       ``GOODPUT_TIE`` of the best is a tie
-    2. where GPUs may be left unused ("elastic"), the price
-    3. the 99th percentile of E2E; within ``P99_TIE`` of the best is a tie
-    4. headroom: what can be carried if the forecast is wrong
+    1. worth (``rehearsal_outcome.worth``), the geometric mean over both; within ``TIE`` of the best
+       is a tie
+    2. headroom: what can be carried if the forecast is wrong
+
+and where GPUs may be left unused ("elastic"), at the expected level alone, by goodput (within
+``GOODPUT_TIE`` of the best is a tie), then price, then worth.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from services.scheduler.policies.capacity_plan import brief
+from services.scheduler.policies.history import Pattern, pattern_of
 from services.scheduler.policies.joint_judge import Candidate, Judge
 from services.scheduler.policies.rehearsal import Drawn, Rehearsed, Scene, rehearse, requests
+from services.scheduler.policies.rehearsal_outcome import worth
 from shared.messages.decisions import ALTERNATIVES_MAX, PlanOutlook
 
 KEEP = 6
 SECONDS = (60.0, 300.0)  # of a rehearsal, at least and at most
 REQUESTS = 1500.0  # that are to come in that time: less, and the slowest 1 % are but a few
+PAST_REQUESTS_MAX = 6000.0  # of the past that is played again
+STRESS = 1.5  # times what is expected: forecasts are wrong by that much at times
 GOODPUT_TIE = 0.01
-P99_TIE = 0.03
+TIE = 0.03  # relative, of worth
 SEED = 1
 PRICE_TIE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """A plan, and how it fared."""
+    """A plan, and how it fared at each level."""
 
     candidate: Candidate
-    outcome: Rehearsed
+    outcomes: tuple[Rehearsed, ...]
+
+    @property
+    def outcome(self) -> Rehearsed:
+        """At the expected level."""
+        return self.outcomes[0]
+
+    @property
+    def worth(self) -> float:
+        """Geometric mean over the levels."""
+        values = [worth(outcome.whole) for outcome in self.outcomes]
+        return prod(values) ** (1.0 / len(values))
 
     @property
     def goodput_share(self) -> float:
@@ -66,8 +85,8 @@ class Ranking:
     def outcome(self) -> Rehearsed:
         return self.played[0].outcome
 
-    def of(self, candidate: Candidate) -> Rehearsed | None:
-        return next((each.outcome for each in self.played if each.candidate is candidate), None)
+    def of(self, candidate: Candidate) -> Played | None:
+        return next((each for each in self.played if each.candidate is candidate), None)
 
 
 def rehearsed(  # noqa: PLR0913  # how much, how long, with what
@@ -77,22 +96,26 @@ def rehearsed(  # noqa: PLR0913  # how much, how long, with what
     keep: int = KEEP,
     seconds: float | None = None,
     seed: int = SEED,
-    drawn: Drawn | None = None,
+    drawn: Sequence[Drawn] = (),
     always: Sequence[Candidate] = (),
     elastic: bool = False,
 ) -> Ranking:
     """The ranking of ``found``, of which there is at least one, and ``always``. ``drawn``: the
-    requests; None: what the judge's table expects, for ``seconds`` or as long as it takes for
-    ``REQUESTS`` of them to come."""
-    if drawn is None:
-        drawn = requests(judge.table, seconds=seconds or _seconds(judge), seed=seed)
+    requests of each level, the expected first; without any: what the judge's table expects, as a
+    steady rate, for ``seconds`` or as long as it takes for ``REQUESTS`` of them to come."""
+    drawn = drawn or (requests(judge.table, seconds=seconds or _seconds(judge), seed=seed),)
     scene = scene_of(judge)
     distinct = _distinct(found, elastic=elastic)
     kept = distinct[:keep]
     kept += [each for each in distinct[keep:] if _uniform(each)][:1]
+    roomiest = max(distinct, key=lambda each: each.headroom)
+    kept += [roomiest] if not any(each is roomiest for each in kept) else []
     kept += [each for each in always if not any(each is other for other in kept)]
     played = [
-        Played(candidate=each, outcome=rehearse(scene, each.counts, each.shares, drawn))
+        Played(
+            candidate=each,
+            outcomes=tuple(rehearse(scene, each.counts, each.shares, level) for level in drawn),
+        )
         for each in kept
     ]
     ranked = _ranked(played, elastic=elastic)
@@ -109,6 +132,19 @@ def rehearsed(  # noqa: PLR0913  # how much, how long, with what
         if not any(each is other for other in kept)
     ]
     return Ranking(played=tuple(ranked), alternatives=tuple(others[:ALTERNATIVES_MAX]))
+
+
+def past_of(judge: Judge, *, horizon_s: float, seed: int = SEED) -> tuple[Drawn, Drawn]:
+    """The last minutes' arrivals of the judge's types, at the expected level and at ``STRESS`` times
+    that."""
+    pattern = pattern_of(judge.table.types, judge.problem.history, horizon_s=horizon_s)
+    pattern = pattern.newest(PAST_REQUESTS_MAX)
+    high = Pattern(seconds=pattern.seconds, rates=STRESS * pattern.rates)
+    seconds = pattern.length_s
+    return (
+        requests(judge.table, seconds=seconds, seed=seed, pattern=pattern),
+        requests(judge.table, seconds=seconds, seed=seed, pattern=high),
+    )
 
 
 def scene_of(judge: Judge) -> Scene:
@@ -168,27 +204,36 @@ def _ranked(played: Sequence[Played], *, elastic: bool) -> list[Played]:
 
 
 def _best(played: Sequence[Played], *, elastic: bool) -> Played:
-    most = max(each.goodput_share for each in played)
-    close = [each for each in played if each.goodput_share >= most - GOODPUT_TIE]
+    close = list(played)
     if elastic:
+        most = max(each.goodput_share for each in played)
+        close = [each for each in played if each.goodput_share >= most - GOODPUT_TIE]
         cheapest = min(each.candidate.price for each in close)
         close = [each for each in close if each.candidate.price <= cheapest * (1 + PRICE_TIE)]
-    least = min(each.e2e_s_p99 for each in close)
-    close = [each for each in close if each.e2e_s_p99 <= least * (1 + P99_TIE)]
-    return max(close, key=lambda each: (each.candidate.headroom, -each.e2e_s_p99))
+    best = max(each.worth for each in close)
+    close = [each for each in close if each.worth >= best * (1 - TIE)]
+    return max(close, key=lambda each: (each.candidate.headroom, each.worth))
 
 
 def _lost_by(loser: Played, winner: Played, *, elastic: bool) -> str:
-    """In words: the first criterion by which it is worse."""
+    """In words: what it is worse in."""
     ours, theirs = loser.candidate, winner.candidate
+    found: list[str] = []
     if loser.goodput_share < winner.goodput_share - GOODPUT_TIE:
-        return f"goodput {loser.goodput_share:.3g} against {winner.goodput_share:.3g}"
+        found.append(f"goodput {loser.goodput_share:.3g} against {winner.goodput_share:.3g}")
     if elastic and ours.price > theirs.price * (1 + PRICE_TIE):
-        return f"costs {ours.price:.3g} per hour against {theirs.price:.3g}"
-    if loser.e2e_s_p99 > winner.e2e_s_p99 * (1 + P99_TIE):
-        return f"P99 of E2E {loser.e2e_s_p99:.3g} s against {winner.e2e_s_p99:.3g} s"
-    if ours.headroom < theirs.headroom:
+        found.append(f"costs {ours.price:.3g} per hour against {theirs.price:.3g}")
+    if loser.e2e_s_p99 > winner.e2e_s_p99 * (1 + TIE):
+        found.append(f"P99 of E2E {loser.e2e_s_p99:.3g} s against {winner.e2e_s_p99:.3g} s")
+    if loser.worth < winner.worth * (1 - TIE) and not found and len(loser.outcomes) > 1:
+        loses, wins = (each.outcomes[-1].whole for each in (loser, winner))
+        found.append(
+            f"at {STRESS:g} times the demand goodput {loses.goodput_share or 0.0:.3g} and P99 of "
+            f"E2E {loses.e2e_s.p99 or 0.0:.3g} s against {wins.goodput_share or 0.0:.3g} and "
+            f"{wins.e2e_s.p99 or 0.0:.3g} s"
+        )
+    if not found and ours.headroom < theirs.headroom:
         return (
             f"as good, but carries {ours.headroom:.3g} times the demand, not {theirs.headroom:.3g}"
         )
-    return "as good"
+    return "; ".join(found) or "as good"

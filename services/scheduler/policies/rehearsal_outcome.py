@@ -10,6 +10,8 @@ from services.scheduler.policies.flow import Array
 from services.scheduler.policies.rehearsal_replica import Log
 from shared.slo import SloTarget
 
+GOODPUT_NIL = 0.02  # a share of requests in time that is none to speak of
+
 Goals = Sequence[Sequence[tuple[float, SloTarget]]]
 """By type, targets and the share of its requests that has each."""
 
@@ -98,6 +100,15 @@ class Seen:
                 slow = (self.ttft_s > target.ttft_s) | (self.tpot_s > target.tpot_s)
                 good += np.where(own & ~slow, share, 0.0)
         return float(np.average(good, weights=self.weights))
+
+
+def worth(whole: Fared) -> float:
+    """Requests in time per second of tail: ``(goodput share + GOODPUT_NIL) / P99 of E2E``. Neither
+    is bought with more than its part of the other: a few more requests in time may cost those of
+    one type that wait forever. Without requests, nothing."""
+    if whole.goodput_share is None or not whole.e2e_s.p99:
+        return 0.0
+    return (whole.goodput_share + GOODPUT_NIL) / whole.e2e_s.p99
 
 
 def fared(seen: Seen, goals: Goals) -> Fared:

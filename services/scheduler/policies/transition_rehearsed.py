@@ -1,9 +1,14 @@
-"""A switch that is at stake is played through first: formulas rank plans, and err.
+"""Plans are played through before any replica moves: formulas rank plans, and err.
 
-The plan in force, the one chosen and the next best are rehearsed under the usual demand, with the
-same requests (``rehearsal_choice``). What is then compared is lateness as it was seen, by type:
+The plan in force, the one chosen and the next best are rehearsed under the usual demand with the
+last minutes' arrivals (``rehearsal_choice``). What is then compared is lateness as it was seen. Of
+the plan in force that is, by type,
 
-    sum_j w[j] * max(ttft99[j] / ttft_target[j], tpot99[j] / tpot_target[j])
+    late = sum_j w[j] * max(ttft99[j] / ttft_target[j], tpot99[j] / tpot_target[j])
+
+and of any other as much more or less as it is worth less or more than that one: tails of the
+slowest type alone would say nothing of how many are in time. Where GPUs may be left unused, where
+only being on time counts, it is ``late`` for all.
 
 Lateness of times that are not rehearsed, when only some replicas serve, is scaled by how far the
 formulas were off for the plan in force.
@@ -16,37 +21,56 @@ from services.scheduler.policies.capacity import Table
 from services.scheduler.policies.horizon_judge import Weighed
 from services.scheduler.policies.joint_judge import Candidate
 from services.scheduler.policies.rehearsal import Rehearsed
-from services.scheduler.policies.rehearsal_choice import Ranking, rehearsed
+from services.scheduler.policies.rehearsal_choice import Ranking, past_of, rehearsed
 
 KEEP = 4  # of the plans compared, beside the one in force and the one chosen
 SCALE_MAX = 10.0  # formulas that are farther off say nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """``kept`` and ``choice`` with the lateness that was seen; ``scale``: of the plan in force,
-    lateness seen over lateness predicted."""
+class Tried:
+    """``kept`` with the lateness that was seen, and the plans that were played, the best first,
+    with theirs; ``scale``: of the plan in force, lateness seen over lateness predicted."""
 
     ranking: Ranking
     kept: Candidate
-    choice: Candidate
+    plans: tuple[Candidate, ...]
     scale: float
 
+    @property
+    def choice(self) -> Candidate:
+        return self.plans[0]
 
-def played(
-    judge: Weighed, found: Sequence[Candidate], kept: Candidate, choice: Candidate, *, elastic: bool
-) -> Played:
-    """The best of ``found``, ``kept`` and ``choice`` as the choice."""
-    ranking = rehearsed(judge.usual, found, keep=KEEP, always=(kept, choice), elastic=elastic)
-    seen = ranking.of(kept)
-    assert seen is not None, "the plan in force is always rehearsed"
-    stays = replace(kept, lateness=late(judge.usual.table, seen))
-    goes = replace(ranking.best, lateness=late(judge.usual.table, ranking.outcome))
+
+def tried(
+    judge: Weighed,
+    found: Sequence[Candidate],
+    kept: Candidate,
+    choice: Candidate,
+    *,
+    horizon_s: float,
+    elastic: bool,
+) -> Tried:
+    """``found``, ``kept`` and ``choice``, played. ``horizon_s``: the forecast's."""
+    drawn = past_of(judge.usual, horizon_s=horizon_s)
+    ranking = rehearsed(
+        judge.usual, found, keep=KEEP, always=(kept, choice), elastic=elastic, drawn=drawn
+    )
+    own = ranking.of(kept)
+    assert own is not None, "the plan in force is always rehearsed"
+    table = judge.usual.table
+    stays = replace(kept, lateness=late(table, own.outcome))
+    plans: list[Candidate] = []
+    for each in ranking.played:
+        seen = late(table, each.outcome)
+        if not elastic and own.worth > 0.0 and each.worth > 0.0:
+            seen = stays.lateness * own.worth / each.worth
+        plans.append(replace(each.candidate, lateness=seen))
     scale = stays.lateness / kept.lateness if kept.lateness > 0.0 else 1.0
-    return Played(
+    return Tried(
         ranking=ranking,
         kept=stays,
-        choice=goes,
+        plans=tuple(plans),
         scale=min(SCALE_MAX, max(1.0 / SCALE_MAX, scale)),
     )
 

@@ -77,7 +77,7 @@ def words(what: str, candidate: Candidate) -> str:
     """A plan and its figures."""
     return (
         f"{what} ({brief(candidate.counts)}) serves {candidate.headroom:.3g} times the demand, "
-        f"slowest 1 % at {candidate.lateness:.3g} of target"
+        f"lateness {candidate.lateness:.3g}"
     )
 
 
