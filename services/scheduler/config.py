@@ -31,6 +31,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     dynamo_shape: str = "auto"  # of every replica under dynamo; auto: the topology's, or default
     switch_s: float = 0.0  # what oserve takes a switch of replicas to last; 0: as the profiles say
     correction_period_s: float = 5.0  # between corrections of weights under oserve; 0: none
+    watch_s: float = 60.0  # what is expected is watched for so long before oserve plans for it
     forecast_stale_s: float = 0.0  # a forecast this old counts no more; 0: three of its horizons
     keep_period_s: float = 60.0  # between two words of why the plan is kept that differ in numbers
     worker_timeout_s: float = 2.0  # silence after which a worker counts as gone
@@ -46,7 +47,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
         for field in (
             "settle_s", "policy_period_s", "correction_period_s", "forecast_stale_s",
-            "keep_period_s", "switch_s",
+            "keep_period_s", "switch_s", "watch_s",
         ):  # fmt: skip
             _demand(field, getattr(self, field), "use 0 s or more", ok=getattr(self, field) >= 0)
         self._check_targets()

@@ -7,7 +7,7 @@ kept for it. (One that stalls altogether is no case for weights: its worker's wo
 planned around.) Per model, with s the strain of a replica, smoothed over ``SMOOTH_S``:
 
     s = max(waiting / max(running, FEW), step time / median step time of its like - 1)
-    e = s - mean of s over the model's replicas, by their shares; less ``DEAD``, nearer to 0
+    e = s - mean of s over the replicas of its part, by their shares; less ``DEAD``, nearer to 0
     integral' = RATE * e - integral / FORGET_S
     factor = exp(-(GAIN * e + integral)), within 1 / FACTOR_MAX and FACTOR_MAX
 
@@ -16,9 +16,12 @@ T. Hagglund, "Advanced PID Control", 2006): the integral takes away what persist
 part damps the loop that a queue closes, and by the leak a plan's own shares return once the
 replicas are even. "Its like" are the model's other replicas of the same parallelism.
 
+A part are the replicas that mainly serve the same types: a plan may keep types apart, so that a
+burst of one is not everybody's, and corrections between parts would undo that.
+
 Factors scale shares, so that a replica without a share of a type keeps none, with one exception:
-when all that serve a type are overloaded and others of the model are idle, these are lent up to
-``LENT_MAX`` of it, as long as their KV cache is no smaller.
+when all that serve a type have broken, or as good as, and others of the model are idle, these are
+lent up to ``LENT_MAX`` of it, as long as their KV cache is no smaller.
 """
 
 from bisect import bisect_left, insort
@@ -44,7 +47,8 @@ FEW = 4  # so few running requests, and one that waits is chance
 STRAIN_MAX = 3.0
 STEP_S_MAX = 5.0  # between two corrections: a gap in time is no evidence
 EVEN = 0.02  # so small a correction (of a factor's logarithm) is none
-OVERLOADED, IDLE = 1.0, 0.25  # strains
+OVERLOADED, IDLE = 2.5, 0.25  # strains: all of them bear the most that counts; next to nothing
+MAIN = 0.25  # of the largest share of a row: who has less of a type does not mainly serve it
 LENT_MAX = 0.3
 LENT_RATE = 0.02  # per second
 CHANGE_MIN = 0.05  # of a model's requests: less is not worth a new plan
@@ -110,7 +114,8 @@ def advanced(
     errors: dict[str, float] = {}
     for model_id in {spec.model_id for spec in replicas}:
         own = [s.replica_id for s in replicas if s.model_id == model_id and s.replica_id in strains]
-        errors |= _errors({id_: strains[id_] for id_ in own}, rows)
+        for part in parts(own, rows):
+            errors |= _errors({id_: strains[id_] for id_ in part}, rows)
     integrals: dict[str, float] = {}
     for id_, error in errors.items():
         before = bias.integrals.get(id_, 0.0)
@@ -137,6 +142,23 @@ def corrected(
             changed |= _part(part, factors, bias.loans.get((model_id, name)))
         result[name] = dict(row) if changed == row else rounded(changed)
     return result
+
+
+def parts(own: Sequence[str], rows: Weights) -> list[list[str]]:
+    """One model's replicas by the types that they mainly serve: two are in one part if a row, or a
+    chain of rows, has both with ``MAIN`` of its largest share or more."""
+    part_of = {replica_id: index for index, replica_id in enumerate(own)}
+    for row in rows.values():
+        shares = {id_: row[id_] for id_ in own if row.get(id_, 0.0) > 0.0}
+        least = MAIN * max(shares.values(), default=0.0)
+        joined = {part_of[id_] for id_, share in shares.items() if share >= least}
+        if len(joined) > 1:
+            into = min(joined)
+            part_of = {id_: into if part in joined else part for id_, part in part_of.items()}
+    found: dict[int, list[str]] = defaultdict(list)
+    for replica_id in own:
+        found[part_of[replica_id]].append(replica_id)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,7 +90,10 @@ def brief(counts: Mapping[Column, int]) -> str:
     models = {column.model_id for column in counts}
     kinds = {column.pool for column in counts}
     parts: list[str] = []
-    for column, count in sorted(counts.items()):
+    whole: Counter[Column] = Counter()
+    for column, count in counts.items():
+        whole[replace(column, group=0)] += count
+    for column, count in sorted(whole.items()):
         shape = str(column.shape).removesuffix("pp1")
         name = f"{column.model_id} {shape}" if len(models) > 1 else shape
         parts.append(f"{count} x {name}" + (f" on {column.pool}" if len(kinds) > 1 else ""))

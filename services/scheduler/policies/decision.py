@@ -18,7 +18,7 @@ from services.scheduler.policies.joint_terms import Solution, Terms
 from services.scheduler.policies.minimums import left_out
 from services.scheduler.policies.rehearsal_choice import outlook, rehearsed
 from services.scheduler.policies.rehearsal_outlook import replica_outlooks, type_outlooks
-from services.scheduler.policies.transition_rehearsed import Played
+from services.scheduler.policies.transition_rehearsed import Tried
 from shared.messages.decisions import (
     ALTERNATIVES_MAX,
     Decision,
@@ -43,7 +43,7 @@ class Look:
     terms: Terms
     lasts_s: float
     found: Sequence[Candidate] = ()
-    played: Played | None = None
+    played: Tried | None = None
 
     @property
     def elastic(self) -> bool:

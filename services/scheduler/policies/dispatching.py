@@ -11,6 +11,7 @@ only the best few in all ways and with all requests.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
@@ -23,23 +24,35 @@ from services.scheduler.policies.separation import Dispatch, apart, together
 TIE = 0.03  # relative, of worth
 SCREENED_MAX = 2500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
+GAIN_MIN = 0.05  # of worth: who goes where does not change for less
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Tried:
-    """A dispatch, and how its requests fared."""
+    """A dispatch, and how its requests fared at each level of demand."""
 
     dispatch: Dispatch
-    outcome: Rehearsed
+    outcomes: tuple[Rehearsed, ...]
 
     @property
     def worth(self) -> float:
-        return worth(self.outcome.whole)
+        """Geometric mean over the levels."""
+        values = [worth(outcome.whole) for outcome in self.outcomes]
+        return prod(values) ** (1.0 / len(values))
 
 
-def best_dispatch(judge: Judge, scene: Scene, counts: Mapping[Column, int], drawn: Drawn) -> Tried:
-    """The best dispatch of ``counts``; ``scene`` and ``drawn`` are those of ``judge.table``."""
-    busiest = busiest_part(drawn, SCREENED_MAX)
+def best_dispatch(
+    judge: Judge,
+    scene: Scene,
+    counts: Mapping[Column, int],
+    drawn: Sequence[Drawn],
+    *,
+    standing: Dispatch | None = None,
+) -> Dispatch:
+    """The best dispatch of ``counts``; ``scene`` and ``drawn``, the requests of each level, are
+    those of ``judge.table``. ``standing``: how types are sent now, if these replicas are in force:
+    it is left for one that is worth more by ``GAIN_MIN`` only."""
+    busiest = [busiest_part(drawn[0], SCREENED_MAX)]
     best = together(judge.table, counts)
     for model_id in sorted({column.model_id for column, n in counts.items() if n > 0}):
         splits = {id(split.one_way): split for split in apart(best, model_id)}
@@ -50,7 +63,10 @@ def best_dispatch(judge: Judge, scene: Scene, counts: Mapping[Column, int], draw
                 split = splits[id(each.dispatch)]
                 finalists += [split.one_way, split.strict, split.both_ways]
             best = ranked(_tried(scene, finalists, drawn))[0].dispatch
-    return _tried(scene, [best], drawn)[0]
+    if standing is None:
+        return best
+    now, then = _tried(scene, [standing, best], drawn)
+    return best if then.worth > now.worth * (1.0 + GAIN_MIN) else standing
 
 
 def ranked(tried: Iterable[Tried]) -> list[Tried]:
@@ -89,13 +105,10 @@ def busiest_part(drawn: Drawn, most: int) -> Drawn:
     )
 
 
-def _tried(scene: Scene, options: Sequence[Dispatch], drawn: Drawn) -> list[Tried]:
-    return [
-        Tried(
-            dispatch=option,
-            outcome=rehearse(
-                replace(scene, table=option.table), option.counts, option.shares, drawn
-            ),
-        )
-        for option in options
-    ]
+def _tried(scene: Scene, options: Sequence[Dispatch], drawn: Sequence[Drawn]) -> list[Tried]:
+    found: list[Tried] = []
+    for option in options:
+        own = replace(scene, table=option.table)
+        outcomes = [rehearse(own, option.counts, option.shares, level) for level in drawn]
+        found.append(Tried(dispatch=option, outcomes=tuple(outcomes)))
+    return found

@@ -4,12 +4,13 @@ Each period:
 
 1. What to plan for: quantiles of the forecast, corrected by what was seen (``horizon``), and for
    how long that may be expected to last (``horizon_lasting``).
-2. The plan: counts and shares together (``joint``), the best of near-optimal plans by lateness, or
-   where GPUs may be left unused, the cheapest that is on time (``joint_choice``, ``joint_refine``).
-3. The replicas in force, under the best shares for what is expected now. New shares cost nothing
-   and are taken when they differ. Other replicas cost a switch: a step towards them is taken if
-   the gain exceeds the error of its prediction, and the way there is affordable
-   (``transition_verdict``).
+2. The plans: counts and shares together (``joint``), near-optimal ones beside the best, or where
+   GPUs may be left unused, the cheapest (``joint_choice``, ``joint_refine``).
+3. The best few of them and the one in force, played through with the last minutes' arrivals
+   (``transition_rehearsed``).
+4. Whether replicas move: they cost a switch. A step towards the best plan is taken if the gain
+   exceeds the error of its prediction, and the way there is affordable (``transition_verdict``).
+5. Which types go to which replicas, together or apart (``joint_dispatch``): weights cost nothing.
 
 Replicas that were chosen are held (``transition_memory``) unless demand is no longer near that for
 which they were chosen, they are overloaded, GPUs came or went, or they are one step of a longer
@@ -36,25 +37,19 @@ from services.scheduler.policies.joint_choice import (
     choose,
     solve_capacity,
 )
+from services.scheduler.policies.joint_dispatch import Dispatcher
 from services.scheduler.policies.joint_refine import refine
 from services.scheduler.policies.starting import plan_default
-from services.scheduler.policies.transition_columns import columns_of, largest_change, shares_of
+from services.scheduler.policies.transition_columns import columns_of
 from services.scheduler.policies.transition_memory import Asked, Memory, offered
-from services.scheduler.policies.transition_options import (
-    confirmed,
-    lacking_in,
-    options,
-    placed_of,
-)
-from services.scheduler.policies.transition_rehearsed import played
+from services.scheduler.policies.transition_options import lacking_in, options, placed_of
+from services.scheduler.policies.transition_rehearsed import tried
 from services.scheduler.policies.transition_rules import Verdict, ruled, words
 from services.scheduler.policies.transition_verdict import Move
 from services.scheduler.policies.weights import planned
-from shared.messages.decisions import Decision
+from shared.messages.decisions import Decision, SwitchOutlook
 
 PERIOD_S = 30.0
-SHARE_MIN = 0.02  # identical replicas whose shares differ by less are treated alike
-SHARE_GAIN_MIN = 0.02  # of lateness: weights that others would improve by less stay
 PROGRAMS = 32  # solved for one decision at most, each in its part of the time limit
 
 
@@ -76,6 +71,7 @@ class OServe:
         self._source = source or CostRates()
         self._switch_s = switch_s
         self._foresight, self._lasting, self._memory = Foresight(), Lasting(payback_s), Memory()
+        self._dispatcher = Dispatcher()
 
     def plan(self, problem: Problem) -> Planned:
         self._memory.look(problem)
@@ -115,32 +111,34 @@ class OServe:
         choice = choose([*look.found, *([kept] if kept else [])], elastic=look.elastic)
         if not look.elastic:
             choice = refine(judge, choice, look.terms)
-        if kept is None:
-            return self._begun(look, choice)
-        before = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
-        held = self._memory.holds(
-            judge.problem, look.foreseen.lines, horizon_s=_horizon_s(judge.problem)
+        horizon_s = _horizon_s(judge.problem)
+        played = tried(
+            judge, look.found, kept or choice, choice, horizon_s=horizon_s, elastic=look.elastic
         )
+        look = replace(look, played=played)
+        if kept is None:
+            return self._begun(look, played.choice)
+        before = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
+        held = self._memory.holds(judge.problem, look.foreseen.lines, horizon_s=horizon_s)
         stays: tuple[Move, Verdict] | None = None
-        ways = [(*placed_of(look, each), 0) for each in options(look, kept, choice)]
+        ways = [(*placed_of(look, each), 0) for each in options(played)]
         onwards = self._onwards(look)
         if onwards is not None:
             ways.insert(0 if held else len(ways), onwards)
         for option, placed, done in ways:
             move = Move(
                 judge=judge,
-                kept=kept,
+                kept=played.kept,
                 choice=option,
                 before=before,
                 placed=placed,
                 lasts_s=look.lasts_s,
                 switch_s=self._switch_s,
                 done=done,
+                scale=played.scale,
             )
             lacking = lacking_in(judge.table, kept, option, look.terms)
             found = ruled(move, held=held, lacking=lacking)
-            if found.moves and not done and not lacking:  # a step on was played through before
-                look, move, found = confirmed(look, move, found, held=held)
             if found.moves:
                 return self._stepped(look, move, found)
             stays = stays or (move, found)
@@ -151,11 +149,8 @@ class OServe:
 
     def _begun(self, look: Look, choice: Candidate) -> Planned:
         """Nothing stands that could be kept: the best that was found and played through."""
-        tried = played(look.judge, look.found, choice, choice, elastic=look.elastic)
-        choice, placed = placed_of(look, tried.choice)
-        look = replace(look, played=tried)
-        told = decision(look, chosen=choice, now=choice, placed=placed)
-        return self._plan(look, choice, placed, words("the plan", choice), told)
+        choice, placed = placed_of(look, choice)
+        return self._plan(look, choice, placed, words("the plan", choice))
 
     def _onwards(self, look: Look) -> tuple[Candidate, Placed, int] | None:
         """Where the way leads that the replicas in force are a step of, and how many steps were
@@ -179,10 +174,9 @@ class OServe:
             columns = columns_of(look.judge.table, step.after)
             now = look.judge.dispatched(Counter(columns.values()))
             placed = Placed(replicas=step.after, columns=columns, dropped=(), reason="")
-        told = decision(
-            look, chosen=move.choice, now=now, placed=placed, kept=move.kept, switch=found.switch
+        answer = self._plan(
+            look, now, placed, found.why, chosen=move.choice, kept=move.kept, switch=found.switch
         )
-        answer = self._plan(look, now, placed, found.why, told)
         answer = replace(answer, unfinished=len(found.way.steps) > 1)
         self._memory.asked(
             Asked(
@@ -201,29 +195,18 @@ class OServe:
         return answer
 
     def _kept(self, look: Look, move: Move, found: Verdict) -> Planned:
-        """The replicas in force, with the shares that are best for them now."""
-        problem, kept = look.judge.problem, move.kept
+        """The replicas in force, types sent to them as is best now."""
         columns = columns_of(look.judge.table, move.before)
         placed = Placed(replicas=move.before, columns=columns, dropped=(), reason="")
-        told = decision(
-            look, chosen=kept, now=kept, placed=placed, kept=kept, switch=found.switch,
+        return self._plan(
+            look,
+            move.kept,
+            placed,
+            found.why,
+            kept=move.kept,
+            switch=found.switch,
             refused=None if found.switch is None else move.choice,
-        )  # fmt: skip
-        lost = len(problem.in_force.replicas) - len(placed.replicas)
-        shares = shares_of(look.judge.table, columns, problem.in_force.weights)
-        now = look.judge.lateness(kept.counts, shares)
-        best = look.judge.lateness(kept.counts, kept.shares)
-        even = weights(look.judge.table, placed, shares)
-        uneven = largest_change(problem.in_force.weights, even) > SHARE_MIN
-        if not lost and not uneven and now <= best * (1 + SHARE_GAIN_MIN):
-            reason = _joined([found.why, *notes(look), "its weights still fit"])
-            return Planned(plan=problem.in_force, reason=reason, decision=told)
-        what = (
-            f"{lost} replicas lost"
-            if lost
-            else "new weights" + (f", {1 - best / now:.0%} less late" if now > best else "")
         )
-        return self._plan(look, kept, placed, _joined([found.why, what]), told)
 
     def _unsolved(self, look: Look, limit_s: float) -> Planned:
         """No plan was found in time: the replicas in force, or the default ones."""
@@ -237,16 +220,49 @@ class OServe:
         kept = judge.dispatched(Counter(columns.values()))
         standing = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
         placed = Placed(replicas=standing, columns=columns, dropped=(), reason="")
-        told = decision(look, chosen=kept, now=kept, placed=placed, kept=kept)
-        return self._plan(look, kept, placed, f"{why}: the replicas in force are kept", told)
+        return self._plan(look, kept, placed, f"{why}: the replicas in force are kept", kept=kept)
 
-    def _plan(
-        self, look: Look, now: Candidate, placed: Placed, why: str, told: Decision
+    def _plan(  # noqa: PLR0913  # what a plan is told with
+        self,
+        look: Look,
+        now: Candidate,
+        placed: Placed,
+        why: str,
+        *,
+        chosen: Candidate | None = None,
+        kept: Candidate | None = None,
+        refused: Candidate | None = None,
+        switch: SwitchOutlook | None = None,
     ) -> Planned:
+        """``now`` on ``placed`` replicas, with the dispatch that is best for it; what is in force
+        already if that is just so."""
+        problem = look.judge.problem
+        sent = self._dispatcher.sent(
+            look.judge,
+            now,
+            placed,
+            demand=look.foreseen.lines,
+            horizon_s=_horizon_s(problem),
+        )
+        told = decision(
+            replace(look, judge=sent.judge),
+            chosen=sent.candidate if chosen is None or chosen is now else chosen,
+            now=sent.candidate,
+            placed=sent.placed,
+            kept=sent.candidate if kept is now else kept,
+            refused=refused,
+            switch=switch,
+        )
+        lost = len(problem.in_force.replicas) - len(placed.replicas)
+        reason = [why, sent.words, *notes(look), placed.reason]
+        if sent.stays:
+            return Planned(plan=problem.in_force, reason=_joined(reason), decision=told)
+        if kept is now:
+            reason[1:1] = [f"{lost} replicas lost" if lost else "new weights"]
         answer = planned(
             placed.replicas,
-            weights(look.judge.table, placed, now.shares),
-            reason=_joined([why, *notes(look), placed.reason]),
+            weights(sent.judge.table, sent.placed, sent.candidate.shares),
+            reason=_joined(reason),
             dropped=placed.dropped,
         )
         return replace(answer, decision=told)

@@ -135,8 +135,8 @@ def rehearsed(  # noqa: PLR0913  # how much, how long, with what
 
 
 def past_of(judge: Judge, *, horizon_s: float, seed: int = SEED) -> tuple[Drawn, Drawn]:
-    """The last minutes' arrivals of the judge's types, at the expected level and at ``STRESS`` times
-    that."""
+    """The last minutes' arrivals of the judge's types, at the expected level and at ``STRESS``
+    times that."""
     pattern = pattern_of(judge.table.types, judge.problem.history, horizon_s=horizon_s)
     pattern = pattern.newest(PAST_REQUESTS_MAX)
     high = Pattern(seconds=pattern.seconds, rates=STRESS * pattern.rates)

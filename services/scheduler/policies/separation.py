@@ -20,7 +20,7 @@ that is for ``rehearsal.py`` to say.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,10 +28,12 @@ import numpy as np
 from services.scheduler.policies.capacity import Column, Table
 from services.scheduler.policies.capacity_plan import Placed, spread
 from services.scheduler.policies.flow import Array, Instance, best_flow
+from services.scheduler.policies.weights import ANY_TYPE
 
 APART = 1.25  # prompts that differ by less cannot be told apart by a router
 LONG = 1  # the group of replicas for longer prompts; 0 is that of all others
 NOTHING = 1e-9  # a solver's zero
+SHARE_DIGITS = 4  # shares that differ by less are alike
 LEAK = 0.1  # of a part, on the replicas of the other
 NEIGHBOURS = 1 / 16  # of the replicas: how far from the even split others are tried
 
@@ -116,6 +118,44 @@ def splits(
     return [Counter(columns[int(i)] for i in each[: k + 1]) for k in places if worse[k] > 0]
 
 
+def widened(table: Table, columns: Iterable[Column]) -> Table:
+    """``table`` with a column for each group in ``columns``, which are of its own columns."""
+    index = {column: s for s, column in enumerate(table.columns)}
+    wide = tuple(sorted({*table.columns, *columns}))
+    origins = [index[c if c in index else replace(c, group=0)] for c in wide]
+    return replace(table, columns=wide, rates=table.rates[origins])
+
+
+def as_weighted(
+    table: Table, columns: Mapping[str, Column], rows: Mapping[str, Mapping[str, float]]
+) -> tuple[Dispatch, dict[str, Column]]:
+    """The dispatch that a plan's ``rows`` of weights are, for its replicas by column, and each
+    replica's group: those of one column that get unlike shares are groups of it."""
+    shares = {
+        replica_id: tuple(
+            rows.get(kind.name, rows.get(ANY_TYPE, {})).get(replica_id, 0.0)
+            if kind.model_id == column.model_id
+            else 0.0
+            for kind in table.types
+        )
+        for replica_id, column in columns.items()
+    }
+    groups: dict[Column, list[tuple[float, ...]]] = {}
+    own: dict[str, Column] = {}
+    for replica_id, column in sorted(columns.items()):
+        alike = groups.setdefault(column, [])
+        rounded = tuple(round(share, SHARE_DIGITS) for share in shares[replica_id])
+        if rounded not in alike:
+            alike.append(rounded)
+        own[replica_id] = replace(column, group=alike.index(rounded))
+    wide = widened(table, own.values())
+    index = {column: s for s, column in enumerate(wide.columns)}
+    sent = np.zeros_like(wide.rates)
+    for replica_id, column in own.items():
+        sent[index[column]] += shares[replica_id]
+    return Dispatch(table=wide, counts=Counter(own.values()), shares=spread(sent)), own
+
+
 def deal(placed: Placed, counts: Mapping[Column, int]) -> Placed:
     """``placed`` with its replicas dealt out to the groups of ``counts``: always the same ones for
     the same counts, those of lower ids to higher groups."""
@@ -149,10 +189,9 @@ def _parted(
     moved = {replace(column, group=LONG): count for column, count in long.items()}
     counts = {**(Counter(base.counts) - long), **moved}
     index = {column: s for s, column in enumerate(base.table.columns)}
-    columns = tuple(sorted({*base.table.columns, *moved}))
+    table = widened(base.table, moved)
+    columns, rates = table.columns, table.rates
     origins = [index[c if c in index else replace(c, group=0)] for c in columns]
-    rates = base.table.rates[origins]
-    table = replace(base.table, columns=columns, rates=rates)
     shares = base.shares[origins]
     shares[[s for s, c in enumerate(columns) if c not in index]] = 0.0
     for part, group in zip(parts, (0, LONG), strict=True):

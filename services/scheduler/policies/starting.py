@@ -40,7 +40,7 @@ class Starting:
         shapes_then = Counter(map(shape_of, start.plan.replicas if start.plan else ()))
         if not shapes_now or shapes_now <= shapes_then:
             return start
-        return repair(problem, why="nothing is expected yet")
+        return repair(problem, why="nothing is planned for yet")
 
 
 def plan_default(problem: Problem) -> Planned:

@@ -1,13 +1,11 @@
 """Replicas of plans as columns of a table, and what each column is worth there."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
 from services.scheduler.policies.capacity import Column, Table
-from services.scheduler.policies.capacity_plan import spread
 from services.scheduler.policies.flow import Array
-from services.scheduler.policies.weights import ANY_TYPE
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
 
@@ -28,20 +26,6 @@ def columns_of(table: Table, specs: Iterable[ReplicaSpec]) -> dict[str, Column]:
     return found
 
 
-def shares_of(
-    table: Table, columns: Mapping[str, Column], weights: Mapping[str, Mapping[str, float]]
-) -> Array:
-    """[S, J]: what a plan's rows of weights send of each type to the replicas of each column."""
-    index = {column: s for s, column in enumerate(table.columns)}
-    found = np.zeros_like(table.rates)
-    for j, kind in enumerate(table.types):
-        row = weights.get(kind.name, weights.get(ANY_TYPE, {}))
-        for replica_id, column in columns.items():
-            if column.model_id == kind.model_id:
-                found[index[column], j] += row.get(replica_id, 0.0)
-    return spread(found)
-
-
 def mix_headrooms(table: Table) -> Array:
     """[S]: times the demand of its model that one replica of each column could carry of what it
     can serve at all, types in the proportion in which they are expected."""
@@ -49,15 +33,3 @@ def mix_headrooms(table: Table) -> Array:
     needed = np.divide(demand, table.rates, out=np.zeros_like(table.rates), where=table.rates > 0)
     time = needed.sum(axis=1)
     return np.divide(1.0, time, out=np.zeros_like(time), where=time > 0)
-
-
-def largest_change(
-    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
-) -> float:
-    """Of any share in ``after``; a row that is new counts against the row for "*"."""
-    largest = 0.0
-    for name, row in after.items():
-        old = before.get(name, before.get("*", {}))
-        for replica_id in row.keys() | old.keys():
-            largest = max(largest, abs(row.get(replica_id, 0.0) - old.get(replica_id, 0.0)))
-    return largest
