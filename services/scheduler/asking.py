@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 from services.scheduler.balance import Balance
 from services.scheduler.config import SchedulerConfig
-from services.scheduler.correction import Weights, largest_move
+from services.scheduler.correction import Weights
+from services.scheduler.correction_size import largest_move
 from services.scheduler.demands import Demands
 from services.scheduler.events import CORRECTING
 from services.scheduler.fleet import Fleet

@@ -8,8 +8,8 @@ from services.scheduler.correction import (
     Bias,
     advanced,
     corrected,
-    largest_move,
 )
+from services.scheduler.correction_size import largest_move
 from services.scheduler.plan_id import renamed
 from services.scheduler.policies.interface import Planned
 from services.scheduler.standing import Standing

@@ -84,7 +84,6 @@ class Scheduler:
         self._before_loss: DeploymentPlan | None = None  # since when no policy has answered
         self._started_s = 0.0
         self._deciding = False
-        self._expected_since_s: float | None = None
 
     def step(  # noqa: C901, PLR0912  # one case per event
         self, event: SchedulerEvent, now_s: float
@@ -223,19 +222,12 @@ class Scheduler:
         return Outlook(
             gpus=frozenset(offer.gpu_id for offer in problem.offers),
             forecasts=self._demands.heard,
-            starting=self._forecasts_count and not self._watched(problem),
+            starting=self._forecasts_count
+            and not self._demands.watched(
+                problem.now_s, for_s=self._config.watch_s if self._corrects else 0.0
+            ),
             wanted=self._demands.wanted(problem.now_s),
         )
-
-    def _watched(self, problem: Problem) -> bool:
-        """Whether enough is known of what is expected. The first windows hold what ended within
-        seconds: a plan for that is soon regretted, and costs a switch each way."""
-        if not any(model.types for model in problem.models):
-            return False
-        if self._expected_since_s is None:
-            self._expected_since_s = problem.now_s
-        watched_s = problem.now_s - self._expected_since_s
-        return not self._corrects or watched_s >= self._config.watch_s
 
     def _without_lost(self, problem: Problem) -> tuple[Problem, list[Effect]]:
         """If GPUs of the plan in force are gone, the replicas that are left: asked for at once,

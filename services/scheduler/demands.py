@@ -64,6 +64,7 @@ class Demands:
         self._loads: dict[str, ReplicaReport] = {}
         self._told: dict[str, Source] = {}
         self._past = Past(models)
+        self._known_s: float | None = None  # since when anything is expected
         self.heard = 0
         """Forecasts so far: tells whether one has come since."""
 
@@ -104,6 +105,15 @@ class Demands:
             for id_, report in self._loads.items()
             if (report.replica_id, report.worker_id) in leaders
         }
+
+    def watched(self, now_s: float, *, for_s: float) -> bool:
+        """Whether what is expected was first known ``for_s`` ago. The first windows hold what ended
+        within seconds: a plan for that is soon regretted, and costs a switch each way."""
+        if not any(demand.types for demand in self.models(now_s)):
+            return False
+        if self._known_s is None:
+            self._known_s = now_s
+        return now_s - self._known_s >= for_s
 
     def models(self, now_s: float) -> tuple[ModelDemand, ...]:
         """What each model is expected to get; nothing without any word of it."""

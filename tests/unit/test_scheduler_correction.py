@@ -14,8 +14,8 @@ from services.scheduler.correction import (
     Bias,
     advanced,
     corrected,
-    largest_move,
 )
+from services.scheduler.correction_size import largest_move
 from services.scheduler.plan_id import make_plan
 from services.scheduler.standing import Standing
 from shared.messages.plans import PlanInForce, ReplicaSpec
