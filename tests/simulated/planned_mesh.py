@@ -48,6 +48,7 @@ CONFIG = msgspec.structs.replace(
     forecast_stale_s=4.0,
     correction_period_s=1.0,
     keep_period_s=5.0,
+    watch_s=0.0,
 )
 
 

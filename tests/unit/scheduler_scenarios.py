@@ -18,12 +18,15 @@ of text, to be read and judged. Lines that begin with # are for the reader. The 
     pin REPLICA@GPU[+GPU]...   a person asks for that; "pin" alone: for what is in force
     release                    and that planning goes on
     restart                    a scheduler that remembers nothing, and finds the plan stored
+    watch SECONDS              the same, which watches for so long what is expected first
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.core import Scheduler
@@ -60,7 +63,7 @@ MESH = MeshConfig(
     nodes=(NodeSpec(node_id="n0", gpus=4),),
 )
 CONFIG = SchedulerConfig(
-    policy="oserve", solve_timeout_s=20.0, replicas_min={"idle": 0}, start_wait_s=3.0
+    policy="oserve", solve_timeout_s=20.0, replicas_min={"idle": 0}, start_wait_s=3.0, watch_s=0.0
 )
 
 
@@ -112,7 +115,7 @@ class Scenario:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.policy = OneEach()
+        self.policy, self.config = OneEach(), CONFIG
         self.alive = dict.fromkeys((gpu.gpu_id for gpu in MESH.gpus()), True)
         self.loads: dict[str, tuple[int, int, float]] = {}
         self.stored = StoredPlan(epoch=0, in_force=EMPTY)
@@ -280,11 +283,15 @@ class Scenario:
         self.step(Query(ReleasePlan(), "cli"))
 
     def restart(self) -> None:
-        self.core = Scheduler(CONFIG, MESH, self.policy)
+        self.core = Scheduler(self.config, MESH, self.policy)
         self.timers: list[tuple[float, object]] = []
         self.adopt, self.epoch_asked = None, -1
         self.step(Started())
         self.step(Loaded(key="plan", message=self.stored, revision=1))
+
+    def watch(self, watch_s: str) -> None:
+        self.config = msgspec.structs.replace(CONFIG, watch_s=float(watch_s))
+        self.restart()
 
     def _store(self, plan: DeploymentPlan) -> None:
         self.stored = StoredPlan(epoch=self.stored.epoch + 1, in_force=plan)
@@ -305,7 +312,7 @@ EVENTS: dict[str, Callable[..., None]] = {
         Scenario.seconds, Scenario.forecast, Scenario.observed, Scenario.load, Scenario.solved,
         Scenario.prompt, Scenario.raises, Scenario.answers, Scenario.in_force,
         Scenario.rolled_back, Scenario.die, Scenario.leave, Scenario.back, Scenario.failed,
-        Scenario.pin, Scenario.release, Scenario.restart,
+        Scenario.pin, Scenario.release, Scenario.restart, Scenario.watch,
     )
 }  # fmt: skip
 SAID_OTHERWISE = ("plan.proposed", "plan.kept", "solve.started", "solve.ended")

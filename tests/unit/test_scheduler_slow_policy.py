@@ -39,7 +39,7 @@ MESH = MeshConfig(
     more_models=(ModelSpec(model_id="other"),),
     nodes=(NodeSpec(node_id="n0", gpus=4),),
 )
-CONFIG = SchedulerConfig(policy="oserve", solve_timeout_s=20.0)
+CONFIG = SchedulerConfig(policy="oserve", solve_timeout_s=20.0, watch_s=0.0)
 EMPTY = DeploymentPlan(plan_id="none")
 
 

@@ -22,7 +22,7 @@ from services.scheduler.policies.rehearsal_outcome import worth
 from services.scheduler.policies.separation import Dispatch, apart, together
 
 TIE = 0.03  # relative, of worth
-SCREENED_MAX = 2500  # requests of the busiest part, with which all are tried
+SCREENED_MAX = 1500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
 GAIN_MIN = 0.05  # of worth: who goes where does not change for less
 

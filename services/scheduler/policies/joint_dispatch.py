@@ -72,7 +72,7 @@ class Dispatcher:
         words = last.words if known and last is not None else ""
         best = standing
         if not (known and last is not None and last.holds(problem.now_s, demand, horizon_s)):
-            drawn = past_of(judge.usual, horizon_s=horizon_s)
+            drawn = past_of(judge.usual, horizon_s=horizon_s)[:1]
             best = best_dispatch(
                 judge.usual, scene_of(judge.usual), counts, drawn, standing=standing
             )

@@ -97,11 +97,15 @@ class OServe:
             best=best,
             terms=terms,
             lasts_s=lasts_s,
-            found=candidates(judge, best, terms, time_limit_s=limit_s) if best else [],
         )
         if best is None or not best.counts:
             return self._unsolved(look, limit_s)
-        return self._answer(look)
+        if not self._memory.review_due(problem, foreseen.lines, horizon_s=_horizon_s(problem)):
+            return self._stays(
+                look, "compared with all other plans a while ago, and demand is near what it was"
+            )
+        found = candidates(judge, best, terms, time_limit_s=limit_s)
+        return self._answer(replace(look, found=found))
 
     def _answer(self, look: Look) -> Planned:
         """The best plan found, if it is worth going to, else the one in force."""
@@ -196,6 +200,7 @@ class OServe:
 
     def _kept(self, look: Look, move: Move, found: Verdict) -> Planned:
         """The replicas in force, types sent to them as is best now."""
+        self._memory.reviewed(look.judge.problem, look.foreseen.lines)
         columns = columns_of(look.judge.table, move.before)
         placed = Placed(replicas=move.before, columns=columns, dropped=(), reason="")
         return self._plan(
@@ -212,11 +217,16 @@ class OServe:
         """No plan was found in time: the replicas in force, or the default ones."""
         judge, in_force = look.judge, look.judge.problem.in_force
         why = f"no plan was found within {limit_s:g} s"
+        if columns_of(judge.table, in_force.replicas):
+            return self._stays(look, why)
+        default = plan_default(judge.problem)
+        told = Decision(policy="oserve", missing=(why,))
+        return Planned(plan=default.plan, reason=f"{why}: {default.reason}", decision=told)
+
+    def _stays(self, look: Look, why: str) -> Planned:
+        """The replicas in force, with no look at others."""
+        judge, in_force = look.judge, look.judge.problem.in_force
         columns = columns_of(judge.table, in_force.replicas)
-        if not columns:
-            default = plan_default(judge.problem)
-            told = Decision(policy="oserve", missing=(why,))
-            return Planned(plan=default.plan, reason=f"{why}: {default.reason}", decision=told)
         kept = judge.dispatched(Counter(columns.values()))
         standing = tuple(spec for spec in in_force.replicas if spec.replica_id in columns)
         placed = Placed(replicas=standing, columns=columns, dropped=(), reason="")

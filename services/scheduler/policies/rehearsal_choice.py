@@ -33,8 +33,8 @@ from shared.messages.decisions import ALTERNATIVES_MAX, PlanOutlook
 KEEP = 6
 SECONDS = (60.0, 300.0)  # of a rehearsal, at least and at most
 REQUESTS = 1500.0  # that are to come in that time: less, and the slowest 1 % are but a few
-PAST_REQUESTS_MAX = 6000.0  # of the past that is played again
-STRESS = 1.5  # times what is expected: forecasts are wrong by that much at times
+PAST_REQUESTS_MAX = 3000.0  # of the past that is played again
+STRESS = 1.25  # times what is expected, bursts and all: forecasts are wrong by that much
 GOODPUT_TIE = 0.01
 TIE = 0.03  # relative, of worth
 SEED = 1

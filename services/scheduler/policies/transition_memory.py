@@ -12,6 +12,7 @@ from services.scheduler.policies.interface import Planned, Problem
 from shared.messages.plans import ReplicaSpec
 
 HELD_S = 3600.0
+REVIEW_S = 60.0  # between two comparisons of the replicas in force with all other plans
 PATIENCE = 2.0  # times as long as it should take, a switch may be under way
 PATIENCE_S = 30.0  # and so much longer
 
@@ -35,11 +36,20 @@ class Asked:
     offered: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Review:
+    at_s: float
+    replicas: Replicas
+    demand: Demand
+    offered: frozenset[str]
+
+
 class Memory:
-    """Of one plan: the last that moved replicas."""
+    """Of one plan: the last that moved replicas. And of when all plans were compared last."""
 
     def __init__(self) -> None:
         self._asked: Asked | None = None
+        self._review: _Review | None = None
         self._stands_since_s: float | None = None
 
     def asked(self, asked: Asked) -> None:
@@ -51,6 +61,28 @@ class Memory:
             self._stands_since_s = None
         elif self._stands_since_s is None:
             self._stands_since_s = problem.now_s
+
+    def reviewed(self, problem: Problem, demand: Demand) -> None:
+        """All plans were compared, and the replicas in force stay."""
+        self._review = _Review(
+            at_s=problem.now_s,
+            replicas=frozenset(problem.in_force.replicas),
+            demand=demand,
+            offered=offered(problem),
+        )
+
+    def review_due(self, problem: Problem, demand: Demand, *, horizon_s: float) -> bool:
+        """Whether they are to be compared again: a while has passed, replicas or GPUs are others,
+        or demand is, or the replicas in force are one step of a way."""
+        last = self._review
+        return (
+            last is None
+            or not 0.0 <= problem.now_s - last.at_s < REVIEW_S
+            or last.replicas != frozenset(problem.in_force.replicas)
+            or last.offered != offered(problem)
+            or self.way(problem) is not None
+            or not near(last.demand, demand, horizon_s=horizon_s)
+        )
 
     def under_way(self, problem: Problem) -> Planned | None:
         """The answer that is being put in force, to be given again."""
