@@ -17,11 +17,12 @@ part damps the loop that a queue closes, and by the leak a plan's own shares ret
 replicas are even. "Its like" are the model's other replicas of the same parallelism.
 
 A part are the replicas that mainly serve the same types: a plan may keep types apart, so that a
-burst of one is not everybody's, and corrections between parts would undo that.
+burst of one is not everybody's, and corrections between parts would undo that. The row of any type
+is the mean of all types' rows: it says nothing of who serves which.
 
 Factors scale shares, so that a replica without a share of a type keeps none, with one exception:
-when all that serve a type have broken, or as good as, and others of the model are idle, these are
-lent up to ``LENT_MAX`` of it, as long as their KV cache is no smaller.
+when all that serve a type have broken and others of the model are idle, these are lent up to
+``LENT_MAX`` of it, as long as their KV cache is no smaller.
 """
 
 from bisect import bisect_left, insort
@@ -30,7 +31,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 
-from services.scheduler.policies.weights import rounded
+from services.scheduler.policies.weights import ANY_TYPE, rounded
 from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import ReplicaReport
 
@@ -44,11 +45,13 @@ RATE = 0.03  # per second
 FORGET_S = 300.0
 FACTOR_MAX = 2.0
 FEW = 4  # so few running requests, and one that waits is chance
-STRAIN_MAX = 3.0
+STRAIN_MAX = 3.0  # of one that broke
+QUEUE_MAX = 2.5  # strain of a queue, however long
 STEP_S_MAX = 5.0  # between two corrections: a gap in time is no evidence
 EVEN = 0.02  # so small a correction (of a factor's logarithm) is none
-OVERLOADED, IDLE = 2.5, 0.25  # strains: all of them bear the most that counts; next to nothing
+BROKEN, IDLE = 2.9, 0.25  # strains: of one that broke a while ago; of one with next to no queue
 MAIN = 0.25  # of the largest share of a row: who has less of a type does not mainly serve it
+SAME = 1e-4  # shares that differ by less are alike: they are rounded
 LENT_MAX = 0.3
 LENT_RATE = 0.02  # per second
 CHANGE_MIN = 0.05  # of a model's requests: less is not worth a new plan
@@ -146,10 +149,13 @@ def corrected(
 
 def parts(own: Sequence[str], rows: Weights) -> list[list[str]]:
     """One model's replicas by the types that they mainly serve: two are in one part if a row, or a
-    chain of rows, has both with ``MAIN`` of its largest share or more."""
+    chain of rows, has both with ``MAIN`` of its largest share or more. The row of any type counts,
+    as those for which it stands in, only where the model has no other."""
     part_of = {replica_id: index for index, replica_id in enumerate(own)}
-    for row in rows.values():
-        shares = {id_: row[id_] for id_ in own if row.get(id_, 0.0) > 0.0}
+    every = [{id_: row[id_] for id_ in own if row.get(id_, 0.0) > 0.0} for row in rows.values()]
+    mixed = rows.get(ANY_TYPE, {})
+    typed = [shares for shares in every if any(_unlike(shares, mixed, id_) for id_ in own)]
+    for shares in typed or every:
         least = MAIN * max(shares.values(), default=0.0)
         joined = {part_of[id_] for id_, share in shares.items() if share >= least}
         if len(joined) > 1:
@@ -159,6 +165,10 @@ def parts(own: Sequence[str], rows: Weights) -> list[list[str]]:
     for replica_id in own:
         found[part_of[replica_id]].append(replica_id)
     return list(found.values())
+
+
+def _unlike(one: Mapping[str, float], other: Mapping[str, float], replica_id: str) -> bool:
+    return abs(one.get(replica_id, 0.0) - other.get(replica_id, 0.0)) > SAME
 
 
 def _strains(
@@ -181,7 +191,7 @@ def _strains(
         queue = report.waiting / max(report.running, FEW)
         usual_s = _usual_s(steps_s[spec.model_id, spec.parallelism], report)
         slow = report.step_s / usual_s - 1.0 if usual_s > 0.0 else 0.0
-        strains[spec.replica_id] = min(STRAIN_MAX, max(queue, slow))
+        strains[spec.replica_id] = min(QUEUE_MAX, max(queue, slow))
     return strains
 
 
@@ -215,15 +225,15 @@ def _loans(
     *,
     seconds: float,
 ) -> dict[tuple[str, str], Loan]:
-    """Loans grow while all that serve a type are overloaded and somebody is idle, and are paid
-    back as fast."""
+    """Loans grow while all that serve a type are broken and somebody is idle, and are paid back as
+    fast."""
     loans: dict[tuple[str, str], Loan] = {}
     for model_id in sorted({spec.model_id for spec in replicas}):
         known = [s.replica_id for s in replicas if s.model_id == model_id]
         for name, row in rows.items():
             before = former.get((model_id, name))
             strained = all(
-                strains.get(id_, 0.0) >= OVERLOADED for id_ in known if row.get(id_, 0.0) > 0.0
+                strains.get(id_, 0.0) >= BROKEN for id_ in known if row.get(id_, 0.0) > 0.0
             )
             serving = (
                 {id_ for id_ in known if row.get(id_, 0.0) > 0.0} if strained or before else ()

@@ -78,7 +78,7 @@ class OneEach:
 
     def start(self, problem: Problem) -> Planned:
         if problem.in_force.replicas:
-            return repair(problem, why="nothing is expected")
+            return repair(problem, why="nothing is planned for yet")
         return self._planned(problem, {("m", Parallelism()): 1}, "to begin with")
 
     def plan(self, problem: Problem) -> Planned:

@@ -40,6 +40,11 @@ class Pattern:
     def length_s(self) -> float:
         return float(self.seconds.sum())
 
+    @property
+    def means(self) -> Array:
+        """Requests/s [J]."""
+        return np.average(self.rates, axis=0, weights=self.seconds)
+
     def newest(self, requests_max: float) -> "Pattern":
         """Its last windows, as many as hold ``requests_max`` requests at most; at least one."""
         expected = (self.rates.sum(axis=1) * self.seconds)[::-1].cumsum()
@@ -52,9 +57,11 @@ def pattern_of(
     past: Mapping[str, tuple[PastWindow, ...]],
     *,
     horizon_s: float,
+    follow: bool = True,
 ) -> Pattern:
     """What to rehearse with for ``types``, by the ``past`` of each model. Windows of unlike models
-    count from the newest back, as far as all models that have a past have them."""
+    count from the newest back, as far as all models that have a past have them. ``follow``: types
+    whose level has shifted are taken at the new one; else the past is played as it was."""
     longest = [windows for windows in past.values() if len(windows) >= WINDOWS_MIN]
     if not longest:
         seconds = np.full(len(BURSTS), BURST_S)
@@ -63,13 +70,22 @@ def pattern_of(
     count = min(len(windows) for windows in longest)
     seconds = np.array([window.seconds for window in longest[0][-count:]])
     rates = np.stack(
-        [_of_type(kind, past.get(kind.model_id, ()), seconds, horizon_s) for kind in types], axis=1
+        [
+            _of_type(kind, past.get(kind.model_id, ()), seconds, horizon_s, follow=follow)
+            for kind in types
+        ],
+        axis=1,
     )
     return Pattern(seconds=seconds, rates=rates)
 
 
 def _of_type(
-    kind: TypeDemand, past: Sequence[PastWindow], seconds: Array, horizon_s: float
+    kind: TypeDemand,
+    past: Sequence[PastWindow],
+    seconds: Array,
+    horizon_s: float,
+    *,
+    follow: bool,
 ) -> Array:
     """Requests/s of one type in each window."""
     count = len(seconds)
@@ -79,6 +95,8 @@ def _of_type(
         places = (upto / BURST_S).astype(int) % len(BURSTS)
         return kind.arrivals_rps * np.array(BURSTS)[places]
     rates = np.array(seen)
+    if not follow:
+        return rates
     mean = float(np.average(rates, weights=seconds))
     # A mean over the horizon varies as windows do, and by chance, whichever is more.
     windows = max(1.0, horizon_s / float(seconds.mean()))

@@ -1,9 +1,9 @@
 """Who goes where, once it is decided which replicas there are: the last part of a decision.
 
 Types are sent to the replicas of the plan together or apart, as it turns out best with the last
-minutes' arrivals (``dispatching``). What is found is kept for ``REVIEW_S`` as long as the replicas
-stay and demand is near that for which it was found, and after that unless another is clearly
-better.
+minutes' arrivals (``dispatching``), as they came: bursts come and go faster than forecasts of them,
+and replicas that change hands in the middle of one are late for both sides. What is found is kept
+for ``REVIEW_S`` as long as the replicas stay, and after that unless another is clearly better.
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 
 from services.scheduler.policies.capacity import Column
 from services.scheduler.policies.capacity_plan import Placed
+from services.scheduler.policies.capacity_types import ARRIVALS_MIN
 from services.scheduler.policies.dispatching import best_dispatch
+from services.scheduler.policies.history import pattern_of
 from services.scheduler.policies.horizon_judge import Weighed
-from services.scheduler.policies.horizon_lasting import Demand, near
-from services.scheduler.policies.joint_judge import Candidate
-from services.scheduler.policies.rehearsal_choice import past_of, scene_of
+from services.scheduler.policies.joint_judge import Candidate, Judge
+from services.scheduler.policies.rehearsal import Drawn, requests
+from services.scheduler.policies.rehearsal_choice import scene_of
 from services.scheduler.policies.separation import Dispatch, as_weighted, deal, ungrouped, widened
 
 REVIEW_S = 120.0
+REQUESTS_MAX = 8000.0  # of the past that is played again: some 0.2 s for each dispatch
+SEED = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +41,7 @@ class Sent:
 class _Found:
     replicas: frozenset[str]
     at_s: float
-    demand: Demand
     words: str
-
-    def holds(self, now_s: float, demand: Demand, horizon_s: float) -> bool:
-        recent = 0.0 <= now_s - self.at_s < REVIEW_S
-        return recent and near(self.demand, demand, horizon_s=horizon_s)
 
 
 class Dispatcher:
@@ -52,32 +51,28 @@ class Dispatcher:
         self._found: _Found | None = None
 
     def sent(
-        self,
-        judge: Weighed,
-        candidate: Candidate,
-        placed: Placed,
-        *,
-        demand: Demand,
-        horizon_s: float,
+        self, judge: Weighed, candidate: Candidate, placed: Placed, *, horizon_s: float
     ) -> Sent:
         """``candidate`` on ``placed`` replicas, with the dispatch to use."""
-        problem, counts = judge.problem, ungrouped(placed.counts)
-        rows, replicas = problem.in_force.weights, frozenset(placed.columns)
+        problem, replicas = judge.problem, frozenset(placed.columns)
+        rows = problem.in_force.weights
+        past, drawn = _played(judge.usual, horizon_s)
         standing: Dispatch | None = None
         own: Mapping[str, Column] = {}
         if rows and replicas == frozenset(s.replica_id for s in problem.in_force.replicas):
-            standing, own = as_weighted(judge.usual.table, placed.columns, rows)
-        last = self._found
-        known = standing is not None and last is not None and last.replicas == replicas
-        words = last.words if known and last is not None else ""
-        best = standing
-        if not (known and last is not None and last.holds(problem.now_s, demand, horizon_s)):
-            drawn = past_of(judge.usual, horizon_s=horizon_s)[:1]
+            standing, own = as_weighted(past.table, placed.columns, rows)
+        last, words, best = self._found, "", standing
+        if standing is not None and last is not None and last.replicas == replicas:
+            words = last.words
+            due = not 0.0 <= problem.now_s - last.at_s < REVIEW_S
+        else:
+            due = True
+        if due:
             best = best_dispatch(
-                judge.usual, scene_of(judge.usual), counts, drawn, standing=standing
+                past, scene_of(past), ungrouped(placed.counts), [drawn], standing=standing
             )
             words = words if best is standing else best.words
-            self._found = _Found(replicas=replicas, at_s=problem.now_s, demand=demand, words=words)
+            self._found = _Found(replicas=replicas, at_s=problem.now_s, words=words)
         assert best is not None, "it is looked for, or stands"
         stays = best is standing
         columns = best.table.columns
@@ -89,3 +84,16 @@ class Dispatcher:
             words=words,
             stays=stays,
         )
+
+
+def _played(usual: Judge, horizon_s: float) -> tuple[Judge, Drawn]:
+    """The judge of what arrived in the last minutes, and these arrivals."""
+    table = usual.table
+    pattern = pattern_of(table.types, usual.problem.history, horizon_s=horizon_s, follow=False)
+    pattern = pattern.newest(REQUESTS_MAX)
+    types = tuple(
+        replace(kind, arrivals_rps=max(ARRIVALS_MIN, float(mean)))
+        for kind, mean in zip(table.types, pattern.means, strict=True)
+    )
+    past = replace(usual, table=replace(table, types=types))
+    return past, requests(past.table, seconds=pattern.length_s, seed=SEED, pattern=pattern)

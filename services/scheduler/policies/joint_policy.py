@@ -251,7 +251,6 @@ class OServe:
             look.judge,
             now,
             placed,
-            demand=look.foreseen.lines,
             horizon_s=_horizon_s(problem),
         )
         told = decision(
