@@ -219,13 +219,13 @@ class Scheduler:
             yield from self._take(attempt(self._policy.plan, problem), problem)
 
     def _outlook(self, problem: Problem) -> Outlook:
+        watches = self._corrects and not self._standing.inherited  # else somebody has watched
+        watch_s = self._config.watch_s if watches else 0.0
         return Outlook(
             gpus=frozenset(offer.gpu_id for offer in problem.offers),
             forecasts=self._demands.heard,
             starting=self._forecasts_count
-            and not self._demands.watched(
-                problem.now_s, for_s=self._config.watch_s if self._corrects else 0.0
-            ),
+            and not self._demands.watched(problem.now_s, for_s=watch_s),
             wanted=self._demands.wanted(problem.now_s),
         )
 

@@ -137,11 +137,11 @@ def corrected(
     factors = {replica_id: bias.factor(replica_id) for replica_id in models}
     result: dict[str, dict[str, float]] = {}
     for name, row in rows.items():
-        parts: dict[str, dict[str, float]] = {}
+        by_model: dict[str, dict[str, float]] = {}
         for replica_id, share in row.items():
-            parts.setdefault(models.get(replica_id, ""), {})[replica_id] = share
+            by_model.setdefault(models.get(replica_id, ""), {})[replica_id] = share
         changed: dict[str, float] = {}
-        for model_id, part in parts.items():
+        for model_id, part in by_model.items():
             changed |= _part(part, factors, bias.loans.get((model_id, name)))
         result[name] = dict(row) if changed == row else rounded(changed)
     return result

@@ -24,6 +24,8 @@ class Standing:
         self._as_decided: DeploymentPlan | None = None
         self.leaders: frozenset[tuple[str, str]] = frozenset()
         """Replica and leading worker of each replica."""
+        self.inherited = False
+        """Whether a plan was in force before this scheduler said anything."""
         self._decided: dict[str, Weights] = {}
 
     def begin(self, now_s: float) -> None:
@@ -41,6 +43,7 @@ class Standing:
         if stored.epoch < self.epoch:
             return False
         self._set(stored.epoch, stored.in_force, now_s)
+        self.inherited = bool(stored.in_force.replicas)
         return True
 
     def asked_for(self, plan: DeploymentPlan, decided: Weights) -> None:

@@ -108,7 +108,8 @@ def test_it_stays_with_what_it_planned() -> None:
     plan, _ = planned(case)
     again, reason = planned(replace(case, in_force=plan))
     assert again is plan
-    assert "its weights still fit" in reason
+    assert "the replicas in force are the best" in reason
+    assert "new weights" not in reason
 
 
 def test_new_weights_cost_nothing_and_are_taken() -> None:

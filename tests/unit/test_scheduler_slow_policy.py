@@ -341,6 +341,7 @@ def test_a_policy_is_told_what_the_operator_needs_and_how_long_replicas_stand() 
         gpu_prices={"h100": 2.5},
         target=SloTarget(ttft_s=3.0, tpot_s=0.2),
         class_targets={"batch": SloTarget(ttft_s=9.0, tpot_s=0.9)},
+        watch_s=0.0,
     ).checked_for(("m", "other"))
     run = Run(Count(slow=False), config)
     run.seconds(5)
