@@ -18,8 +18,8 @@ from shared.messages.demand import DemandReport
 from shared.messages.plans import DeploymentPlan, PlanInForce, PlanProposed, ReplicaSpec
 
 NO_FIGURES = (
-    "no figures came with this decision, only a reason: no policy but 'oserve' gives any, nor does "
-    "that one before it has a forecast"
+    "no figures came with this decision, only a reason: other policies than 'oserve' give few or "
+    "none, nor does that one before it has a forecast"
 )
 SETTLED_S = 60.0  # after a switch, what is seen is of these replicas alone
 JOURNAL_LIMITS = "bus.journal_age_s_max and bus.journal_bytes_max"

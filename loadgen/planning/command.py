@@ -17,7 +17,7 @@ from loadgen.planning.machine import Site, read_site, serving
 from loadgen.planning.plan_file import read_plan, write_plan
 from loadgen.planning.planner import NOTHING
 from loadgen.planning.report import Question, Report, report
-from loadgen.planning.table import plan_tables, worth
+from loadgen.planning.table import figures, plan_tables
 from loadgen.planning.table_explain import compared, explained
 from loadgen.planning.view import view
 from loadgen.planning.what_if import parse_what_if
@@ -146,7 +146,7 @@ def comments(answer: Answer) -> list[str]:
     """The head of a plan file: what the plan was made for, and what it should be worth."""
     lines = [f"Planned for {answer.demand}", f"on {answer.gpus} ({answer.topology})"]
     if answer.decision.chosen is not None:
-        lines.append(f"{answer.decision.chosen.plan}: {worth(answer.decision.chosen)}")
+        lines.append(f"{answer.decision.chosen.plan}: {figures(answer.decision.chosen)}")
     for kind in answer.decision.types:
         name = answer.type_name(kind.model_id, kind.request_type)
         named = "" if name == kind.request_type else f" ({name})"

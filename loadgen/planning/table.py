@@ -49,7 +49,7 @@ def plan_tables(answer: Answer) -> RenderableType:
     return Group(*parts)
 
 
-def worth(outlook: PlanOutlook) -> str:
+def figures(outlook: PlanOutlook) -> str:
     """Headroom, tails and goodput of a plan. Plans are made for the 90th percentile of demand."""
     parts = [f"carries {words.times(outlook.headroom)} the p90 of the demand"]
     if outlook.goodput_share is not None:
@@ -99,10 +99,10 @@ def _summary(answer: Answer) -> list[tuple[str, str]]:
     rows.append(("plan", f"{answer.brief}, on {gpus} GPUs for {price}{_CHANGES[answer.change]}"))
     if chosen.plan != answer.brief:
         rows.append(("on the way to", chosen.plan))
-    rows.append(("worth", worth(chosen)))
+    rows.append(("figures", figures(chosen)))
     rows.append(("proof", proof(answer)))
     if decision.in_force is not None and answer.change == "replicas":
-        rows.append(("in force", f"{decision.in_force.plan}: {worth(decision.in_force)}"))
+        rows.append(("in force", f"{decision.in_force.plan}: {figures(decision.in_force)}"))
     if decision.switch is not None:
         rows.append(("switch", _switch(decision.switch)))
     return rows

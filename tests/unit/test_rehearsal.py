@@ -6,14 +6,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from services.router import loads
+from services.router.config import RouterConfig
 from services.scheduler.policies.capacity import Column, ReplicaKind, Table, TypeDemand, build
 from services.scheduler.policies.history import Pattern
-from services.scheduler.policies.interface import Needs, Problem
+from services.scheduler.policies.interface import Needs, PastWindow, Problem
 from services.scheduler.policies.joint_choice import Judge, candidates, choose, solve_capacity
 from services.scheduler.policies.joint_verify import losses
-from services.scheduler.policies.rehearsal import Rehearsed, rehearse, requests
-from services.scheduler.policies.rehearsal_choice import GOODPUT_TIE, rehearsed, scene_of
-from services.scheduler.policies.rehearsal_replica import Log, Replica
+from services.scheduler.policies.rehearsal import LOAD_GAIN, Rehearsed, rehearse, requests
+from services.scheduler.policies.rehearsal_choice import (
+    PAST_REQUESTS_MAX,
+    STRESS,
+    TIE,
+    past_of,
+    rehearsed,
+    scene_of,
+)
+from services.scheduler.policies.rehearsal_outcome import Fared, Spread, worth
+from services.scheduler.policies.rehearsal_replica import QUEUE_FULL, Log, Replica
 from services.scheduler.policies.rehearsal_requests import Drawn, draw
 from services.worker.engine.batching import Batch
 from shared.cost.limits import EngineLimits
@@ -76,6 +86,12 @@ def of_type(drawn: Drawn, j: int) -> list[tuple[float, int, int]]:
             strict=True,
         )
     )
+
+
+def test_constants_are_the_routers() -> None:
+    """Services do not import each other; what one assumes of another may drift apart."""
+    assert RouterConfig().load_gain == LOAD_GAIN
+    assert loads.QUEUE_FULL == QUEUE_FULL
 
 
 def test_requests_are_those_of_the_forecast() -> None:
@@ -293,16 +309,20 @@ def test_every_uniform_plan_is_a_candidate() -> None:
 
 
 def test_the_best_by_rehearsal_is_taken_and_the_others_say_why_not() -> None:
-    """In order of goodput, then of the slowest 1 %."""
+    """In order of their worth; of those that are worth as much, the roomiest."""
     judge = case(3.0)
     best, terms = solve_capacity(judge.table, [M], time_limit_s=10.0)
     assert best is not None
     found = candidates(judge, best, terms, time_limit_s=10.0)
     ranking = rehearsed(judge, found, keep=5, seconds=60.0)
-    assert 5 <= len(ranking.played) <= 6
-    assert ranking.of(ranking.best) is ranking.outcome
-    most = max(each.goodput_share for each in ranking.played)
-    assert ranking.played[0].goodput_share >= most - GOODPUT_TIE
+    assert 5 <= len(ranking.played) <= 7
+    assert ranking.of(ranking.best) is ranking.played[0]
+    assert ranking.outcome is ranking.played[0].outcome
+    assert all(ranking.of(each.candidate) is each for each in ranking.played)
+    most = max(each.worth for each in ranking.played)
+    close = [each for each in ranking.played if each.worth >= most * (1 - TIE)]
+    assert ranking.played[0] in close
+    assert ranking.best.headroom == max(each.candidate.headroom for each in close)
     assert len(ranking.alternatives) == ALTERNATIVES_MAX
     assert all(each.why for each in ranking.alternatives)
     assert "by formula" in ranking.alternatives[-1].why
@@ -311,6 +331,67 @@ def test_the_best_by_rehearsal_is_taken_and_the_others_say_why_not() -> None:
     assert again.of(drowned) is not None
     (why,) = [each.why for each in again.alternatives if each.plan == "2 x tp2pp4"][:1]
     assert why.startswith(("goodput", "P99 of E2E"))
+
+
+def test_worth_falls_with_the_tail_and_with_what_is_late() -> None:
+    """A dispatch that lets one type wait forever would win by a few requests in time."""
+
+    def whole(goodput: float | None, p99_s: float | None) -> Fared:
+        return Fared(
+            requests=9, ttft_s=Spread(), tpot_s=Spread(), e2e_s=Spread(p99=p99_s),
+            goodput_share=goodput,
+        )  # fmt: skip
+
+    assert worth(whole(0.9, 10.0)) > worth(whole(0.8, 10.0)) > worth(whole(0.8, 11.0))
+    assert worth(whole(0.5, 60.0)) > worth(whole(0.6, 300.0))
+    assert worth(whole(0.0, 60.0)) > worth(whole(0.0, 90.0)) > 0.0, "hopeless ones are told apart"
+    assert worth(whole(None, None)) == worth(whole(None, 3.0)) == worth(whole(0.9, None)) == 0.0
+
+
+def past(*rates: tuple[float, float, float]) -> tuple[PastWindow, ...]:
+    """Half minutes, with these requests/s of types 0, 1, 2."""
+    return tuple(PastWindow(seconds=30.0, arrivals_rps=dict(enumerate(each))) for each in rates)
+
+
+def test_the_past_is_played_at_its_level_and_beyond() -> None:
+    """Plans that are best at what was foreseen, and founder beyond, would be taken."""
+    rates = [(2.0, 1.0, 0.5)] * 15 + [(6.0, 1.0, 0.5)] * 5
+    judge = case(1.0)
+    judge = replace(judge, problem=replace(judge.problem, history={M: past(*rates)}))
+    usual, high = past_of(judge, horizon_s=60.0)
+    assert usual.seconds == high.seconds == pytest.approx(600.0)
+    assert len(usual) == pytest.approx(600 * 4.5, rel=0.1)
+    assert len(high) / len(usual) == pytest.approx(STRESS, rel=0.05)
+    for drawn in (usual, high):
+        burst = drawn.at_s >= 450.0
+        assert of_type(drawn, 0)
+        share = (burst & (drawn.kinds == 0)).sum() / (drawn.kinds == 0).sum()
+        assert share == pytest.approx(0.5, abs=0.05), "a quarter of the time"
+    busy = case(30.0)
+    thirty = past(*[(30 * a, 30 * b, 30 * c) for a, b, c in rates])
+    busy = replace(busy, problem=replace(busy.problem, history={M: thirty}))
+    for level, drawn in zip((1.0, STRESS), past_of(busy, horizon_s=60.0), strict=True):
+        assert len(drawn) < 1.1 * level * PAST_REQUESTS_MAX, "the work is bounded"
+
+
+def test_a_plan_that_founders_beyond_the_forecast_loses_to_one_that_bears_it() -> None:
+    """Large replicas answer soonest until they are full, and forecasts err."""
+    judge = case(1.0)
+    levels = [
+        requests(judge.table, seconds=120.0, seed=1),
+        requests(case(12.0).table, seconds=120.0, seed=1),
+    ]
+    quick, roomy = (judge.dispatched(uniform(judge, shape)) for shape in ("tp8", "tp4"))
+    assert rehearsed(judge, [quick, roomy], drawn=levels[:1]).best is quick
+    ranking = rehearsed(judge, [quick, roomy], drawn=levels)
+    for each in ranking.played:
+        assert len(each.outcomes) == len(levels)
+        low, high = (worth(outcome.whole) for outcome in each.outcomes)
+        assert each.worth == pytest.approx((low * high) ** 0.5)
+        assert each.outcome is each.outcomes[0]
+    assert ranking.best is roomy
+    (loser,) = ranking.alternatives
+    assert f"at {STRESS:g} times the demand goodput" in loser.why
 
 
 def test_elastic_plans_leave_gpus_unused_that_targets_do_not_need() -> None:

@@ -51,7 +51,7 @@ class Exhaustive:
         placed = place_counts(table, found.counts, problem.in_force)
         models = {column.model_id for column in placed.counts}
         notes = [
-            f"{brief(found.counts)} serves {_worth(found, float(table.demand.sum()))}",
+            f"{brief(found.counts)} serves {_carries(found, float(table.demand.sum()))}",
             _looked_at(found),
             left_out(problem, models),
             every.shortcomings(),
@@ -66,7 +66,7 @@ class Exhaustive:
         return replace(answer, decision=_decision(found))
 
 
-def _worth(found: Exhausted, total: float) -> str:
+def _carries(found: Exhausted, total: float) -> str:
     if found.goal == "headroom":
         return f"{found.objective:.3g} times the demand"
     return f"{found.objective:.3g} of {total:.3g} requests/s, and not some of every type"

@@ -28,7 +28,7 @@ UNITS: Mapping[Goal, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worth:
+class Serves:
     """One column of a plan. ``headroom``: what one more replica would add to the plan's, at most;
     the other figures follow from it. ``requests_per_s``: of the mix that is expected."""
 
@@ -46,11 +46,11 @@ class Bottlenecks:
     type), the share of what the replicas are worth that it takes; those that take none left out."""
 
     headroom: float
-    columns: tuple[Worth, ...]
+    columns: tuple[Serves, ...]
     types: Mapping[tuple[str, str], float]
 
     @property
-    def narrowest(self) -> Worth | None:
+    def narrowest(self) -> Serves | None:
         """The column in use of which one more GPU would bring most; None if there is none."""
         return next((w for w in self.columns if w.count and w.headroom > 0.0), None)
 
@@ -130,11 +130,11 @@ def bottlenecks(table: Table, counts: Mapping[Column, int]) -> Bottlenecks:
     """What the headroom of ``counts`` hangs on. ``table`` has a column."""
     found = duals(table.instance(counts), "headroom")
     total = float(table.demand.sum())
-    columns: list[Worth] = []
+    columns: list[Serves] = []
     for s, column in enumerate(table.columns):
         gain, gpus = float(found.replica[s]), column.shape.gpus
         columns.append(
-            Worth(
+            Serves(
                 column=column,
                 count=counts.get(column, 0),
                 headroom=gain,

@@ -70,8 +70,8 @@ def solve_capacity(
     suffice, less: first no replica can be lost any more, then models get one replica, then only
     those that anything is expected of. If no plan serves some of every type, the one that serves
     most requests."""
-    for survive in range(needs.survive, -1, -1):
-        for least in ladder(table, models, needs.replicas_min):
+    for least in ladder(table, models, needs.replicas_min):
+        for survive in range(needs.survive, -1, -1):
             terms = Terms(least=least, survive=survive, prices=needs.gpu_prices)
             found = best_joint(table, "headroom", terms, time_limit_s=time_limit_s)
             if found is None or found.objective <= NOTHING or (survive and found.objective < 1.0):

@@ -43,11 +43,11 @@ def filled(table: Table, goal: Goal, terms: Terms, relaxed: Array) -> Counter[Co
         left = losses(table, counts) if terms.survive else {}
         if not every and enough(table, terms, counts, left):
             return +counts
-        worth = _worth(table, goal, counts, left)
+        gains = _gain_of(table, goal, counts, left)
         options = [
-            (worth[s] / max(float(price[s]), ROUNDING), -s)
+            (gains[s] / max(float(price[s]), ROUNDING), -s)
             for s, column in enumerate(table.columns)
-            if worth[s] > 0.0 and room.fits(counts, column)
+            if gains[s] > 0.0 and room.fits(counts, column)
         ]
         if not options:
             break
@@ -69,7 +69,7 @@ def enough(
     return least >= 1.0 - TOLERANCE
 
 
-def _worth(
+def _gain_of(
     table: Table, goal: Goal, counts: Counter[Column], left: Mapping[Column, float]
 ) -> Array:
     """[S]: what one more replica would bring; after the worst of the losses, if there are any."""

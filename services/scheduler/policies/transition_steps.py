@@ -38,13 +38,15 @@ def components(made: Change) -> list[Change]:
     ]
 
 
-def batches(parts: Iterable[Change], count: int, worth: Mapping[str, float]) -> list[list[Change]]:
+def batches(
+    parts: Iterable[Change], count: int, carries: Mapping[str, float]
+) -> list[list[Change]]:
     """At most ``count`` batches of ``parts``, none empty, those first that bring most per GPU.
-    ``worth``, by replica: what it could serve, to any scale."""
+    ``carries``, by replica: what it could serve, to any scale."""
 
     def brings(part: Change) -> tuple[float, int]:
-        more = sum(worth.get(spec.replica_id, 0.0) for spec in part.coming)
-        more -= sum(worth.get(spec.replica_id, 0.0) for spec in part.going)
+        more = sum(carries.get(spec.replica_id, 0.0) for spec in part.coming)
+        more -= sum(carries.get(spec.replica_id, 0.0) for spec in part.going)
         return -more / max(1, gpus_of(part)), gpus_of(part)
 
     ordered = sorted(parts, key=brings)

@@ -110,12 +110,12 @@ def affordable_way(move: Move) -> Way:
     meanwhile = _Meanwhile(move)
     whole = change(move.before, move.after)
     parts = components(whole)
-    worth = meanwhile.worth()
+    carries = meanwhile.carries()
     way: Way | None = None
     for count in STEPS:
         if way is not None and (count > len(parts) or len(way.steps) < count // 2):
             break
-        way = meanwhile.judged(walk(move.before, batches(parts, count, worth)))
+        way = meanwhile.judged(walk(move.before, batches(parts, count, carries)))
         if not way.refused:
             return way
     assert way is not None, "there is a way of one step"
@@ -130,7 +130,7 @@ class _Meanwhile:
         self._columns = columns_of(self._table, (*move.before, *move.after))
         self._headrooms: dict[tuple[tuple[Column, int], ...], float] = {}
 
-    def worth(self) -> dict[str, float]:
+    def carries(self) -> dict[str, float]:
         """Requests/s by replica of its model's mix, as a multiple of what is expected of it."""
         rates = dict(zip(self._table.columns, mix_headrooms(self._table), strict=True))
         return {id_: rates[column] for id_, column in self._columns.items()}
