@@ -66,7 +66,8 @@ class Scheduler:
         self._corrects = config.policy == CORRECTING
         self._framing = Framing(config, mesh)
         self._fleet = Fleet(config, mesh)
-        self._demands = Demands(mesh.model_ids, stale_s=config.forecast_stale_s)
+        stale_s, floored = config.forecast_stale_s, self._corrects
+        self._demands = Demands(mesh.model_ids, stale_s=stale_s, floored=floored)
         self._agenda = Agenda(self._policy.period_s)
         self._standing = Standing(period_s=config.plan_period_s)
         self._balance = Balance(config.correction_period_s if self._corrects else 0.0)
@@ -219,8 +220,7 @@ class Scheduler:
             yield from self._take(attempt(self._policy.plan, problem), problem)
 
     def _outlook(self, problem: Problem) -> Outlook:
-        watches = self._corrects and not self._standing.inherited  # else somebody has watched
-        watch_s = self._config.watch_s if watches else 0.0
+        watch_s = self._config.watch_s if self._corrects and not self._standing.inherited else 0.0
         return Outlook(
             gpus=frozenset(offer.gpu_id for offer in problem.offers),
             forecasts=self._demands.heard,

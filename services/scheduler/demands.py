@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+import msgspec
+
 from services.scheduler.past import Past
 from services.scheduler.policies.interface import ModelDemand, PastWindow
 from shared.core import Log
@@ -56,8 +58,12 @@ class Demands:
     """Bounded: one forecast and one window for each model of the topology, one report for each
     replica in force."""
 
-    def __init__(self, models: Collection[str], *, stale_s: float = 0.0) -> None:
-        """``stale_s``: after which a forecast counts no more; 0: three of its horizons."""
+    def __init__(
+        self, models: Collection[str], *, stale_s: float = 0.0, floored: bool = False
+    ) -> None:
+        """``stale_s``: after which a forecast counts no more; 0: three of its horizons.
+        ``floored``: whether what arrived in the last minutes bounds forecasts from below."""
+        self._floored = floored
         self._models, self._stale_s = tuple(models), stale_s
         self._forecasts: dict[str, _Heard] = {}
         self._windows: dict[str, _Windows] = {}
@@ -190,6 +196,8 @@ class Demands:
             types, horizon_s = _observed(windows.newest), windows.newest.window_s
         elif heard and source != "none":
             types, horizon_s = heard.forecast.types, heard.forecast.horizon_s
+        floors = self._past.floors(model_id) if self._floored else {}
+        types = tuple(_at_least(kind, floors.get(kind.request_type, 0.0)) for kind in types)
         types = tuple(kind for kind in types if _plausible(kind))[:TYPES_MAX]
         horizon_s = horizon_s if isfinite(horizon_s) else 0.0
         return ModelDemand(
@@ -249,3 +257,7 @@ def _plausible(kind: TypeForecast) -> bool:
         and 0.0 < kind.input_tokens_mean <= TOKENS_MAX
         and 0.0 <= kind.output_tokens_mean <= TOKENS_MAX
     )
+
+
+def _at_least(kind: TypeForecast, rps: float) -> TypeForecast:
+    return kind if kind.arrivals_rps >= rps else msgspec.structs.replace(kind, arrivals_rps=rps)

@@ -10,6 +10,9 @@ from shared.messages.demand import DemandReport
 KEPT_S = 1200.0
 WINDOWS_MAX = 240
 TYPES_MAX = 256
+RECENT_S = 300.0
+FLOOR = 0.7  # of what arrived recently: a forecast below that is not believed
+FLOOR_WINDOWS_MIN = 6
 APART_S_MAX = 0.5  # between a window's end and the next one's start, in windows: more is a gap
 
 
@@ -49,3 +52,22 @@ class Past:
     def windows(self) -> Mapping[str, tuple[PastWindow, ...]]:
         """By model, the oldest first; models without any are left out."""
         return {model_id: tuple(known) for model_id, known in self._windows.items() if known}
+
+    def floors(self, model_id: str) -> dict[int, float]:
+        """Requests/s by type below which no forecast is believed. Forecasts are made of requests
+        that have ended: while replicas are overloaded, or change, few do, and demand seems to
+        cease just when it is too much. Empty until enough is settled."""
+        recent: list[PastWindow] = []
+        seconds = 0.0
+        for window in reversed(self._windows.get(model_id, ())):
+            if seconds >= RECENT_S:
+                break
+            recent.append(window)
+            seconds += window.seconds
+        if len(recent) < FLOOR_WINDOWS_MIN:
+            return {}
+        sums: dict[int, float] = {}
+        for window in recent:
+            for request_type, rps in window.arrivals_rps.items():
+                sums[request_type] = sums.get(request_type, 0.0) + rps * window.seconds
+        return {request_type: FLOOR * total / seconds for request_type, total in sums.items()}

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from services.scheduler.policies.placing import place, standing_shapes
 from services.scheduler.policies.registry import POLICIES, make_policy
 from services.scheduler.policies.repair import repair
 from services.scheduler.policies.verify import verify
-from services.scheduler.policies.weights import equal, planned
+from services.scheduler.policies.weights import equal, joined, planned
 from services.scheduler.solving import solve
 from shared.cost.limits import EngineLimits
 from shared.hardware import Parallelism
@@ -236,6 +237,76 @@ def test_corrected_rows_are_whole_and_bounded_and_return_to_the_plan(data: st.Da
     assert corrected(plan.weights, specs, bias) == plan.weights
 
 
+@st.composite
+def apart(draw: st.DrawFn) -> tuple[DeploymentPlan, dict[str, int]]:
+    """A plan of one model that keeps types apart, and the part of each of its replicas."""
+    offers = tuple(GpuOffer(gpu_id=f"g{g}", node_id="n", kind=KIND) for g in range(8))
+    placed = place({("big", Parallelism()): draw(st.integers(2, 8))}, offers, EMPTY)
+    names = [spec.replica_id for spec in placed.replicas]
+    part_of = {name: draw(st.integers(0, 2)) for name in names}
+    rows = {
+        str(number): {
+            name: draw(st.floats(0.5, 1.0)) for name in names if part_of[name] == part
+        }
+        for number, part in enumerate(sorted(set(part_of.values())))
+    }  # fmt: skip
+    made = planned(placed.replicas, joined({"big": rows}), reason="apart")
+    assert made.plan is not None
+    return made.plan, part_of
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_what_one_part_bears_moves_nothing_in_another(data: st.DataObject) -> None:
+    """Otherwise a burst of one type would take shares of types that are kept apart from it."""
+    plan, part_of = data.draw(apart())
+    specs, bias = plan.replicas, Bias()
+    loads = data.draw(reports(plan))
+    late = data.draw(st.sampled_from(sorted(set(part_of.values()))))
+    loads = [
+        report if part_of[report.replica_id] == late
+        else msgspec.structs.replace(report, phase="serving", running=9, waiting=1, step_s=0.0)
+        for report in loads
+    ]  # fmt: skip
+    for _ in range(data.draw(st.integers(1, 60))):
+        bias = advanced(bias, specs, plan.weights, loads, seconds=1.0)
+    rows = corrected(plan.weights, specs, bias)
+    for name, row in plan.weights.items():
+        if name != "*" and all(part_of[id_] != late for id_ in row):
+            assert rows[name] == row
+        served = set(row) | {id_ for (_, of), loan in bias.loans.items() if of == name
+                             for id_ in loan.to}  # fmt: skip
+        assert set(rows[name]) <= served
+
+
+waits = st.lists(
+    st.tuples(st.sampled_from(["forecast", "nothing", "silence"]), st.floats(0.0, 90.0)),
+    max_size=12,
+)
+
+
+@given(events=waits, for_s=st.sampled_from([0.0, 30.0, 60.0]))
+def test_plans_wait_for_as_long_as_demand_is_to_be_watched_and_no_longer(
+    events: list[tuple[str, float]], for_s: float
+) -> None:
+    """Otherwise the first seconds' demand would be planned for, or a pause watched over anew."""
+    demands, now_s, first_s = Demands(("m",)), 0.0, float("inf")
+    for event, seconds in events:
+        now_s += seconds
+        if event != "silence":
+            kind = TypeForecast(
+                request_type=0, arrivals_rps=1.0, input_tokens_mean=9.0, output_tokens_mean=9.0
+            )
+            types = (kind,) if event == "forecast" else ()
+            demands.forecast(
+                ForecastReport(model_id="m", made_at_s=now_s, horizon_s=30.0, types=types), now_s
+            )
+        expected = any(demand.types for demand in demands.models(now_s))
+        if expected:
+            first_s = min(first_s, now_s)
+        assert demands.watched(now_s, for_s=for_s) == (expected and now_s - first_s >= for_s)
+
+
 ids = st.sampled_from([f"n0-g{i}" for i in range(4)])
 words = st.one_of(
     st.tuples(st.just("seconds"), st.sampled_from(["1", "2", "7"])),
@@ -247,6 +318,7 @@ words = st.one_of(
     st.tuples(st.just("failed"), st.just("m-tp1-0"), ids),
     st.tuples(st.just("pin"), ids.map("a@{}".format)),
     st.tuples(st.sampled_from(["raises", "answers", "prompt", "restart", "release", "pin"])),
+    st.tuples(st.just("watch"), st.sampled_from(["0", "5"])),
 )
 
 
@@ -265,7 +337,7 @@ def test_whatever_happens_the_core_asks_for_plans_that_can_be_and_keeps_to_what_
         run.run(" ".join(event))
         if event[0] == "release":
             released = released or any("yes" in line for line in run.lines)
-        elif event[0] == "restart" or (event[0] == "pin" and "yes" in run.lines[-1]):
+        elif event[0] in ("restart", "watch") or (event[0] == "pin" and "yes" in run.lines[-1]):
             released = False
         asked = run.adopt
         if asked is not None:

@@ -95,10 +95,10 @@ def test_what_stands_is_left_for_what_is_clearly_better_only() -> None:
     scene, counts = scene_of(judge), four_tp4(judge)
     as_is = together(judge.table, counts)
     assert best_dispatch(judge, scene, counts, [calm], standing=as_is) is as_is
-    lopsided = next(iter(apart(as_is, MODEL))).strict
-    found = best_dispatch(judge, scene, counts, [calm], standing=lopsided)
-    worse, better = (played(scene, each, calm).worth for each in (lopsided, found))
-    assert (found is lopsided) == (better <= worse * (1.0 + GAIN_MIN))
+    apart_ = next(iter(apart(as_is, MODEL))).strict
+    worse, better = (played(scene, each, calm).worth for each in (apart_, as_is))
+    assert worse < better < worse * (1.0 + GAIN_MIN)
+    assert best_dispatch(judge, scene, counts, [calm], standing=apart_) is apart_
     judge = a_judge()
     bursts = [drawn_with(judge, *BURSTS)]
     mixed = together(judge.table, counts)

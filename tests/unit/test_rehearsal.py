@@ -367,9 +367,9 @@ def test_the_past_is_played_at_its_level_and_beyond() -> None:
         assert of_type(drawn, 0)
         share = (burst & (drawn.kinds == 0)).sum() / (drawn.kinds == 0).sum()
         assert share == pytest.approx(0.5, abs=0.05), "a quarter of the time"
-    busy = case(30.0)
-    thirty = past(*[(30 * a, 30 * b, 30 * c) for a, b, c in rates])
-    busy = replace(busy, problem=replace(busy.problem, history={M: thirty}))
+    busy = case(5.0)
+    five_fold = past(*[(5 * a, 5 * b, 5 * c) for a, b, c in rates])
+    busy = replace(busy, problem=replace(busy.problem, history={M: five_fold}))
     for level, drawn in zip((1.0, STRESS), past_of(busy, horizon_s=60.0), strict=True):
         assert len(drawn) < 1.1 * level * PAST_REQUESTS_MAX, "the work is bounded"
 
@@ -378,8 +378,8 @@ def test_a_plan_that_founders_beyond_the_forecast_loses_to_one_that_bears_it() -
     """Large replicas answer soonest until they are full, and forecasts err."""
     judge = case(1.0)
     levels = [
-        requests(judge.table, seconds=120.0, seed=1),
-        requests(case(12.0).table, seconds=120.0, seed=1),
+        requests(judge.table, seconds=240.0, seed=1),
+        requests(case(10.0).table, seconds=240.0, seed=1),
     ]
     quick, roomy = (judge.dispatched(uniform(judge, shape)) for shape in ("tp8", "tp4"))
     assert rehearsed(judge, [quick, roomy], drawn=levels[:1]).best is quick

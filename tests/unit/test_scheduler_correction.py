@@ -14,6 +14,7 @@ from services.scheduler.correction import (
     Bias,
     advanced,
     corrected,
+    parts,
 )
 from services.scheduler.correction_size import largest_move
 from services.scheduler.plan_id import make_plan
@@ -182,26 +183,79 @@ def test_each_model_keeps_its_part_of_a_row() -> None:
     assert 1.0 / FACTOR_MAX**2 - 1e-3 <= row["r0"] / row["r1"] < 0.5, "bounded"
 
 
-def test_who_serves_a_type_not_gets_none_of_it_unless_all_that_do_are_overloaded() -> None:
-    """Otherwise long prompts would be sent among the short ones that the plan keeps them from."""
+def test_who_serves_a_type_not_gets_none_of_it_unless_all_that_do_have_broken() -> None:
+    """Otherwise long prompts would be sent among the short ones that the plan keeps them from,
+    whenever they queue."""
     specs = replicas("m", "m", "m")
     rows = {"0": {"r0": 0.5, "r1": 0.5}, "1": {"r2": 1.0}}
-    one = after(100, rows, specs, load(0, 64, 200), load(1, 64), load(2, 5))
-    assert corrected(rows, specs, one)["0"].keys() == {"r0", "r1"}
-    both = after(100, rows, specs, load(0, 64, 200), load(1, 64, 200), load(2, 5))
+    idle = load(2, 5)
+    for first in (load(0, 64, 200), load(0, 1, 5000), load(0, 0, phase="failed")):
+        for second in (load(1, 64), load(1, 64, 200), load(1, 1, 5000)):
+            bias = after(100, rows, specs, first, second, idle)
+            assert corrected(rows, specs, bias)["0"].keys() == {"r0", "r1"}
+            assert not bias.loans
+    broke = (load(0, 0, phase="failed"), load(1, 0, phase="failed"))
+    both = after(100, rows, specs, *broke, idle)
     row = corrected(rows, specs, both)
     assert row["0"]["r2"] == pytest.approx(LENT_MAX)
     assert row["1"] == {"r2": 1.0}
-    over = after(40, rows, specs, load(0, 64), load(1, 64), load(2, 5), bias=both)
+    over = after(60, rows, specs, load(0, 64), load(1, 64), idle, bias=both)
     assert corrected(rows, specs, over)["0"].keys() == {"r0", "r1"}
-    busy = after(100, rows, specs, load(0, 64, 200), load(1, 64, 200), load(2, 64, 60))
+    busy = after(100, rows, specs, *broke, load(2, 64, 60))
     assert corrected(rows, specs, busy)["0"].keys() == {"r0", "r1"}
     tight = load(2, 5, kv_blocks_total=500)
-    small = after(100, rows, specs, load(0, 64, 200), load(1, 64, 200), tight)
+    small = after(100, rows, specs, *broke, tight)
     assert corrected(rows, specs, small)["0"].keys() == {"r0", "r1"}, "it might not fit there"
 
 
-def test_a_replica_that_broke_counts_as_overloaded_and_one_that_starts_as_unknown() -> None:
+A_AND_B = {"0": {"r0": 0.5, "r1": 0.5}, "1": {"r2": 0.5, "r3": 0.5}}
+EVERYBODY = dict.fromkeys(("r0", "r1", "r2", "r3"), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ({"*": EVERYBODY}, [["r0", "r1", "r2", "r3"]]),
+        (A_AND_B, [["r0", "r1"], ["r2", "r3"]]),
+        ({"*": EVERYBODY, **A_AND_B}, [["r0", "r1"], ["r2", "r3"]]),
+        ({"*": EVERYBODY, **A_AND_B, "7": EVERYBODY}, [["r0", "r1"], ["r2", "r3"]]),
+        (  # a way out at need: little of a type, beside those who mainly serve it
+            {"0": {"r0": 0.45, "r1": 0.45, "r2": 0.05, "r3": 0.05}, "1": A_AND_B["1"]},
+            [["r0", "r1"], ["r2", "r3"]],
+        ),
+        (  # one type more that all three serve: whoever is late is late for it, too
+            {"0": {"r0": 0.5, "r1": 0.5}, "1": {"r1": 0.5, "r2": 0.5}, "2": {"r3": 1.0}},
+            [["r0", "r1", "r2"], ["r3"]],
+        ),
+        ({"0": {"r0": 1.0}, "1": {"other": 1.0}}, [["r0"], ["r1"], ["r2"], ["r3"]]),
+    ],
+)
+def test_parts_are_those_who_mainly_serve_the_same_types(
+    rows: Mapping[str, Mapping[str, float]], found: list[list[str]]
+) -> None:
+    """Otherwise types that a plan keeps apart would be mixed by corrections; the row of any type,
+    and rows of other models for which it stands in, have everybody in all plans."""
+    assert parts(["r0", "r1", "r2", "r3"], rows) == found
+
+
+def test_types_that_are_kept_apart_are_not_mixed_by_corrections() -> None:
+    """Otherwise a burst of one type would become everybody's, which the plan was made to avoid."""
+    specs = replicas("m", "m", "m", "m")
+    leaky = {"r0": 0.45, "r1": 0.45, "r2": 0.05, "r3": 0.05}
+    rows = {"*": EVERYBODY, "0": leaky, "1": A_AND_B["1"]}
+    late = (load(0, 64, 120), load(1, 64, 120))
+    calm = (load(2, 20), load(3, 20))
+    bias = after(300, rows, specs, *late, *calm)
+    assert corrected(rows, specs, bias) == rows, "both of them alike, so none is relieved"
+    slow = after(300, rows, specs, load(0, 64, 300), load(1, 64), *calm)
+    found = corrected(rows, specs, slow)
+    assert found["1"] == rows["1"]
+    assert found["0"]["r0"] < 0.4
+    assert found["0"]["r1"] > 0.5
+    assert found["0"]["r2"] == found["0"]["r3"] < 0.07
+
+
+def test_a_replica_that_broke_has_its_type_lent_and_one_that_starts_counts_as_unknown() -> None:
     """Otherwise a type whose replicas all broke would wait for the next decision."""
     specs = replicas("m", "m")
     rows = {"0": {"r0": 1.0}, "1": {"r1": 1.0}}

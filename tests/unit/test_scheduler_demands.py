@@ -69,6 +69,25 @@ def test_observed_demand_counts_when_forecasts_have_ceased_or_never_come() -> No
     assert not Demands(("m",)).blind(142.0), "nothing was ever known: that is the start"
 
 
+def test_what_is_expected_is_watched_from_its_first_word_on() -> None:
+    """Otherwise a mesh would be planned for the few requests that ended within its first seconds,
+    or watch anew whenever demand pauses."""
+    demands = Demands(("m",))
+    assert not demands.watched(0.0, for_s=0.0), "nothing is expected"
+    demands.forecast(forecast(1.0, made_at_s=5.0), 5.0)
+    assert not demands.watched(5.0, for_s=60.0)
+    assert demands.watched(5.0, for_s=0.0)
+    demands.forecast(forecast(9.0, made_at_s=50.0), 50.0)
+    assert not demands.watched(64.9, for_s=60.0)
+    assert demands.watched(65.0, for_s=60.0)
+    nothing = ForecastReport(model_id="m", made_at_s=70.0, horizon_s=30.0)
+    demands.forecast(nothing, 70.0)
+    assert not demands.watched(75.0, for_s=60.0)
+    demands.forecast(forecast(1.0, made_at_s=80.0), 80.0)
+    assert demands.watched(80.0, for_s=60.0), "known for long"
+    assert demands.watched(1e4, for_s=60.0), "a stale forecast is what is known"
+
+
 @pytest.mark.parametrize("horizon_s", [float("nan"), float("inf"), -1.0, 0.0, 1e12])
 def test_no_horizon_makes_a_forecast_last_for_ever_or_not_at_all(horizon_s: float) -> None:
     """Otherwise one absurd number would blind the scheduler, or make it believe the past."""

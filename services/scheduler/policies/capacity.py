@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from services.scheduler.policies.capacity_types import Quantile, TypeDemand, looser, types_of
-from services.scheduler.policies.costs import RANKS, STAGES
+from services.scheduler.policies.costs import ANY_TARGET, RANKS, STAGES
 from services.scheduler.policies.flow import Array, Instance
 from services.scheduler.policies.interface import GpuOffer, Problem
 from shared.cost.limits import EngineLimits
@@ -190,11 +190,14 @@ def build(
     target: SloTarget | None = None,
     caution: float = 0.0,
     quantile: Quantile | None = None,
+    late_share: float = 0.0,
 ) -> Table:
     """The table of ``problem``. ``target`` replaces those of models and classes. ``quantile``: of
     the arrivals, where forecasts have it; elsewhere ``caution`` times the error of a forecast so
-    far is added to it. All tables of a problem have the same types and columns. Shapes in force
-    are columns too, whatever they are, so that keeping them can be judged."""
+    far is added to it. ``late_share``: columns that serve a type too late, where others are in
+    time, count with that share of what they serve at all: replicas that stand do serve it. All
+    tables of a problem have the same types and columns. Shapes in force are columns too, whatever
+    they are, so that keeping them can be judged."""
     known = pools(problem.offers)
     types = types_of(problem, target=target, caution=caution, quantile=quantile)
     columns = _columns(problem, source, known)
@@ -213,9 +216,33 @@ def build(
             if rates[:, j].any():
                 late += [j] if wanted != kind.target else []
                 break
+    if late_share > 0.0:
+        rates = _with_late(problem, source, known, columns, types, rates, late_share)
     assert np.all(np.isfinite(rates)), "a rate is a finite number"
     assert np.all(rates >= 0), "a rate is 0 or more"
     return Table(pools=known, columns=columns, types=types, rates=rates, late=tuple(late))
+
+
+def _with_late(  # noqa: PLR0913, PLR0917  # what a rate is made of
+    problem: Problem,
+    source: RateSource,
+    known: Mapping[str, Pool],
+    columns: Sequence[Column],
+    types: Sequence[TypeDemand],
+    rates: Array,
+    share: float,
+) -> Array:
+    """``rates`` with ``share`` of what they serve at all for columns that serve a type too late."""
+    found = rates.copy()
+    for s, column in enumerate(columns):
+        for j, kind in enumerate(types):
+            if kind.model_id == column.model_id and rates[s, j] <= 0.0:
+                lengths = (kind.input_tokens, kind.output_tokens)
+                replica = kind_of(column, problem, known)
+                found[s, j] = share * source.requests_per_s(
+                    replica, lengths, ANY_TARGET, problem.limits
+                )
+    return found
 
 
 def _columns(problem: Problem, source: RateSource, known: Mapping[str, Pool]) -> tuple[Column, ...]:

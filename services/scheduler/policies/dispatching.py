@@ -48,13 +48,16 @@ def best_dispatch(
     drawn: Sequence[Drawn],
     *,
     standing: Dispatch | None = None,
+    separate: bool = True,
 ) -> Dispatch:
     """The best dispatch of ``counts``; ``scene`` and ``drawn``, the requests of each level, are
     those of ``judge.table``. ``standing``: how types are sent now, if these replicas are in force:
-    it is left for one that is worth more by ``GAIN_MIN`` only."""
+    it is left for one that is worth more by ``GAIN_MIN`` only. ``separate``: whether types may be
+    kept apart at all."""
     busiest = [busiest_part(drawn[0], SCREENED_MAX)]
     best = together(judge.table, counts)
-    for model_id in sorted({column.model_id for column, n in counts.items() if n > 0}):
+    models = {column.model_id for column, count in counts.items() if count > 0 and separate}
+    for model_id in sorted(models):
         splits = {id(split.one_way): split for split in apart(best, model_id)}
         if splits:
             screened = ranked(_tried(scene, [s.one_way for s in splits.values()], busiest))

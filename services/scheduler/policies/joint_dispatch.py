@@ -4,6 +4,11 @@ Types are sent to the replicas of the plan together or apart, as it turns out be
 minutes' arrivals (``dispatching``), as they came: bursts come and go faster than forecasts of them,
 and replicas that change hands in the middle of one are late for both sides. What is found is kept
 for ``REVIEW_S`` as long as the replicas stay, and after that unless another is clearly better.
+
+Types are kept apart only with a past of ``PAST_S_MIN`` to go by, and if that is better at
+``STRESS`` times its level, too: the part that was given too few replicas has nobody to turn to.
+When it comes to that all the same, and replicas drown beside idle ones of their model, types go
+together again at once, for ``TOGETHER_S`` at least.
 """
 
 from collections.abc import Mapping
@@ -15,14 +20,27 @@ from services.scheduler.policies.capacity_types import ARRIVALS_MIN
 from services.scheduler.policies.dispatching import best_dispatch
 from services.scheduler.policies.history import pattern_of
 from services.scheduler.policies.horizon_judge import Weighed
+from services.scheduler.policies.interface import Problem
 from services.scheduler.policies.joint_judge import Candidate, Judge
 from services.scheduler.policies.rehearsal import Drawn, requests
 from services.scheduler.policies.rehearsal_choice import scene_of
-from services.scheduler.policies.separation import Dispatch, as_weighted, deal, ungrouped, widened
+from services.scheduler.policies.separation import (
+    Dispatch,
+    as_weighted,
+    deal,
+    together,
+    ungrouped,
+    widened,
+)
 
 REVIEW_S = 120.0
-REQUESTS_MAX = 8000.0  # of the past that is played again: some 0.2 s for each dispatch
+REQUESTS_MAX = 6000.0  # of the past that is played again: some 0.1 s for each dispatch
 SEED = 1
+PAST_S_MIN = 240.0
+STRESS = 1.4
+TOGETHER_S = 300.0
+DROWNED, DROWNED_MIN = 2.0, 32  # times as many wait as run, and so many
+IDLE = 4  # requests that wait: next to none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +58,11 @@ class Sent:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     replicas: frozenset[str]
-    at_s: float
+    until_s: float
     words: str
+
+
+DROWNING = "together again: requests piled up at replicas beside idle ones"
 
 
 class Dispatcher:
@@ -55,24 +76,29 @@ class Dispatcher:
     ) -> Sent:
         """``candidate`` on ``placed`` replicas, with the dispatch to use."""
         problem, replicas = judge.problem, frozenset(placed.columns)
-        rows = problem.in_force.weights
+        counts, rows = ungrouped(placed.counts), problem.in_force.weights
         past, drawn = _played(judge.usual, horizon_s)
         standing: Dispatch | None = None
         own: Mapping[str, Column] = {}
         if rows and replicas == frozenset(s.replica_id for s in problem.in_force.replicas):
             standing, own = as_weighted(past.table, placed.columns, rows)
         last, words, best = self._found, "", standing
+        due = standing is None or last is None or last.replicas != replicas
         if standing is not None and last is not None and last.replicas == replicas:
             words = last.words
-            due = not 0.0 <= problem.now_s - last.at_s < REVIEW_S
-        else:
-            due = True
-        if due:
+            due = not 0.0 <= last.until_s - problem.now_s <= TOGETHER_S
+        for_s = REVIEW_S
+        if standing is not None and words not in ("", DROWNING) and drowning(problem):
+            best, words, for_s = together(past.table, counts), DROWNING, TOGETHER_S
+        elif due:
+            separate = _long_enough(problem)
             best = best_dispatch(
-                past, scene_of(past), ungrouped(placed.counts), [drawn], standing=standing
+                past, scene_of(past), counts, drawn, standing=standing, separate=separate
             )
             words = words if best is standing else best.words
-            self._found = _Found(replicas=replicas, at_s=problem.now_s, words=words)
+        if due or best is not standing:
+            until_s = problem.now_s + for_s
+            self._found = _Found(replicas=replicas, until_s=until_s, words=words)
         assert best is not None, "it is looked for, or stands"
         stays = best is standing
         columns = best.table.columns
@@ -86,8 +112,31 @@ class Dispatcher:
         )
 
 
-def _played(usual: Judge, horizon_s: float) -> tuple[Judge, Drawn]:
-    """The judge of what arrived in the last minutes, and these arrivals."""
+def drowning(problem: Problem) -> bool:
+    """Whether requests pile up at some replica while others of its model have next to none."""
+    models = {spec.replica_id: spec.model_id for spec in problem.in_force.replicas}
+    drown: set[str] = set()
+    idle: set[str] = set()
+    for report in problem.loads:
+        model_id = models.get(report.replica_id, "")
+        if report.waiting >= max(DROWNED_MIN, DROWNED * report.running):
+            drown.add(model_id)
+        elif report.waiting <= IDLE:
+            idle.add(model_id)
+    return bool(drown & idle)
+
+
+def _long_enough(problem: Problem) -> bool:
+    """Whether the past tells of bursts."""
+    longest = max(
+        (sum(window.seconds for window in past) for past in problem.history.values()), default=0.0
+    )
+    return longest >= PAST_S_MIN
+
+
+def _played(usual: Judge, horizon_s: float) -> tuple[Judge, list[Drawn]]:
+    """The judge of what arrived in the last minutes, and these arrivals, at their level and at
+    ``STRESS`` times that."""
     table = usual.table
     pattern = pattern_of(table.types, usual.problem.history, horizon_s=horizon_s, follow=False)
     pattern = pattern.newest(REQUESTS_MAX)
@@ -96,4 +145,6 @@ def _played(usual: Judge, horizon_s: float) -> tuple[Judge, Drawn]:
         for kind, mean in zip(table.types, pattern.means, strict=True)
     )
     past = replace(usual, table=replace(table, types=types))
-    return past, requests(past.table, seconds=pattern.length_s, seed=SEED, pattern=pattern)
+    seconds = pattern.length_s
+    levels = [pattern, replace(pattern, rates=STRESS * pattern.rates)]
+    return past, [requests(past.table, seconds=seconds, seed=SEED, pattern=p) for p in levels]

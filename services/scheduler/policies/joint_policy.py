@@ -50,6 +50,7 @@ from services.scheduler.policies.weights import planned
 from shared.messages.decisions import Decision, SwitchOutlook
 
 PERIOD_S = 30.0
+LATE_SHARE = 0.5  # what a replica that serves a type too late counts, of what it serves
 PROGRAMS = 32  # solved for one decision at most, each in its part of the time limit
 
 
@@ -80,7 +81,7 @@ class OServe:
             return under_way
         foreseen = self._foresight.foresee(problem)
         lasts_s = self._lasting.now(foreseen.lines, problem.now_s, horizon_s=_horizon_s(problem))
-        every = build(foreseen.high, self._source)
+        every = build(foreseen.high, self._source, late_share=LATE_SHARE)
         table = every.only(every.servable())
         if not table.columns or not table.types:
             why = every.shortcomings() or "no GPU is on offer"

@@ -2,6 +2,8 @@
 
 same     the best plan found is the one in force
 gain     what it brings must exceed the error of its prediction, ``GAIN_MIN``; on a way begun, less
+room     replicas that cannot carry the demand are left for ones that carry more by ``GAIN_MIN``
+         only, and none are left for ones that carry less, unless these carry ``ROOM`` times it
 lacking  or it has what the operator asks of any plan, and the one in force has not
 saving   or it saves ``SAVING_MIN`` of the price, where GPUs may be left unused: it must be on time
          by ``MARGIN``, so that it is not left at the next rise, and last for as long as it takes to
@@ -21,6 +23,7 @@ from shared.messages.decisions import SwitchOutlook
 
 GAIN_MIN = 0.1  # of lateness: well within the error of its prediction
 GAIN_MIN_ON_THE_WAY = 0.05
+ROOM = 1.6  # times the demand: bursts of half a minute reach that
 SAVING_MIN = 0.05  # of the price
 ON_TIME = 1.0  # lateness at which 99 % meet their targets
 MARGIN = 0.8  # of it, that a cheaper plan may use up
@@ -84,7 +87,14 @@ def words(what: str, candidate: Candidate) -> str:
 def _too_little_gained(move: Move) -> str:
     least = GAIN_MIN_ON_THE_WAY if move.done else GAIN_MIN
     gain = move.kept.lateness - move.choice.lateness
-    return "" if gain > least * move.kept.lateness else f"a gain below {least:.0%} is no reason"
+    if gain <= least * move.kept.lateness:
+        return f"a gain below {least:.0%} is no reason"
+    now, then = move.kept.headroom, move.choice.headroom
+    if now < 1.0 and then < now * (1.0 + least):
+        return "what overloads the replicas in force would overload these as well"
+    if then < min(now, ROOM):
+        return f"it carries less than those in force, and not {ROOM:g} times the demand"
+    return ""
 
 
 def _too_little_saved(move: Move) -> str:
