@@ -4,7 +4,8 @@ The largest batch B in steady state (``shared/cost/steady.py``) that
 
     kv       holds its expected tokens in the KV cache: B (i + o / 2), and prompts under way
     seats    leaves room under ``running_max``, prompts under way included
-    compute  leaves prompts enough of each step's token budget to keep up
+    compute  leaves prompts enough of each step's token budget to keep up; a lone request that does
+             not is followed by the next one as soon as its prompt is computed
     tpot     decodes at a mean ITL within the TPOT target
     ttft     lets a prompt that arrives beside it meet the TTFT target, if it need not queue
 
@@ -81,12 +82,12 @@ def _broken(
     state: Steady, model: CostModel, ttft_s: float, tpot_s: float, limits: EngineLimits
 ) -> LimitedBy | None:
     """The first bound that ``state`` exceeds. Memory and seats always let a lone request in: it was
-    checked to fit to its end."""
+    checked to fit to its end; and prompts may always come as fast as they can be computed."""
     crowded = state.batch > 1
     exceeded: tuple[tuple[bool, LimitedBy], ...] = (
         (crowded and state.kv_tokens > model.kv_tokens, "kv"),
         (crowded and state.running > limits.running_max, "seats"),
-        (not state.sustained, "compute"),
+        (crowded and not state.sustained, "compute"),
         (state.itl_s > tpot_s, "tpot"),
         (state.ttft_s > ttft_s, "ttft"),
     )

@@ -10,8 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.scheduler.policies.capacity import Column, Table, build
-from services.scheduler.policies.capacity_plan import place_counts, weights
-from services.scheduler.policies.separation import LONG, Dispatch, apart, deal, together, ungrouped
+from services.scheduler.policies.capacity_plan import Placed, place_counts, weights
+from services.scheduler.policies.separation import (
+    LONG,
+    Dispatch,
+    apart,
+    as_weighted,
+    deal,
+    together,
+    ungrouped,
+    widened,
+)
 from shared.hardware import Parallelism
 from tests.unit.joint_cases import EMPTY, MadeUpRates, offers, problem
 
@@ -133,6 +142,64 @@ def test_replicas_are_dealt_out_the_same_each_time() -> None:
     rows = weights(dispatch.table, dealt, dispatch.shares)
     assert not set(rows["0"]) & set(rows["1"])
     assert set(rows["0"]) | set(rows["1"]) == {spec.replica_id for spec in placed.replicas}
+
+
+def each_share(dispatch: Dispatch, placed: Placed) -> dict[str, list[float]]:
+    """By replica, its share of each type."""
+    index = {column: s for s, column in enumerate(dispatch.table.columns)}
+    return {
+        replica_id: (dispatch.shares[index[column]] / dispatch.counts[column]).tolist()
+        for replica_id, column in placed.columns.items()
+    }
+
+
+def test_a_plan_s_weights_are_read_as_the_dispatch_that_they_were_made_of() -> None:
+    """What stands would be compared as if it were something else."""
+    table = a_table(CHAT, CODE)
+    counts = counts_of(table, {"tp4": 2, "tp8": 1})
+    placed = place_counts(table, counts, EMPTY)
+    base = together(table, counts)
+    every = [base]
+    for split in apart(base, MODEL):
+        every += [split.strict, split.one_way, split.both_ways]
+    assert len(every) > 3
+    for dispatch in every:
+        dealt = deal(placed, dispatch.counts)
+        rows = weights(dispatch.table, dealt, dispatch.shares)
+        found, own = as_weighted(table, placed.columns, rows)
+        assert ungrouped(found.counts) == counts
+        assert {id_: replace(column, group=0) for id_, column in own.items()} == placed.columns
+        assert Counter(own.values()) == Counter(found.counts)
+        expected = each_share(dispatch, dealt)
+        for id_, shares in each_share(found, replace(placed, columns=own)).items():
+            assert shares == pytest.approx(expected[id_], abs=1e-4)
+
+
+def test_types_that_a_plan_has_no_row_for_go_as_any_type() -> None:
+    """A type that is new would count as turned away."""
+    table = a_table(CHAT, CODE)
+    placed = place_counts(table, counts_of(table, {"tp4": 4}), EMPTY)
+    ids = sorted(placed.columns)
+    rows = {"*": dict.fromkeys(ids, 0.25), "1": {ids[0]: 1.0}}
+    found, own = as_weighted(table, placed.columns, rows)
+    assert len(set(own.values())) == 2
+    assert found.shares.sum(axis=0) == pytest.approx(1.0)
+    shares = each_share(found, replace(placed, columns=own))
+    assert [shares[id_][0] for id_ in ids] == pytest.approx([0.25] * 4)
+    assert [shares[id_][1] for id_ in ids] == pytest.approx([1.0, 0.0, 0.0, 0.0])
+
+
+def test_groups_serve_as_fast_as_their_columns() -> None:
+    """A group is a name, no other hardware."""
+    table = a_table(CHAT, CODE)
+    column = counts_of(table, {"tp4": 1}).popitem()[0]
+    wide = widened(table, [replace(column, group=2), column])
+    assert len(wide.columns) == len(table.columns) + 1
+    index = {each: s for s, each in enumerate(wide.columns)}
+    for each in wide.columns:
+        origin = table.columns.index(replace(each, group=0))
+        assert np.array_equal(wide.rates[index[each]], table.rates[origin])
+    assert widened(table, table.columns).columns == table.columns
 
 
 @given(
