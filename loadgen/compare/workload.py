@@ -22,6 +22,7 @@ from loadgen.workload.readers import read_trace
 from loadgen.workload.records import TraceRecord
 from shared.slo import SloClass
 
+HISTORY_WINDOW_S = 10.0
 _READ_BYTES = 1 << 20
 _SEEDS_APART = 100_003  # models that share a trace are thinned by unlike draws
 
@@ -106,6 +107,28 @@ def history(workload: Workload, until_s: float) -> tuple[TypeMean, ...]:
             kinds = [msgspec.structs.replace(r, label=split.kind(r)) for r in past]
             found += _means(typed.trace.model_id, kinds, workload.slo_class)
     return tuple(found)
+
+
+def history_windows(
+    workload: Workload, until_s: float, *, window_s: float = HISTORY_WINDOW_S
+) -> dict[str, tuple[dict[int, float], ...]]:
+    """By model, requests/s at scale 1 of each kind in ``history``, by its place there among the
+    model's, in windows of ``window_s`` from the start to ``until_s``; whole ones only."""
+    count = int(until_s / window_s)
+    found: dict[str, tuple[dict[int, float], ...]] = {}
+    for typed in typed_windows(workload):
+        past = [record for record in typed.records if record.timestamp_s < count * window_s]
+        if not past:
+            continue
+        split = split_of([r for r in typed.records if r.timestamp_s < until_s])
+        kinds = [split.kind(record) for record in past]
+        places = {kind: place for place, kind in enumerate(sorted(set(kinds)))}
+        windows: list[dict[int, float]] = [{} for _ in range(count)]
+        for record, kind in zip(past, kinds, strict=True):
+            window = windows[int(record.timestamp_s / window_s)]
+            window[places[kind]] = window.get(places[kind], 0.0) + 1.0 / window_s
+        found[typed.trace.model_id] = tuple(windows)
+    return found
 
 
 def last_arrival_s(path: str, start_s: float) -> float:

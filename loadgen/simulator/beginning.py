@@ -5,28 +5,38 @@ The policy is the production one, told of all GPUs and of no plan in force, so t
 weighed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from loadgen.simulator.demand import Demand
 from loadgen.simulator.deployments import Deployment, wished_words
 from loadgen.simulator.site import Site
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.fleet import engine_limits
-from services.scheduler.policies.interface import ModelDemand, Needs, Problem
+from services.scheduler.policies.interface import ModelDemand, Needs, PastWindow, Problem
 from services.scheduler.policies.registry import make_policy
 from shared.mesh import ReplicaWish
 from shared.messages.demand import TypeForecast
 from shared.messages.plans import DeploymentPlan
 
+Past = Mapping[str, Sequence[tuple[float, Mapping[int, float]]]]
+
 
 def planned(
-    site: Site, config: SchedulerConfig, demand: Sequence[Demand], *, horizon_s: float
+    site: Site,
+    config: SchedulerConfig,
+    demand: Sequence[Demand],
+    *,
+    horizon_s: float,
+    past: Past | None = None,
 ) -> Deployment | None:
     """The replicas for ``demand``, which is taken to last ``horizon_s``; None if the policy plans
-    nothing for it."""
+    nothing for it. ``past``: by model, seconds and requests/s of each of its types, by its place
+    in ``demand`` among the model's, of windows in their order."""
     if not demand:
         return None
-    answer = make_policy(config).plan(_problem(site, config, demand, horizon_s))
+    problem = replace(_problem(site, config, demand, horizon_s), history=_history(past or {}))
+    answer = make_policy(config).plan(problem)
     if answer.plan is None or not answer.plan.replicas:
         return None
     wishes = tuple(
@@ -40,6 +50,15 @@ def planned(
     )
     name = wished_words(Deployment("", wishes).on(site.mesh))
     return Deployment(name, wishes)
+
+
+def _history(past: Past) -> dict[str, tuple[PastWindow, ...]]:
+    return {
+        model_id: tuple(
+            PastWindow(seconds=seconds, arrivals_rps=rates) for seconds, rates in windows
+        )
+        for model_id, windows in past.items()
+    }
 
 
 def _problem(

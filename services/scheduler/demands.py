@@ -199,7 +199,7 @@ class Demands:
         floors = self._past.floors(model_id) if self._floored else {}
         types = tuple(_at_least(kind, floors.get(kind.request_type, 0.0)) for kind in types)
         types = tuple(kind for kind in types if _plausible(kind))[:TYPES_MAX]
-        horizon_s = horizon_s if isfinite(horizon_s) else 0.0
+        horizon_s = horizon_s if isfinite(horizon_s) and horizon_s > 0.0 else 0.0
         return ModelDemand(
             model_id=model_id, types=types or self._nominal(model_id, now_s), horizon_s=horizon_s
         )

@@ -30,6 +30,7 @@ from shared.models import ModelSpec
 
 ONE, TWO = "llama-3.1-8b", "other"
 LONG = (6000, 60)
+CONFIG = SchedulerConfig(policy="oserve", watch_s=0.0)  # runs are too short to watch first
 SECONDS_OF_A_PERIOD = PERIOD_S + 10.0  # and a window, which is what the next one starts from
 
 
@@ -85,7 +86,7 @@ def spec(records: dict[str, list[TraceRecord]], **changes: object) -> Simulation
     made = SimulationSpec(
         mesh=mesh(*records),
         traffic=tuple(Traffic(model_id=id_, records=own) for id_, own in records.items()),
-        policy=replace(policy_named("oserve"), begin="topology"),
+        policy=replace(policy_named("oserve"), begin="topology", scheduler=CONFIG),
         slow_work_s=0.5,
     )
     return replace(made, **changes)
@@ -132,16 +133,14 @@ def test_what_is_left_serves_on_when_a_gpu_is_lost() -> None:
     """The plan without it is there within a second of its worker being missed, whatever the solver
     does meanwhile, and no request is lost."""
     crash_s = 40.0
-    config = SchedulerConfig(policy="oserve")
-    policy = replace(policy_named("oserve"), begin="topology", scheduler=config)
     incident = Incident(kind="crash", node="n0-g2", at_s=crash_s, for_s=1e6)
     records = poisson([(100.0, 8.0, LONG)])
-    result = run(spec({ONE: records}, policy=policy, incidents=(incident,)))
+    result = run(spec({ONE: records}, incidents=(incident,)))
     assert result.requests.completed.all()
     first = next(switch for switch in result.switches if switch.at_s > crash_s)
     assert "GPUs lost" in first.reason, result.switches
-    missed_s = crash_s + config.worker_timeout_s
-    assert first.at_s <= missed_s + config.plan_period_s + 1.0
+    missed_s = crash_s + CONFIG.worker_timeout_s
+    assert first.at_s <= missed_s + CONFIG.plan_period_s + 1.0
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.5])
@@ -159,7 +158,7 @@ def test_forecasts_that_are_wrong_by_half_bring_no_collapse(
         ]
 
     monkeypatch.setattr(Oracle, "step", wrong)
-    config = SchedulerConfig(policy="oserve", elastic=True)
+    config = msgspec.structs.replace(CONFIG, elastic=True)
     policy = replace(policy_named("oserve"), begin="topology", scheduler=config)
     result = run(spec({ONE: poisson([(360.0, 6.0, LONG)])}, policy=policy, forecast="oracle"))
     assert result.requests.completed.all()

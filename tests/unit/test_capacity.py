@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from services.scheduler.policies.capacity import Column, build, pools, standing
+from services.scheduler.policies.capacity import Column, build, kind_of, pools, standing
 from services.scheduler.policies.capacity_plan import (
     brief,
     even_shares,
@@ -17,6 +17,7 @@ from services.scheduler.policies.capacity_plan import (
 )
 from services.scheduler.policies.capacity_rates import CostRates
 from services.scheduler.policies.capacity_types import ARRIVALS_MIN
+from services.scheduler.policies.costs import ANY_TARGET
 from services.scheduler.policies.interface import GpuOffer, ModelDemand
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
@@ -63,6 +64,24 @@ def test_rates_are_of_ones_own_types_only() -> None:
     built = build(problem(demand, offers(8)), MadeUpRates())
     for column, row in zip(built.columns, built.rates, strict=True):
         assert [kind.model_id == column.model_id for kind in built.types] == list(row > 0)
+
+
+def test_columns_that_serve_a_type_too_late_count_in_part_where_that_is_asked_for() -> None:
+    """Replicas that stand would be taken for ones that serve nothing of it, and left at once."""
+    target = SloTarget(ttft_s=1.2, tpot_s=0.1)
+    case = problem({M: [(1, 100, 100), (1, 9_000, 100)]}, offers(8), target=target)
+    source = MadeUpRates()
+    strict, wide = build(case, source), build(case, source, late_share=0.5)
+    late = strict.rates == 0.0
+    assert late[:, 1].any()
+    assert not late[:, 1].all()
+    assert not late[:, 0].any()
+    assert np.array_equal(wide.rates[~late], strict.rates[~late])
+    for s in np.flatnonzero(late[:, 1]):
+        whole = source.requests_per_s(
+            kind_of(strict.columns[s], case, strict.pools), (9_000, 100), ANY_TARGET, case.limits
+        )
+        assert wide.rates[s, 1] == pytest.approx(0.5 * whole) != 0.0
 
 
 def test_types_that_meet_no_target_are_planned_for_all_the_same() -> None:

@@ -1,6 +1,7 @@
 """Rehearsals: the same requests for every plan, replicas as engines are, figures that add up."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from services.router import loads
 from services.router.config import RouterConfig
+from services.scheduler.policies import rehearsal_choice
 from services.scheduler.policies.capacity import Column, ReplicaKind, Table, TypeDemand, build
 from services.scheduler.policies.history import Pattern
 from services.scheduler.policies.interface import Needs, PastWindow, Problem
@@ -15,6 +17,7 @@ from services.scheduler.policies.joint_choice import Judge, candidates, choose, 
 from services.scheduler.policies.joint_verify import losses
 from services.scheduler.policies.rehearsal import LOAD_GAIN, Rehearsed, rehearse, requests
 from services.scheduler.policies.rehearsal_choice import (
+    MIXED_GAIN,
     PAST_REQUESTS_MAX,
     STRESS,
     TIE,
@@ -320,9 +323,7 @@ def test_the_best_by_rehearsal_is_taken_and_the_others_say_why_not() -> None:
     assert ranking.outcome is ranking.played[0].outcome
     assert all(ranking.of(each.candidate) is each for each in ranking.played)
     most = max(each.worth for each in ranking.played)
-    close = [each for each in ranking.played if each.worth >= most * (1 - TIE)]
-    assert ranking.played[0] in close
-    assert ranking.best.headroom == max(each.candidate.headroom for each in close)
+    assert ranking.played[0].worth >= most * (1 - TIE) * (1 - MIXED_GAIN)
     assert len(ranking.alternatives) == ALTERNATIVES_MAX
     assert all(each.why for each in ranking.alternatives)
     assert "by formula" in ranking.alternatives[-1].why
@@ -331,6 +332,39 @@ def test_the_best_by_rehearsal_is_taken_and_the_others_say_why_not() -> None:
     assert again.of(drowned) is not None
     (why,) = [each.why for each in again.alternatives if each.plan == "2 x tp2pp4"][:1]
     assert why.startswith(("goodput", "P99 of E2E"))
+
+
+@pytest.mark.parametrize(
+    ("worths", "taken"),
+    [
+        ({"tp4": 1.0, "tp8": 1.0 - TIE / 2}, "tp4"),  # a tie: the roomier
+        ({"tp4": 1.0 - TIE / 2, "tp8": 1.0}, "tp4"),
+        ({"tp4": 1.0, "tp8": 1.0 + 2 * TIE}, "tp8"),
+        ({"tp4": 1.0, "tp8": 0.5, "both": 1.0 + MIXED_GAIN / 2}, "tp4"),
+        ({"tp4": 1.0, "tp8": 0.5, "both": 1.0 + 2 * MIXED_GAIN}, "both"),
+    ],
+)
+def test_ties_go_to_the_roomier_and_unlike_replicas_must_be_clearly_better(
+    worths: dict[str, float], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The luck of a few requests would choose the plan, or one that is good for this mix alone."""
+    judge = case(1.0)
+    four, eight = (next(iter(uniform(judge, shape))) for shape in ("tp4", "tp8"))
+    plans = {"tp4": {four: 4}, "tp8": {eight: 2}, "both": {four: 2, eight: 1}}
+    found = {name: judge.dispatched(plans[name]) for name in worths}
+    assert found["tp4"].headroom > found["tp8"].headroom
+
+    def seen(_: object, counts: Counter[Column], *__: object) -> Rehearsed:
+        (name,) = [name for name, plan in plans.items() if plan == dict(counts)]
+        whole = Fared(
+            requests=9, ttft_s=Spread(), tpot_s=Spread(), goodput_share=1.0,
+            e2e_s=Spread(p99=1.0 / worths[name]),
+        )  # fmt: skip
+        return Rehearsed(types=(), columns={}, whole=whole, requests=9)
+
+    monkeypatch.setattr(rehearsal_choice, "rehearse", seen)
+    for order in (list(found.values()), list(found.values())[::-1]):
+        assert rehearsed(judge, order).best is found[taken]
 
 
 def test_worth_falls_with_the_tail_and_with_what_is_late() -> None:

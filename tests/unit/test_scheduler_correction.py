@@ -209,7 +209,7 @@ def test_who_serves_a_type_not_gets_none_of_it_unless_all_that_do_have_broken() 
 
 
 A_AND_B = {"0": {"r0": 0.5, "r1": 0.5}, "1": {"r2": 0.5, "r3": 0.5}}
-EVERYBODY = dict.fromkeys(("r0", "r1", "r2", "r3"), 0.25)
+EVERYBODY: dict[str, float] = dict.fromkeys(["r0", "r1", "r2", "r3"], 0.25)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,15 @@ from services.ingress.journey import Journey
 from services.profiler.config import ProfilerConfig
 from services.profiler.core import Profiler, WindowDeadline
 from services.scheduler.demands import NOMINAL, WANTED_S, Demands
+from services.scheduler.past import FLOOR, FLOOR_WINDOWS_MIN
 from shared.core import Effect, Loaded, Publish, Started
-from shared.messages.demand import DemandReport, ForecastReport, TypeDemand, TypeForecast
+from shared.messages.demand import (
+    DemandReport,
+    ForecastReport,
+    TypeArrivals,
+    TypeDemand,
+    TypeForecast,
+)
 from shared.messages.requests import FinishReason, RequestsCompleted, SamplingParams
 
 
@@ -69,6 +76,25 @@ def test_observed_demand_counts_when_forecasts_have_ceased_or_never_come() -> No
     assert not Demands(("m",)).blind(142.0), "nothing was ever known: that is the start"
 
 
+def test_a_forecast_far_below_what_just_arrived_is_not_believed_by_who_asks_for_that() -> None:
+    """Otherwise an overload, in which few requests end, would look like a fall of demand."""
+    for floored, expected in ((True, FLOOR * 6.0), (False, 0.5)):
+        demands = Demands(("m",), floored=floored)
+        for number in range(FLOOR_WINDOWS_MIN):
+            demands.window(
+                DemandReport(
+                    model_id="m", window_start_s=10.0 * number + 60.0, window_s=10.0,
+                    settled_start_s=10.0 * number, settled_s=10.0,
+                    settled=(TypeArrivals(request_type=0, arrivals_rps=6.0),),
+                ),
+                10.0 * number + 70.0,
+            )  # fmt: skip
+        demands.forecast(forecast(0.5, made_at_s=130.0), 130.0)
+        assert demands.expected_rps(131.0) == pytest.approx(expected)
+        demands.forecast(forecast(9.0, made_at_s=140.0), 140.0)
+        assert demands.expected_rps(141.0) == 9.0, "from below only"
+
+
 def test_what_is_expected_is_watched_from_its_first_word_on() -> None:
     """Otherwise a mesh would be planned for the few requests that ended within its first seconds,
     or watch anew whenever demand pauses."""
@@ -94,6 +120,7 @@ def test_no_horizon_makes_a_forecast_last_for_ever_or_not_at_all(horizon_s: floa
     demands = Demands(("m",))
     demands.forecast(forecast(1.0, made_at_s=0.0, horizon_s=horizon_s), 0.0)
     assert demands.sources(20.0) == {"m": "forecast"}
+    assert demands.models(20.0)[0].horizon_s in (0.0, 1e12), "a length of time, or none"
     assert demands.sources(1e5) == {"m": "stale"}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.scheduler.past import KEPT_S, Past
+from services.scheduler.past import FLOOR, FLOOR_WINDOWS_MIN, KEPT_S, RECENT_S, Past
 from shared.messages.demand import DemandReport, TypeArrivals
 
 
@@ -70,3 +70,18 @@ def test_what_says_nothing_is_left_out(odd: DemandReport) -> None:
     assert not past.windows
     past.window(report(0.0, rps=float("inf")))
     assert past.windows["m"][0].arrivals_rps == {}
+
+
+def test_what_arrived_recently_bounds_forecasts_from_below() -> None:
+    """Demand would seem to cease just when it is too much for the replicas, which end little."""
+    past = Past(["m"])
+    assert past.floors("m") == past.floors("stranger") == {}
+    for number in range(FLOOR_WINDOWS_MIN - 1):
+        past.window(report(10.0 * number, rps=8.0))
+    assert past.floors("m") == {}, "too little to go by"
+    past.window(report(10.0 * (FLOOR_WINDOWS_MIN - 1), rps=2.0))
+    mean = (8.0 * (FLOOR_WINDOWS_MIN - 1) + 2.0) / FLOOR_WINDOWS_MIN
+    assert past.floors("m") == {3: pytest.approx(FLOOR * mean)}
+    for number in range(FLOOR_WINDOWS_MIN, FLOOR_WINDOWS_MIN + int(RECENT_S / 10.0)):
+        past.window(report(10.0 * number, rps=1.0))
+    assert past.floors("m") == {3: pytest.approx(FLOOR)}, "what is long past counts no more"

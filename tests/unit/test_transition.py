@@ -10,6 +10,7 @@ from services.scheduler.policies.capacity import Column, build
 from services.scheduler.policies.capacity_plan import Placed, place_counts
 from services.scheduler.policies.horizon import Foresight
 from services.scheduler.policies.horizon_judge import Weighed, weighed
+from services.scheduler.policies.horizon_lasting import Demand
 from services.scheduler.policies.interface import Planned, Problem
 from services.scheduler.policies.transition import (
     DRAIN_S,
@@ -21,7 +22,13 @@ from services.scheduler.policies.transition import (
     toll,
 )
 from services.scheduler.policies.transition_columns import columns_of, mix_headrooms
-from services.scheduler.policies.transition_memory import HELD_S, Asked, Memory, offered
+from services.scheduler.policies.transition_memory import (
+    HELD_S,
+    REVIEW_S,
+    Asked,
+    Memory,
+    offered,
+)
 from services.scheduler.policies.transition_rules import ruled
 from services.scheduler.policies.transition_running import running
 from services.scheduler.policies.transition_steps import batches, components, walk
@@ -390,6 +397,32 @@ def test_replicas_that_were_chosen_are_held_for_an_hour() -> None:
     assert memory.holds(strange, demand, horizon_s=60.0) == ""
 
 
+def test_plans_are_compared_again_after_a_while_or_when_anything_is_other() -> None:
+    """Each period the same comparison would be made; or a rise would wait for its turn."""
+    stands = replicas("tp4", [0, 4])
+    case = problem({M: FOUR}, offers(8), in_force=in_force(*stands))
+    demand = Foresight().foresee(case).lines
+    memory = Memory()
+    assert memory.review_due(case, demand, horizon_s=60.0)
+    memory.reviewed(case, demand)
+
+    def due(now: Problem, *, expected: Demand = demand) -> bool:
+        return memory.review_due(now, expected, horizon_s=60.0)
+
+    soon = replace(case, now_s=REVIEW_S - 1.0)
+    assert not due(soon)
+    assert due(replace(case, now_s=REVIEW_S))
+    assert due(replace(case, now_s=-1.0)), "a clock set back"
+    assert due(replace(soon, offers=offers(16)))
+    assert due(replace(soon, in_force=in_force(stands[0])))
+    more = [(3 * rate, tokens_in, out) for rate, tokens_in, out in FOUR]
+    other = Foresight().foresee(problem({M: more}, offers(8))).lines
+    assert due(soon, expected=other)
+    memory.asked(asked_for(case, stands, target=replicas("tp8", [0])))
+    memory.look(soon)
+    assert due(soon), "one step of a way"
+
+
 def test_a_step_knows_where_it_leads() -> None:
     """As long as it stands and all GPUs of the target are there."""
     before = replicas("tp4", [0, 4])
@@ -415,3 +448,32 @@ def test_placing_moves_as_little_as_it_can() -> None:
     made = change(before, placed.replicas)
     assert (len(made.staying), len(made.going), len(made.coming)) == (3, 1, 2)
     assert len(components(made)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "choice", "refused"),
+    [
+        (0.8, 0.6, "would overload these as well"),
+        (0.8, 0.85, "would overload these as well"),
+        (0.8, 0.95, ""),
+        (3.0, 1.5, "carries less than those in force"),
+        (3.0, 1.7, ""),  # room enough for bursts
+        (1.2, 1.3, ""),
+    ],
+)
+def test_a_plan_that_is_less_late_must_have_the_room_as_well(
+    kept: float, choice: float, refused: str
+) -> None:
+    """Or replicas that answer sooner until they are full would be fled to in an overload; others
+    that have the room are worth a look."""
+    judge = judge_of(problem({M: FOUR}, offers(16)))
+    move = move_of(judge, replicas("tp8", [0, 8]), replicas("tp4", [0, 4, 8, 12]), lasts_s=1e5)
+    move = replace(
+        move,
+        kept=replace(move.kept, headroom=kept, lateness=9.0),
+        choice=replace(move.choice, headroom=choice, lateness=0.5),
+    )
+    found = ruled(move)
+    assert refused in found.why
+    assert found.unreachable == bool(refused)
+    assert found.moves != bool(refused)

@@ -24,7 +24,7 @@ from services.scheduler.policies.separation import Dispatch, apart, together
 TIE = 0.03  # relative, of worth
 SCREENED_MAX = 1500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
-GAIN_MIN = 0.1  # of worth: who goes where does not change for less
+GAIN_MIN = 0.25  # of worth: who goes where does not change for less
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -12,7 +12,8 @@ their level, and at ``STRESS`` times that, since a plan that is best at what was
 founders beyond is no good one. They are ranked by
 
     1. worth (``rehearsal_outcome.worth``), the geometric mean over both; within ``TIE`` of the best
-       is a tie
+       is a tie, and a plan of unlike replicas must be better than the best uniform one by
+       ``MIXED_GAIN``
     2. headroom: what can be carried if the forecast is wrong
 
 and where GPUs may be left unused ("elastic"), at the expected level alone, by goodput (within
@@ -37,6 +38,7 @@ PAST_REQUESTS_MAX = 3000.0  # of the past that is played again
 STRESS = 1.25  # times what is expected, bursts and all: forecasts are wrong by that much
 GOODPUT_TIE = 0.01
 TIE = 0.03  # relative, of worth
+MIXED_GAIN = 0.1  # likewise: unlike replicas are less forgiving when the mix is another tomorrow
 SEED = 1
 PRICE_TIE = 1e-6
 
@@ -211,6 +213,9 @@ def _best(played: Sequence[Played], *, elastic: bool) -> Played:
         cheapest = min(each.candidate.price for each in close)
         close = [each for each in close if each.candidate.price <= cheapest * (1 + PRICE_TIE)]
     best = max(each.worth for each in close)
+    uniform = max((each.worth for each in close if _uniform(each.candidate)), default=0.0)
+    if uniform >= best * (1 - MIXED_GAIN):
+        close, best = [each for each in close if _uniform(each.candidate)], uniform
     close = [each for each in close if each.worth >= best * (1 - TIE)]
     return max(close, key=lambda each: (each.candidate.headroom, each.worth))
 

@@ -32,7 +32,8 @@ MARGIN = 0.8  # of it, that a cheaper plan may use up
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """``way``: what to go, None to stay; ``why`` in words, ``switch`` in figures. ``unreachable``:
-    worth going to, were there an affordable way."""
+    it gains enough, but has too little room, or no affordable way leads there: another plan may do
+    better."""
 
     why: str
     way: Way | None = None
@@ -63,8 +64,9 @@ def ruled(move: Move, *, held: str = "", lacking: str = "") -> Verdict:
     way = affordable_way(move)
     if not refused and saving and not lacking:
         refused = _gone_too_soon(move, way)
-    unreachable = not refused and bool(way.refused)
-    refused = refused or way.refused
+    crowded = "" if refused or saving or lacking else _too_little_room(move)
+    unreachable = not refused and bool(crowded or way.refused)
+    refused = refused or crowded or way.refused
     outlook = way.outlook(move, refused, moves=not refused)
     sums = _sums(outlook)
     if saving:
@@ -87,8 +89,11 @@ def words(what: str, candidate: Candidate) -> str:
 def _too_little_gained(move: Move) -> str:
     least = GAIN_MIN_ON_THE_WAY if move.done else GAIN_MIN
     gain = move.kept.lateness - move.choice.lateness
-    if gain <= least * move.kept.lateness:
-        return f"a gain below {least:.0%} is no reason"
+    return "" if gain > least * move.kept.lateness else f"a gain below {least:.0%} is no reason"
+
+
+def _too_little_room(move: Move) -> str:
+    least = GAIN_MIN_ON_THE_WAY if move.done else GAIN_MIN
     now, then = move.kept.headroom, move.choice.headroom
     if now < 1.0 and then < now * (1.0 + least):
         return "what overloads the replicas in force would overload these as well"
