@@ -8,7 +8,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -230,7 +230,7 @@ class Study:
             msgspec.structs.replace(policy.scheduler, targets=self._model_targets),
             demand_of(past, self.warmup_s, rate_scale=scale) if past else (),
             horizon_s=self.warmup_s,
-            past=past_of(history_windows(self._workload, self.warmup_s), scale),
+            past=history_windows(self._workload, self.warmup_s, rate_scale=scale),
         )
 
     def _job(self, policy: Policy, begin: Deployment, scale: float, seed: int) -> Job:
@@ -284,16 +284,3 @@ class Study:
                 remedy=f"no shape serves a request of {', '.join(sorted(missing))}: use class",
             )
         return targets
-
-
-def past_of(
-    windows: Mapping[str, Sequence[Mapping[int, float]]], scale: float
-) -> dict[str, list[tuple[float, dict[int, float]]]]:
-    """Length and rates of each model's windows at ``scale``."""
-    return {
-        model_id: [
-            (HISTORY_WINDOW_S, {kind: scale * rps for kind, rps in window.items()})
-            for window in known
-        ]
-        for model_id, known in windows.items()
-    }

@@ -110,24 +110,25 @@ def history(workload: Workload, until_s: float) -> tuple[TypeMean, ...]:
 
 
 def history_windows(
-    workload: Workload, until_s: float, *, window_s: float = HISTORY_WINDOW_S
-) -> dict[str, tuple[dict[int, float], ...]]:
-    """By model, requests/s at scale 1 of each kind in ``history``, by its place there among the
-    model's, in windows of ``window_s`` from the start to ``until_s``; whole ones only."""
+    workload: Workload, until_s: float, *, rate_scale: float, window_s: float = HISTORY_WINDOW_S
+) -> dict[str, list[tuple[float, dict[int, float]]]]:
+    """By model, windows from the start to ``until_s``, whole ones only: their length and requests/s
+    of each kind in ``history``, by its place there among the model's."""
     count = int(until_s / window_s)
-    found: dict[str, tuple[dict[int, float], ...]] = {}
+    found: dict[str, list[tuple[float, dict[int, float]]]] = {}
     for typed in typed_windows(workload):
-        past = [record for record in typed.records if record.timestamp_s < count * window_s]
+        past = [record for record in typed.records if record.timestamp_s < until_s]
         if not past:
             continue
-        split = split_of([r for r in typed.records if r.timestamp_s < until_s])
-        kinds = [split.kind(record) for record in past]
-        places = {kind: place for place, kind in enumerate(sorted(set(kinds)))}
-        windows: list[dict[int, float]] = [{} for _ in range(count)]
-        for record, kind in zip(past, kinds, strict=True):
-            window = windows[int(record.timestamp_s / window_s)]
-            window[places[kind]] = window.get(places[kind], 0.0) + 1.0 / window_s
-        found[typed.trace.model_id] = tuple(windows)
+        split = split_of(past)
+        places = {kind: place for place, kind in enumerate(sorted({split.kind(r) for r in past}))}
+        rates: list[dict[int, float]] = [{} for _ in range(count)]
+        for record in past:
+            at = int(record.timestamp_s / window_s)
+            if at < count:
+                place = places[split.kind(record)]
+                rates[at][place] = rates[at].get(place, 0.0) + rate_scale / window_s
+        found[typed.trace.model_id] = [(window_s, window) for window in rates]
     return found
 
 

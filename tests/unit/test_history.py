@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from services.scheduler.policies.capacity_types import TypeDemand
-from services.scheduler.policies.history import BURSTS, pattern_of
+from services.scheduler.policies.history import BURSTS, Pattern, pattern_of
 from services.scheduler.policies.interface import PastWindow
 
 
@@ -35,6 +35,16 @@ def test_a_shift_is_taken_for_one() -> None:
     assert float(pattern.rates.mean()) == pytest.approx(40.0)
     calm = pattern_of([kind_of("0", 10.4)], past, horizon_s=30.0)
     assert float(calm.rates.mean()) == pytest.approx(10.0)
+
+
+def test_the_past_is_played_as_it_was_where_that_is_asked_for() -> None:
+    """Who goes where would follow each forecast of a burst, and be late for both sides."""
+    past = {"m": past_of(*({0: 9.0 + i % 3} for i in range(24)))}
+    as_it_was = pattern_of([kind_of("0", 40.0)], past, horizon_s=30.0, follow=False)
+    assert as_it_was.rates[:, 0] == pytest.approx([9.0 + i % 3 for i in range(24)])
+    assert as_it_was.means == pytest.approx([10.0])
+    uneven = Pattern(seconds=np.array([10.0, 30.0]), rates=np.array([[1.0, 0.0], [5.0, 4.0]]))
+    assert uneven.means == pytest.approx([4.0, 3.0]), "by their length"
 
 
 def test_without_a_past_bursts_are_assumed() -> None:

@@ -88,14 +88,15 @@ class Dispatcher:
             words = last.words
             due = not 0.0 <= last.until_s - problem.now_s <= TOGETHER_S
         for_s = REVIEW_S
-        if standing is not None and words not in ("", DROWNING) and drowning(problem):
+        separated = standing is not None and len(standing.counts) > len(counts)
+        if separated and drowning(problem):
             best, words, for_s = together(past.table, counts), DROWNING, TOGETHER_S
         elif due:
             separate = _long_enough(problem)
             best = best_dispatch(
                 past, scene_of(past), counts, drawn, standing=standing, separate=separate
             )
-            words = words if best is standing else best.words
+            words = words if best is standing and words != DROWNING else best.words
         if due or best is not standing:
             until_s = problem.now_s + for_s
             self._found = _Found(replicas=replicas, until_s=until_s, words=words)
