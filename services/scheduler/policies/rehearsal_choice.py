@@ -11,10 +11,13 @@ as ``always``. All are rehearsed with the same requests: the last minutes' arriv
 their level, and at ``STRESS`` times that, since a plan that is best at what was foreseen and
 founders beyond is no good one. They are ranked by
 
-    1. worth (``rehearsal_outcome.worth``), the geometric mean over both; within ``TIE`` of the best
+    1. headroom: within ``ROOM_TIE`` of the most, or ``PLENTY`` times the demand, is as good as the
+       most. Bursts that nobody foresaw are what requests are late in, and what is gained by being
+       faster in calm is lost there many times over
+    2. worth (``rehearsal_outcome.worth``), the geometric mean over both; within ``TIE`` of the best
        is a tie, and a plan of unlike replicas must be better than the best uniform one by
        ``MIXED_GAIN``
-    2. headroom: what can be carried if the forecast is wrong
+    3. headroom once more
 
 and where GPUs may be left unused ("elastic"), at the expected level alone, by goodput (within
 ``GOODPUT_TIE`` of the best is a tie), then price, then worth.
@@ -39,6 +42,8 @@ STRESS = 1.25  # times what is expected, bursts and all: forecasts are wrong by 
 GOODPUT_TIE = 0.01
 TIE = 0.03  # relative, of worth
 MIXED_GAIN = 0.1  # likewise: unlike replicas are less forgiving when the mix is another tomorrow
+ROOM_TIE = 0.05  # relative, of headroom
+PLENTY = 4.0  # times the demand: more room is not needed in any burst
 SEED = 1
 PRICE_TIE = 1e-6
 
@@ -212,12 +217,19 @@ def _best(played: Sequence[Played], *, elastic: bool) -> Played:
         close = [each for each in played if each.goodput_share >= most - GOODPUT_TIE]
         cheapest = min(each.candidate.price for each in close)
         close = [each for each in close if each.candidate.price <= cheapest * (1 + PRICE_TIE)]
+    close = _roomy(close) if not elastic else close
     best = max(each.worth for each in close)
     uniform = max((each.worth for each in close if _uniform(each.candidate)), default=0.0)
     if uniform >= best * (1 - MIXED_GAIN):
         close, best = [each for each in close if _uniform(each.candidate)], uniform
     close = [each for each in close if each.worth >= best * (1 - TIE)]
     return max(close, key=lambda each: (each.candidate.headroom, each.worth))
+
+
+def _roomy(played: Sequence[Played]) -> list[Played]:
+    """Those that carry about as much as any, or plenty."""
+    enough = min(PLENTY, (1 - ROOM_TIE) * max(each.candidate.headroom for each in played))
+    return [each for each in played if each.candidate.headroom >= enough]
 
 
 def _lost_by(loser: Played, winner: Played, *, elastic: bool) -> str:
@@ -237,6 +249,8 @@ def _lost_by(loser: Played, winner: Played, *, elastic: bool) -> str:
             f"E2E {loses.e2e_s.p99 or 0.0:.3g} s against {wins.goodput_share or 0.0:.3g} and "
             f"{wins.e2e_s.p99 or 0.0:.3g} s"
         )
+    if not elastic and ours.headroom < min(PLENTY, (1 - ROOM_TIE) * theirs.headroom):
+        found.append(f"carries {ours.headroom:.3g} times the demand, not {theirs.headroom:.3g}")
     if not found and ours.headroom < theirs.headroom:
         return (
             f"as good, but carries {ours.headroom:.3g} times the demand, not {theirs.headroom:.3g}"
