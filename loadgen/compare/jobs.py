@@ -25,6 +25,8 @@ from shared.errors import OServeError
 from shared.mesh import MeshConfig
 from shared.slo import SloTarget
 
+OUTPUT_LIMIT = 2048
+"""What clients allow: with just what they will get, routers would know each request's output."""
 FORMAT = 1
 """Raised when a field of a kept run changes its meaning."""
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +88,7 @@ def perform(job: Job, simulate: Simulate = run) -> RunRecord:
             seed=job.seed,
             drain_s=job.drain_s,
             slow_work_s=job.slow_work_s,
+            output_tokens_limit=OUTPUT_LIMIT,
         )
     )
     metrics = measure(

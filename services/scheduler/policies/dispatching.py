@@ -11,7 +11,6 @@ only the best few in all ways and with all requests.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from services.scheduler.policies.separation import Dispatch, apart, together
 TIE = 0.03  # relative, of worth
 SCREENED_MAX = 1500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
-GAIN_MIN = 0.25  # of worth: who goes where does not change for less
+GAIN_MIN = 0.15  # of worth: who goes where does not change for less
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -36,9 +35,15 @@ class Tried:
 
     @property
     def worth(self) -> float:
-        """Geometric mean over the levels."""
-        values = [worth(outcome.whole) for outcome in self.outcomes]
-        return prod(values) ** (1.0 / len(values))
+        """At the expected level."""
+        return worth(self.outcomes[0].whole)
+
+    def beats(self, other: "Tried") -> bool:
+        """Whether it is worth more by ``GAIN_MIN`` at the expected level, and no less at any."""
+        others = [worth(outcome.whole) for outcome in other.outcomes]
+        own = [worth(outcome.whole) for outcome in self.outcomes]
+        no_less = all(mine >= theirs for mine, theirs in zip(own, others, strict=True))
+        return no_less and own[0] > others[0] * (1.0 + GAIN_MIN)
 
 
 def best_dispatch(
@@ -52,7 +57,7 @@ def best_dispatch(
 ) -> Dispatch:
     """The best dispatch of ``counts``; ``scene`` and ``drawn``, the requests of each level, are
     those of ``judge.table``. ``standing``: how types are sent now, if these replicas are in force:
-    it is left for one that is worth more by ``GAIN_MIN`` only. ``separate``: whether types may be
+    it is left for one that beats it only. ``separate``: whether types may be
     kept apart at all."""
     busiest = [busiest_part(drawn[0], SCREENED_MAX)]
     best = together(judge.table, counts)
@@ -69,7 +74,7 @@ def best_dispatch(
     if standing is None:
         return best
     now, then = _tried(scene, [standing, best], drawn)
-    return best if then.worth > now.worth * (1.0 + GAIN_MIN) else standing
+    return best if then.beats(now) else standing
 
 
 def ranked(tried: Iterable[Tried]) -> list[Tried]:
