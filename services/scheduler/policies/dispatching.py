@@ -23,6 +23,7 @@ from services.scheduler.policies.separation import Dispatch, apart, together
 TIE = 0.03  # relative, of worth
 SCREENED_MAX = 1500  # requests of the busiest part, with which all are tried
 FINALISTS = 2
+GOOD = 0.95  # of requests in time: what is as good as that is left alone
 GAIN_MIN = 0.15  # of worth: who goes where does not change for less
 
 
@@ -57,10 +58,15 @@ def best_dispatch(
 ) -> Dispatch:
     """The best dispatch of ``counts``; ``scene`` and ``drawn``, the requests of each level, are
     those of ``judge.table``. ``standing``: how types are sent now, if these replicas are in force:
-    it is left for one that beats it only. ``separate``: whether types may be
-    kept apart at all."""
+    it is left for one that beats it only. ``separate``: whether types may be kept apart at all; they
+    are not where ``GOOD`` of the requests are in time without."""
     busiest = [busiest_part(drawn[0], SCREENED_MAX)]
     best = together(judge.table, counts)
+    (now,) = _tried(scene, [standing or best], drawn[:1])
+    needless = (now.outcomes[0].whole.goodput_share or 0.0) >= GOOD
+    if standing is not None and needless:
+        return standing
+    separate = separate and not needless
     models = {column.model_id for column, count in counts.items() if count > 0 and separate}
     for model_id in sorted(models):
         splits = {id(split.one_way): split for split in apart(best, model_id)}

@@ -11,8 +11,8 @@ as ``always``. All are rehearsed with the same requests: the last minutes' arriv
 their level, and at ``STRESS`` times that, since a plan that is best at what was foreseen and
 founders beyond is no good one. They are ranked by
 
-    1. headroom: within ``ROOM_TIE`` of the most, or ``PLENTY`` times the demand, is as good as the
-       most. Bursts that nobody foresaw are what requests are late in, and what is gained by being
+    1. headroom: within ``ROOM_TIE`` of the most (``UNIFORM_TIE`` for uniform plans), or ``PLENTY``
+       times the demand, is as good as the most. Bursts that nobody foresaw are what requests are late in, and what is gained by being
        faster in calm is lost there many times over
     2. worth (``rehearsal_outcome.worth``), the geometric mean over both; within ``TIE`` of the best
        is a tie, and a plan of unlike replicas must be better than the best uniform one by
@@ -42,7 +42,7 @@ STRESS = 1.25  # times what is expected, bursts and all: forecasts are wrong by 
 GOODPUT_TIE = 0.01
 TIE = 0.03  # relative, of worth
 MIXED_GAIN = 0.1  # likewise: unlike replicas are less forgiving when the mix is another tomorrow
-ROOM_TIE = 0.05  # relative, of headroom
+ROOM_TIE, UNIFORM_TIE = 0.05, 0.2  # relative, of headroom
 PLENTY = 4.0  # times the demand: more room is not needed in any burst
 SEED = 1
 PRICE_TIE = 1e-6
@@ -227,9 +227,14 @@ def _best(played: Sequence[Played], *, elastic: bool) -> Played:
 
 
 def _roomy(played: Sequence[Played]) -> list[Played]:
-    """Those that carry about as much as any, or plenty."""
-    enough = min(PLENTY, (1 - ROOM_TIE) * max(each.candidate.headroom for each in played))
-    return [each for each in played if each.candidate.headroom >= enough]
+    """Those that carry about as much as any, or plenty. Unlike replicas carry what they do by
+    routers that tell types apart, which they cannot always: uniform ones need less."""
+    most = max(each.candidate.headroom for each in played)
+
+    def enough(each: Played) -> float:
+        return min(PLENTY, (1 - (UNIFORM_TIE if _uniform(each.candidate) else ROOM_TIE)) * most)
+
+    return [each for each in played if each.candidate.headroom >= enough(each)]
 
 
 def _lost_by(loser: Played, winner: Played, *, elastic: bool) -> str:
