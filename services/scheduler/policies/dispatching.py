@@ -58,8 +58,8 @@ def best_dispatch(
 ) -> Dispatch:
     """The best dispatch of ``counts``; ``scene`` and ``drawn``, the requests of each level, are
     those of ``judge.table``. ``standing``: how types are sent now, if these replicas are in force:
-    it is left for one that beats it only. ``separate``: whether types may be kept apart at all; they
-    are not where ``GOOD`` of the requests are in time without."""
+    it is left for one that beats it only. ``separate``: whether types may be kept apart at all;
+    they are not where ``GOOD`` of the requests are in time without."""
     busiest = [busiest_part(drawn[0], SCREENED_MAX)]
     best = together(judge.table, counts)
     (now,) = _tried(scene, [standing or best], drawn[:1])

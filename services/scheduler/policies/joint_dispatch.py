@@ -5,8 +5,8 @@ minutes' arrivals (``dispatching``), as they came: bursts come and go faster tha
 and replicas that change hands in the middle of one are late for both sides. What is found is kept
 for ``REVIEW_S`` as long as the replicas stay, and after that unless another is clearly better.
 
-Types are kept apart only with a past of ``PAST_S_MIN`` to go by, and if that is better at
-``STRESS`` times its level, too: the part that was given too few replicas has nobody to turn to.
+Types are kept apart only with a past of ``PAST_S_MIN`` to go by, if requests have really waited in
+the last ``WAITED_S``, and if it is no worse at ``STRESS`` times the past's level: the part that was given too few replicas has nobody to turn to.
 When it comes to that all the same, and replicas drown beside idle ones of their model, types go
 together again at once, for ``TOGETHER_S`` at least.
 """
@@ -40,6 +40,7 @@ PAST_S_MIN = 240.0
 STRESS = 1.4
 TOGETHER_S = 300.0
 DROWNED, DROWNED_MIN = 2.0, 32  # times as many wait as run, and so many
+WAITED, WAITED_S = 16, 600.0  # so many at one replica, and how long ago at most
 IDLE = 4  # requests that wait: next to none
 
 
@@ -70,6 +71,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self._found: _Found | None = None
+        self._waited_s = float("-inf")  # when requests were last seen to wait
 
     def sent(
         self, judge: Weighed, candidate: Candidate, placed: Placed, *, horizon_s: float
@@ -77,6 +79,8 @@ class Dispatcher:
         """``candidate`` on ``placed`` replicas, with the dispatch to use."""
         problem, replicas = judge.problem, frozenset(placed.columns)
         counts, rows = ungrouped(placed.counts), problem.in_force.weights
+        if any(report.waiting >= WAITED for report in problem.loads):
+            self._waited_s = problem.now_s
         past, drawn = _played(judge.usual, horizon_s)
         standing: Dispatch | None = None
         own: Mapping[str, Column] = {}
@@ -92,7 +96,8 @@ class Dispatcher:
         if separated and drowning(problem):
             best, words, for_s = together(past.table, counts), DROWNING, TOGETHER_S
         elif due:
-            separate = _long_enough(problem)
+            waited = problem.now_s - self._waited_s <= WAITED_S
+            separate = waited and _long_enough(problem)
             best = best_dispatch(
                 past, scene_of(past), counts, drawn, standing=standing, separate=separate
             )

@@ -12,8 +12,8 @@ their level, and at ``STRESS`` times that, since a plan that is best at what was
 founders beyond is no good one. They are ranked by
 
     1. headroom: within ``ROOM_TIE`` of the most (``UNIFORM_TIE`` for uniform plans), or ``PLENTY``
-       times the demand, is as good as the most. Bursts that nobody foresaw are what requests are late in, and what is gained by being
-       faster in calm is lost there many times over
+       times the demand, is as good as the most. Bursts that nobody foresaw are what requests are
+       late in, and what is gained by being faster in calm is lost there many times over
     2. worth (``rehearsal_outcome.worth``), the geometric mean over both; within ``TIE`` of the best
        is a tie, and a plan of unlike replicas must be better than the best uniform one by
        ``MIXED_GAIN``
