@@ -41,7 +41,7 @@ from services.scheduler.framing import Framing
 from services.scheduler.pins import Pins
 from services.scheduler.policies.interface import Problem, StagedPolicy
 from services.scheduler.policies.repair import lost, repair, survivors
-from services.scheduler.solving import Solved, attempt
+from services.scheduler.solving import Solved, attempt, timed
 from services.scheduler.standing import Standing
 from services.scheduler.static_policy import Static
 from services.scheduler.wish import Wish
@@ -278,12 +278,12 @@ class Scheduler:
                 yield from self._fall_back(f"no answer within {limit_s:g} s", problem)
 
     def _take(self, solved: Solved, problem: Problem) -> Iterable[Effect]:
-        if solved.planned is None:
+        if (planned := timed(solved)) is None:
             yield from self._fall_back(solved.failure, problem)
         else:
             self._before_loss = None
-            self._agenda.leads_to(solved.planned)
-            yield from self._asking.settle_answer(solved.planned, problem)
+            self._agenda.leads_to(planned)
+            yield from self._asking.settle_answer(planned, problem)
 
     def _fall_back(self, failure: str, problem: Problem) -> Iterable[Effect]:
         """The policy failed: keep its last plan, on the GPUs that are left."""

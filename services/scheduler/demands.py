@@ -196,12 +196,23 @@ class Demands:
             types, horizon_s = _observed(windows.newest), windows.newest.window_s
         elif heard and source != "none":
             types, horizon_s = heard.forecast.types, heard.forecast.horizon_s
-        floors = self._past.floors(model_id) if self._floored else {}
-        types = tuple(_at_least(kind, floors.get(kind.request_type, 0.0)) for kind in types)
+        types = self._floor(model_id, types) if self._floored else types
         types = tuple(kind for kind in types if _plausible(kind))[:TYPES_MAX]
         horizon_s = horizon_s if isfinite(horizon_s) and horizon_s > 0.0 else 0.0
         return ModelDemand(
             model_id=model_id, types=types or self._nominal(model_id, now_s), horizon_s=horizon_s
+        )
+
+    def _floor(self, model_id: str, types: tuple[TypeForecast, ...]) -> tuple[TypeForecast, ...]:
+        """``types`` at what arrived of them recently, at least; and those that did, and that the
+        newest window knows the lengths of, where the forecast leaves them out."""
+        floors = self._past.floors(model_id)
+        windows = self._windows.get(model_id)
+        missing = floors.keys() - {kind.request_type for kind in types}
+        seen = _observed(windows.newest) if windows and missing else ()
+        left_out = tuple(kind for kind in seen if kind.request_type in missing)
+        return tuple(
+            _at_least(kind, floors.get(kind.request_type, 0.0)) for kind in (*types, *left_out)
         )
 
     def _nominal(self, model_id: str, now_s: float) -> tuple[TypeForecast, ...]:

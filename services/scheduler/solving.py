@@ -2,6 +2,9 @@
 policy in a thread, and by the simulator in that job's place."""
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
 
 from services.scheduler.policies.interface import Planned, Policy, Problem
 from shared.messages.base import Message
@@ -34,3 +37,12 @@ def attempt(plan: Callable[[Problem], Planned], problem: Problem) -> Solved:
         failure = f"{type(error).__name__}: {error}{where}"
         return Solved(based_on_epoch=problem.epoch, failure=failure)
     return Solved(based_on_epoch=problem.epoch, planned=planned)
+
+
+def timed(solved: Solved) -> Planned | None:
+    """The answer, told how long it took: policies read no clock."""
+    planned = solved.planned
+    if planned is None or planned.decision is None or solved.took_s <= 0.0:
+        return planned
+    told = msgspec.structs.replace(planned.decision, solve_s=solved.took_s)
+    return replace(planned, decision=told)

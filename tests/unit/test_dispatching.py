@@ -115,11 +115,13 @@ def test_neither_goodput_nor_tail_is_bought_with_all_of_the_other() -> None:
     assert ranked([even, tried((0.505, 60.0))])[0] is even, "a tie goes to what is listed first"
 
 
-def test_all_levels_of_demand_count() -> None:
-    """A dispatch that is a little better at what is foreseen may founder beyond it."""
-    fragile, robust = tried((0.9, 10.0), (0.1, 300.0)), tried((0.85, 11.0), (0.6, 100.0))
-    assert ranked([fragile, robust]) == [robust, fragile]
-    assert ranked([tried((0.9, 10.0)), tried((0.85, 11.0))])[0].outcomes[0].whole.e2e_s.p99 == 10.0
+def test_what_stands_gives_way_to_what_is_better_and_no_worse_beyond() -> None:
+    """A dispatch that is better at what is foreseen may founder beyond it."""
+    now = tried((0.5, 10.0), (0.4, 100.0))
+    assert tried((0.9, 10.0), (0.4, 100.0)).beats(now)
+    assert not tried((0.9, 10.0), (0.39, 100.0)).beats(now)
+    assert not tried((0.5, 10.0 / (1.0 + GAIN_MIN)), (0.9, 10.0)).beats(now), "hardly better"
+    assert not now.beats(now)
 
 
 def tried(*levels: tuple[float, float]) -> Tried:

@@ -389,12 +389,12 @@ def past(*rates: tuple[float, float, float]) -> tuple[PastWindow, ...]:
 
 def test_the_past_is_played_at_its_level_and_beyond() -> None:
     """Plans that are best at what was foreseen, and founder beyond, would be taken."""
-    rates = [(2.0, 1.0, 0.5)] * 15 + [(6.0, 1.0, 0.5)] * 5
+    rates = [(2.0, 1.0, 0.5)] * 27 + [(6.0, 1.0, 0.5)] * 9
     judge = case(1.0)
     judge = replace(judge, problem=replace(judge.problem, history={M: past(*rates)}))
     usual, high = past_of(judge, horizon_s=60.0)
-    assert usual.seconds == high.seconds == pytest.approx(600.0)
-    assert len(usual) == pytest.approx(600 * 4.5, rel=0.1)
+    assert usual.seconds == high.seconds == pytest.approx(30.0 * kept)
+    assert len(usual) == pytest.approx(seconds * 4.5, rel=0.1)
     assert len(high) / len(usual) == pytest.approx(STRESS, rel=0.05)
     for drawn in (usual, high):
         burst = drawn.at_s >= 450.0
