@@ -21,7 +21,7 @@ from shared.messages.replicas import ReplicaReport
 
 RATE_MIN, RATE_MAX = 1e-6, 1e6
 """Requests per second. Below, a type is not expected within the week; above is no forecast."""
-TOKENS_MAX = 1e7
+TOKENS_MIN, TOKENS_MAX = 0.5, 1e7  # of a prompt, which has one at least
 TYPES_MAX = 256
 STALE_HORIZONS = 3.0
 HORIZON_S_MIN, HORIZON_S_MAX = 10.0, 3600.0  # what staleness goes by, whatever a forecast claims
@@ -265,7 +265,7 @@ def _plausible(kind: TypeForecast) -> bool:
     """Whether a policy may divide by it. Not a number compares as false."""
     return (
         RATE_MIN <= kind.arrivals_rps <= RATE_MAX
-        and 0.0 < kind.input_tokens_mean <= TOKENS_MAX
+        and TOKENS_MIN <= kind.input_tokens_mean <= TOKENS_MAX
         and 0.0 <= kind.output_tokens_mean <= TOKENS_MAX
     )
 

@@ -18,6 +18,7 @@ from services.scheduler.policies.joint_dispatch import (
     PAST_S_MIN,
     REVIEW_S,
     TOGETHER_S,
+    WAITED,
     Dispatcher,
     Sent,
     drowning,
@@ -38,9 +39,17 @@ BURSTS = (*[CALM] * 6, BURST, *[CALM] * 5, BURST, *[CALM] * 3)
 class Mesh:
     """Four replicas of four GPUs, as they stand under what a dispatcher says."""
 
-    def __init__(self, past: Sequence[dict[int, float]] = BURSTS) -> None:
-        windows = tuple(PastWindow(seconds=30.0, arrivals_rps=rates) for rates in past)
-        self.problem = replace(problem({MODEL: (CHAT, CODE)}, offers(16)), history={MODEL: windows})
+    def __init__(self, past: Sequence[dict[int, float]] = BURSTS, *, waited: int = WAITED) -> None:
+        windows = tuple(
+            PastWindow(seconds=10.0, arrivals_rps=rates) for rates in past for _ in range(3)
+        )
+        late = ReplicaReport(
+            replica_id="earlier", worker_id="g", incarnation="i", epoch=1, phase="serving",
+            running=8, waiting=waited,
+        )  # fmt: skip
+        self.problem = replace(
+            problem({MODEL: (CHAT, CODE)}, offers(16)), history={MODEL: windows}, loads=(late,)
+        )
         self.dispatcher = Dispatcher()
 
     def sent(self, *, at_s: float) -> Sent:
@@ -137,6 +146,11 @@ def test_types_are_not_kept_apart_by_a_short_past() -> None:
     assert windows < len(BURSTS)
     mesh = Mesh(BURSTS[: windows - 1])
     assert mesh.sent(at_s=1000.0).words == ""
+
+
+def test_types_are_kept_apart_only_where_requests_have_waited() -> None:
+    """What a rehearsal fears need not be so."""
+    assert Mesh(waited=WAITED - 1).sent(at_s=1000.0).words == ""
 
 
 def test_steady_demand_keeps_types_together() -> None:
