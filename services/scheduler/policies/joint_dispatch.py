@@ -6,8 +6,9 @@ and replicas that change hands in the middle of one are late for both sides. Wha
 for ``REVIEW_S`` as long as the replicas stay, and after that unless another is clearly better.
 
 Types are kept apart only with a past of ``PAST_S_MIN`` to go by, if requests have really waited in
-the last ``WAITED_S``, and if it is no worse at ``STRESS`` times the past's level: the part that was
-given too few replicas has nobody to turn to. When it comes to that all the same, and replicas drown
+the last ``WAITED_S``, if the replicas carry the past's mean with ``ROOM``, so that it is bursts that
+made them wait, and if it is no worse at ``STRESS`` times the past's level: the part that was given
+too few replicas has nobody to turn to. When it comes to that all the same, and replicas drown
 beside idle ones of their model, types go together again at once, for ``TOGETHER_S`` at least.
 """
 
@@ -18,6 +19,7 @@ from services.scheduler.policies.capacity import Column
 from services.scheduler.policies.capacity_plan import Placed
 from services.scheduler.policies.capacity_types import ARRIVALS_MIN
 from services.scheduler.policies.dispatching import best_dispatch
+from services.scheduler.policies.flow import best_flow
 from services.scheduler.policies.history import pattern_of
 from services.scheduler.policies.horizon_judge import Weighed
 from services.scheduler.policies.interface import Problem
@@ -38,6 +40,7 @@ REQUESTS_MAX = 6000.0  # of the past that is played again: some 0.1 s for each d
 SEED = 1
 PAST_S_MIN = 240.0
 STRESS = 1.4
+ROOM = 1.2  # times the past's mean
 TOGETHER_S = 300.0
 DROWNED, DROWNED_MIN = 2.0, 32  # times as many wait as run, and so many
 WAITED, WAITED_S = 16, 600.0  # so many at one replica, and how long ago at most
@@ -97,7 +100,7 @@ class Dispatcher:
             best, words, for_s = together(past.table, counts), DROWNING, TOGETHER_S
         elif due:
             waited = problem.now_s - self._waited_s <= WAITED_S
-            separate = waited and _long_enough(problem)
+            separate = waited and _long_enough(problem) and _carried(past, counts) >= ROOM
             best = best_dispatch(
                 past, scene_of(past), counts, drawn, standing=standing, separate=separate
             )
@@ -130,6 +133,12 @@ def drowning(problem: Problem) -> bool:
         elif report.waiting <= IDLE:
             idle.add(model_id)
     return bool(drown & idle)
+
+
+def _carried(past: Judge, counts: Mapping[Column, int]) -> float:
+    """Times the past's mean demand that ``counts`` can carry."""
+    flow = best_flow(past.table.instance(counts), "headroom")
+    return flow.headroom if flow else 0.0
 
 
 def _long_enough(problem: Problem) -> bool:
