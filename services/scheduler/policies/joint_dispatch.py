@@ -6,9 +6,9 @@ and replicas that change hands in the middle of one are late for both sides. Wha
 for ``REVIEW_S`` as long as the replicas stay, and after that unless another is clearly better.
 
 Types are kept apart only with a past of ``PAST_S_MIN`` to go by, if requests have really waited in
-the last ``WAITED_S``, if the replicas carry the past's mean with ``ROOM``, so that it is bursts that
-made them wait, and if it is no worse at ``STRESS`` times the past's level: the part that was given
-too few replicas has nobody to turn to. When it comes to that all the same, and replicas drown
+the last ``WAITED_S``, if the replicas carry the past's mean with ``ROOM``, so that it is bursts
+that made them wait, and if it is no worse at ``STRESS`` times the past's level: the part that was
+given too few replicas has nobody to turn to. When it comes to that all the same, and replicas drown
 beside idle ones of their model, types go together again at once, for ``TOGETHER_S`` at least.
 """
 
