@@ -19,8 +19,11 @@ from services.scheduler.policies.rehearsal import LOAD_GAIN, Rehearsed, rehearse
 from services.scheduler.policies.rehearsal_choice import (
     MIXED_GAIN,
     PAST_REQUESTS_MAX,
+    PLENTY,
+    ROOM_TIE,
     STRESS,
     TIE,
+    UNIFORM_TIE,
     past_of,
     rehearsed,
     scene_of,
@@ -365,6 +368,43 @@ def test_ties_go_to_the_roomier_and_unlike_replicas_must_be_clearly_better(
     monkeypatch.setattr(rehearsal_choice, "rehearse", seen)
     for order in (list(found.values()), list(found.values())[::-1]):
         assert rehearsed(judge, order).best is found[taken]
+
+
+@pytest.mark.parametrize(
+    ("rooms", "taken"),
+    [
+        ({"tp4": 2.0, "tp8": 2.0 * (1 - UNIFORM_TIE / 2)}, "tp8"),  # about as much
+        ({"tp4": 2.0, "tp8": 2.0 * (1 - 2 * UNIFORM_TIE)}, "tp4"),
+        ({"tp4": 3.0 * PLENTY, "tp8": PLENTY}, "tp8"),  # calm: nothing comes near either
+        ({"tp4": 2.0, "tp8": 0.5, "both": 2.0 * (1 - 2 * ROOM_TIE)}, "tp4"),
+        ({"tp4": 2.0, "tp8": 0.5, "both": 2.0 * (1 - ROOM_TIE / 2)}, "both"),
+    ],
+)
+def test_room_comes_before_speed(
+    rooms: dict[str, float], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is gained by being faster in calm is lost many times over in the next burst."""
+    judge = case(1.0)
+    four, eight = (next(iter(uniform(judge, shape))) for shape in ("tp4", "tp8"))
+    plans = {"tp4": {four: 4}, "tp8": {eight: 2}, "both": {four: 2, eight: 1}}
+    worths = {"tp4": 1.0, "tp8": 2.0, "both": 2.0}
+    found = {
+        name: replace(judge.dispatched(plans[name]), headroom=headroom)
+        for name, headroom in rooms.items()
+    }
+
+    def seen(_: object, counts: Counter[Column], *__: object) -> Rehearsed:
+        (name,) = [name for name, plan in plans.items() if plan == dict(counts)]
+        whole = Fared(
+            requests=9, ttft_s=Spread(), tpot_s=Spread(), goodput_share=1.0,
+            e2e_s=Spread(p99=1.0 / worths[name]),
+        )  # fmt: skip
+        return Rehearsed(types=(), columns={}, whole=whole, requests=9)
+
+    monkeypatch.setattr(rehearsal_choice, "rehearse", seen)
+    ranking = rehearsed(judge, list(found.values()))
+    assert ranking.best is found[taken]
+    assert all(each.why for each in ranking.alternatives)
 
 
 def test_worth_falls_with_the_tail_and_with_what_is_late() -> None:
