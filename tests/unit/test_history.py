@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from services.scheduler.policies.capacity_types import TypeDemand
-from services.scheduler.policies.history import BURSTS, Pattern, pattern_of
+from services.scheduler.policies.history import BURSTS, WINDOWS_MIN, Pattern, pattern_of
 from services.scheduler.policies.interface import PastWindow
 
 
@@ -20,17 +20,17 @@ def past_of(*rates: dict[int, float]) -> tuple[PastWindow, ...]:
 
 def test_bursts_of_the_past_come_again() -> None:
     """A plan that is rehearsed in calm is chosen for its calm."""
-    rates = [2.0, 2.0, 2.0, 14.0] * 5
+    rates = [2.0, 2.0, 2.0, 14.0] * 8
     pattern = pattern_of(
         [kind_of("0", 5.5)], {"m": past_of(*({0: r} for r in rates))}, horizon_s=30.0
     )
     assert pattern.rates[:, 0] == pytest.approx(rates)
-    assert pattern.length_s == 200.0
+    assert pattern.length_s == 320.0
 
 
 def test_a_shift_is_taken_for_one() -> None:
     """Plans would lag by the length of the past behind every change of the mix."""
-    past = {"m": past_of(*({0: 9.0 + i % 3} for i in range(24)))}
+    past = {"m": past_of(*({0: 9.0 + i % 3} for i in range(36)))}
     pattern = pattern_of([kind_of("0", 40.0)], past, horizon_s=30.0)
     assert float(pattern.rates.mean()) == pytest.approx(40.0)
     calm = pattern_of([kind_of("0", 10.4)], past, horizon_s=30.0)
@@ -39,9 +39,9 @@ def test_a_shift_is_taken_for_one() -> None:
 
 def test_the_past_is_played_as_it_was_where_that_is_asked_for() -> None:
     """Who goes where would follow each forecast of a burst, and be late for both sides."""
-    past = {"m": past_of(*({0: 9.0 + i % 3} for i in range(24)))}
+    past = {"m": past_of(*({0: 9.0 + i % 3} for i in range(36)))}
     as_it_was = pattern_of([kind_of("0", 40.0)], past, horizon_s=30.0, follow=False)
-    assert as_it_was.rates[:, 0] == pytest.approx([9.0 + i % 3 for i in range(24)])
+    assert as_it_was.rates[:, 0] == pytest.approx([9.0 + i % 3 for i in range(36)])
     assert as_it_was.means == pytest.approx([10.0])
     uneven = Pattern(seconds=np.array([10.0, 30.0]), rates=np.array([[1.0, 0.0], [5.0, 4.0]]))
     assert uneven.means == pytest.approx([4.0, 3.0]), "by their length"
@@ -66,7 +66,7 @@ def test_a_long_past_is_cut_to_its_newest_part() -> None:
 
 def test_a_new_type_bursts_beside_old_ones() -> None:
     """It would be left out, or make the past of the others worthless."""
-    past = {"m": past_of(*({0: 4.0} for _ in range(18)))}
+    past = {"m": past_of(*({0: 4.0} for _ in range(WINDOWS_MIN)))}
     pattern = pattern_of([kind_of("0", 4.0), kind_of("7", 2.0)], past, horizon_s=30.0)
     assert pattern.rates[:, 0] == pytest.approx(4.0)
     assert float(pattern.rates[:, 1].max()) == pytest.approx(3.2)
@@ -74,7 +74,7 @@ def test_a_new_type_bursts_beside_old_ones() -> None:
 
 def test_models_share_the_windows_that_all_have() -> None:
     """A model that was added later would have arrivals before it was there."""
-    past = {"m": past_of(*({0: float(i)} for i in range(30))), "n": past_of(*([{0: 1.0}] * 12))}
-    pattern = pattern_of([kind_of("0", 23.5), kind_of("0", 1.0, "n")], past, horizon_s=30.0)
-    assert pattern.rates.shape == (12, 2)
-    assert pattern.rates[:, 0] == pytest.approx([float(i) for i in range(18, 30)])
+    past = {"m": past_of(*({0: float(i)} for i in range(60))), "n": past_of(*([{0: 1.0}] * 30))}
+    pattern = pattern_of([kind_of("0", 44.5), kind_of("0", 1.0, "n")], past, horizon_s=30.0)
+    assert pattern.rates.shape == (30, 2)
+    assert pattern.rates[:, 0] == pytest.approx([float(i) for i in range(30, 60)])
