@@ -6,8 +6,8 @@
     ranking.of(candidate)                        # how one fared that was rehearsed, else None
 
 Of plans with the same replicas the least late dispatch is kept, of all plans the ``keep`` least
-late, and with them the least late uniform one, the one of most headroom, and those that are given
-as ``always``. All are rehearsed with the same requests: the last minutes' arrivals (``history``) at
+late, and with them the least late uniform one, the one and the uniform one of most headroom, and
+those that are given as ``always``. All are rehearsed with the same requests: the last minutes' arrivals (``history``) at
 their level, and at ``STRESS`` times that, since a plan that is best at what was foreseen and
 founders beyond is no good one. They are ranked by
 
@@ -115,8 +115,10 @@ def rehearsed(  # noqa: PLR0913  # how much, how long, with what
     distinct = _distinct(found, elastic=elastic)
     kept = distinct[:keep]
     kept += [each for each in distinct[keep:] if _uniform(each)][:1]
-    roomiest = max(distinct, key=lambda each: each.headroom)
-    kept += [roomiest] if not any(each is roomiest for each in kept) else []
+    for group in (distinct, [each for each in distinct if _uniform(each)]):
+        roomiest = max(group, key=lambda each: each.headroom, default=None)
+        if roomiest is not None and not any(each is roomiest for each in kept):
+            kept.append(roomiest)
     kept += [each for each in always if not any(each is other for other in kept)]
     played = [
         Played(
