@@ -7,9 +7,9 @@
 
 Of plans with the same replicas the least late dispatch is kept, of all plans the ``keep`` least
 late, and with them the least late uniform one, the one and the uniform one of most headroom, and
-those that are given as ``always``. All are rehearsed with the same requests: the last minutes' arrivals (``history``) at
-their level, and at ``STRESS`` times that, since a plan that is best at what was foreseen and
-founders beyond is no good one. They are ranked by
+those that are given as ``always``. All are rehearsed with the same requests: the last minutes'
+arrivals (``history``) at their level, and at ``STRESS`` times that, since a plan that is best at
+what was foreseen and founders beyond is no good one. They are ranked by
 
     1. headroom: within ``ROOM_TIE`` of the most (``UNIFORM_TIE`` for uniform plans), or ``PLENTY``
        times the demand, is as good as the most. Bursts that nobody foresaw are what requests are
