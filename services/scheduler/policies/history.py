@@ -22,7 +22,7 @@ from services.scheduler.policies.flow import Array
 from services.scheduler.policies.interface import PastWindow
 
 SHIFT_Z = 3.0
-WINDOWS_MIN = 30  # fewer are no past to go by: a burst or two would be missing
+WINDOWS_MIN = 18  # fewer are no past to go by: a burst or two would be missing
 BURSTS = (1.0, 1.0, 0.7, 1.0, 1.6, 0.7)
 """Of a rate, in parts of ``BURST_S``: mean 1. Chat and code of Azure 2023 together exceed 1.6 times
 their mean in one of nine half minutes."""
