@@ -59,3 +59,7 @@ class PayloadTooLarge(OServeError):
 
 class EngineFailed(OServeError):
     """The engine cannot go on; its replica is lost."""
+
+
+class PeerLost(OServeError):
+    """Another worker that was asked for weights, KV cache or requests is gone, or silent."""

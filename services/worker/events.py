@@ -1,8 +1,9 @@
 """What the worker's core says to its engines, and what it hears from them.
 
 The core names each job of ``Start`` below; whoever drives it (the data plane in production, the
-simulator in virtual time) performs the job and answers with the event noted beside it. ``admit``
-and ``abort`` are cheap and are done at once, in order; the others may take their time.
+simulator in virtual time) performs the job and answers with the event noted beside it, or with
+EngineBroken. ``admit``, ``abort`` and ``expect`` are cheap and are done at once, in order; the
+others may take their time.
 """
 
 import msgspec
@@ -10,20 +11,92 @@ import msgspec
 from services.worker.engine.interface import EngineLoad
 from shared.messages.base import Message
 from shared.messages.plans import ReplicaSpec
+from shared.messages.replicas import Shares
 from shared.messages.requests import FailureCode, SubmitRequest
+from shared.placement.copies import Copy
 
 START_ENGINE = "start_engine"  # EngineStart    -> EngineReady | EngineBroken
 STOP_ENGINE = "stop_engine"  # EngineStop     -> EngineStopped
 ADMIT = "admit"  # Admission      -> nothing, or RequestRefused; in the end RequestsEnded
 ABORT = "abort"  # EngineAbort    -> nothing
 MEASURE = "measure_engines"  # None           -> EngineLoads
+EXPECT = "expect_requests"  # EngineExpect   -> nothing
+PAUSE_ENGINE = "pause_engine"  # EnginePause    -> EnginePaused
+RESUME_ENGINE = "resume_engine"  # EngineResume   -> nothing
+TAKE = "take_requests"  # EngineTake     -> EngineTook
+RELEASE = "release_requests"  # EngineRelease  -> EngineReleased
+STAGE = "advance_stage"  # EngineStage    -> EngineStaged
 
 
 class EngineStart(msgspec.Struct, frozen=True):
-    """Build and load the engine. ``generation`` tells this start from others of the replica."""
+    """Build and load the engine, or this worker's rank of it. ``generation`` tells this start from
+    others of the replica. The rest as in PrepareReplica; without ``copies`` weights come from disk.
+    """
 
     spec: ReplicaSpec
     generation: int
+    rank: int = 0
+    epoch: int = 0
+    peers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    copies: tuple[Copy, ...] = ()
+    stages: int = 1
+    cache_bytes_max: int = 0
+    verify: bool = False
+
+
+class EngineExpect(msgspec.Struct, frozen=True):
+    """Requests of ``sources`` (replica -> leading worker) will be taken over: their KV cache may
+    be copied ahead while they run. Ends with EngineRelease."""
+
+    replica_id: str
+    generation: int
+    epoch: int
+    peers: dict[str, str]
+    copies: tuple[Copy, ...]
+    sources: dict[str, str]
+    shares: Shares
+
+
+class EnginePause(msgspec.Struct, frozen=True):
+    """Stand still at the next step boundary, whatever was admitted by then included."""
+
+    replica_id: str
+    generation: int
+
+
+class EngineResume(msgspec.Struct, frozen=True):
+    replica_id: str
+    generation: int
+
+
+class EngineTake(msgspec.Struct, frozen=True):
+    """Take over this replica's share of the paused sources' requests, and hold them."""
+
+    replica_id: str
+    generation: int
+    epoch: int
+    sources: dict[str, str]
+    peers: dict[str, str]
+    shares: Shares
+    verify: bool = False
+
+
+class EngineRelease(msgspec.Struct, frozen=True):
+    """Let the requests taken for ``epoch`` go on, or forget them (``keep`` False)."""
+
+    replica_id: str
+    generation: int
+    epoch: int
+    keep: bool
+
+
+class EngineStage(msgspec.Struct, frozen=True):
+    """Fetch the weights of ``stage``, or free those of ``layers``."""
+
+    replica_id: str
+    generation: int
+    stage: int
+    layers: tuple[int, int]
 
 
 class EngineStop(msgspec.Struct, frozen=True):
@@ -48,8 +121,13 @@ class EngineAbort(msgspec.Struct, frozen=True):
 
 
 class EngineReady(Message, frozen=True, kw_only=True):
+    """``bytes_by_source`` as in ReplicaPrepared; ``cache_bytes``: this rank's KV cache."""
+
     replica_id: str
     generation: int
+    bytes_by_source: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    took_s: float = 0.0
+    cache_bytes: int = 0
 
 
 class EngineBroken(Message, frozen=True, kw_only=True):
@@ -63,6 +141,59 @@ class EngineBroken(Message, frozen=True, kw_only=True):
 class EngineStopped(Message, frozen=True, kw_only=True):
     replica_id: str
     generation: int
+
+
+class LiveAttempt(Message, frozen=True, kw_only=True):
+    """An attempt at a request, where its chunks go, and under which key its engine has it."""
+
+    request_id: str
+    attempt: int
+    ingress_id: str
+    key: str
+
+
+class EnginePaused(Message, frozen=True, kw_only=True):
+    """It stands still. ``moving``: request_id -> the leader that takes it over; what is submitted
+    from now on is not among them."""
+
+    replica_id: str
+    generation: int
+    moving: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+
+
+class EngineTook(Message, frozen=True, kw_only=True):
+    """The requests are held here now, or ``failure`` says why none is. The rest as in
+    RequestsTaken."""
+
+    replica_id: str
+    generation: int
+    epoch: int
+    taken: tuple[LiveAttempt, ...] = ()
+    moved: int = 0
+    replayed: int = 0
+    bytes_by_source: dict[str, dict[str, int]] = msgspec.field(
+        default_factory=dict[str, dict[str, int]]
+    )
+    ahead_bytes: int = 0
+    took_s: float = 0.0
+    detail: str = ""
+    failure: str = ""
+
+
+class EngineReleased(Message, frozen=True, kw_only=True):
+    """The requests taken go on. ``pauses`` as in ReplicaStarted."""
+
+    replica_id: str
+    generation: int
+    epoch: int
+    pauses: tuple[tuple[float, int], ...] = ()
+
+
+class EngineStaged(Message, frozen=True, kw_only=True):
+    replica_id: str
+    generation: int
+    stage: int
+    bytes_by_source: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
 
 class RequestRefused(Message, frozen=True, kw_only=True):
@@ -97,6 +228,8 @@ class MeasuredEngine(Message, frozen=True, kw_only=True):
     requests_total: int = 0
     step_s: float = 0.0
     stalled: bool = False
+    cache_tokens: int = 0  # of live requests, in the KV cache
+    fetched_bytes: int = 0  # by a preparation under way, or the last one
 
 
 class EngineLoads(Message, frozen=True, kw_only=True):

@@ -1,5 +1,7 @@
 """The deployment plan: replicas and routing weights in one object, and its way into force."""
 
+from typing import Literal
+
 import msgspec
 
 from shared.messages.base import Message
@@ -32,6 +34,11 @@ class DeploymentPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     pinned: bool = False
 
 
+SwitchWay = Literal["live", "reload"]
+"""live: new replicas are made ready beside the old ones and take over weights, requests and KV
+cache. reload: the old ones drain and stop, the new ones load from disk."""
+
+
 class StoredPlan(Message, frozen=True, kw_only=True):
     """What the KV bucket holds: the plan in force, and the target while a switch is under way."""
 
@@ -39,6 +46,7 @@ class StoredPlan(Message, frozen=True, kw_only=True):
     in_force: DeploymentPlan
     target: DeploymentPlan | None = None
     target_epoch: int = 0
+    way: SwitchWay = "reload"
 
 
 class AdoptPlan(Message, frozen=True, kw_only=True):
@@ -98,6 +106,40 @@ class SwitchStarted(Message, frozen=True, kw_only=True):
     plan_id: str
     replicas_stopping: tuple[str, ...] = ()
     replicas_starting: tuple[str, ...] = ()
+    way: SwitchWay = "reload"
+    why: str = ""  # why it is not live, or has to be staged
+
+
+class SwitchProgress(Message, frozen=True, kw_only=True):
+    """How far the switch under way is; repeated while it is. ``bytes_done`` of ``bytes_total``."""
+
+    epoch: int
+    plan_id: str
+    phase: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+    elapsed_s: float = 0.0
+
+
+class SwitchReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a switch did. ``bytes_by_link``: "<source>><target>" of workers ("disk" as a source),
+    weights and KV cache; what stayed in place is left out. ``bytes_bound``: the least that any
+    plan of copies would have moved between workers. ``pause_*_s``: over requests taken over,
+    from their last step before to the start of the replica that goes on with them."""
+
+    way: SwitchWay = "reload"
+    bytes_by_link: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    bytes_bound: int = 0
+    bytes_in_place: int = 0
+    cache_bytes: int = 0
+    cache_ahead_bytes: int = 0
+    phase_s: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    moved: int = 0
+    replayed: int = 0
+    pause_p50_s: float = 0.0
+    pause_p99_s: float = 0.0
+    stages: int = 1
+    notes: tuple[str, ...] = ()
 
 
 class SwitchEnded(Message, frozen=True, kw_only=True):
@@ -108,3 +150,4 @@ class SwitchEnded(Message, frozen=True, kw_only=True):
     succeeded: bool
     took_s: float
     detail: str = ""
+    report: SwitchReport | None = None

@@ -7,8 +7,15 @@ import msgspec
 from shared.hardware import GpuSpec
 from shared.messages.base import Message
 from shared.messages.plans import ReplicaSpec
+from shared.placement.copies import Copy
+from shared.placement.sheets import ModelShape
 
-ReplicaPhase = Literal["starting", "serving", "draining", "failed"]
+ReplicaPhase = Literal[
+    "preparing", "prepared", "starting", "serving", "paused", "draining", "failed"
+]
+"""preparing: memory, rank groups and weights are being made ready beside what runs. prepared: they
+are; nothing is admitted until it is started. paused: stands still at a step boundary with all its
+requests, and keeps whatever is submitted, until it is resumed or stopped."""
 
 
 class HostedReplica(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -21,6 +28,12 @@ class HostedReplica(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     rank: int = 0
     detail: str = ""
     model_id: str = ""  # empty: from a worker too old to say
+    prepared: int = 0  # epoch of the last PrepareReplica that is done
+    taken: int = 0  # epoch of the last TakeRequests that is done and neither started nor given up
+    stage: int = 0  # highest AdvanceStage that is done
+    fetched_bytes: int = 0  # by the preparation under way, or the last one
+    cache_tokens: int = 0  # tokens of live requests in the KV cache (leader only)
+    cache_bytes: int = 0  # of this rank's KV cache, used or not
 
 
 class WorkerReport(Message, frozen=True, kw_only=True):
@@ -33,6 +46,8 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     replicas: tuple[HostedReplica, ...] = ()
     leaving: bool = False  # last report of a worker that drains on SIGTERM
+    peer: str = ""  # where other workers reach it for weights, KV cache and rank groups
+    shapes: tuple[ModelShape, ...] = ()  # of the models whose weights it can move; else reload
 
 
 class ReplicaReport(Message, frozen=True, kw_only=True):
@@ -56,11 +71,77 @@ class ReplicaReport(Message, frozen=True, kw_only=True):
 
 
 class StartReplica(Message, frozen=True, kw_only=True):
-    """Host this replica (as the rank your GPU has in ``replica.gpus``). Idempotent by epoch."""
+    """Host this replica (as the rank your GPU has in ``replica.gpus``). Idempotent by epoch.
+
+    Told to a prepared replica, serve: requests taken for this very ``epoch`` go on, those taken
+    for another are given up. ``peers``: where the replica's other workers are reached."""
 
     epoch: int
     worker_id: str
     replica: ReplicaSpec
+    peers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+
+
+class Shares(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the requests of replicas that go are spread over those that take them:
+    ``rows[type][replica_id]`` as in DeploymentPlan.weights, over ``leaders`` only (replica ->
+    leading worker). Who asks computes the same answer (shared/placement/spread.py)."""
+
+    rows: dict[str, dict[str, float]] = msgspec.field(default_factory=dict[str, dict[str, float]])
+    leaders: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+
+
+class PrepareReplica(Message, frozen=True, kw_only=True):
+    """Make this replica ready to serve, and to take requests over, beside whatever runs now.
+
+    ``copies`` are this worker's; ``sources``: replicas (-> leading worker) whose requests it will
+    take by ``shares``, and whose KV cache may be copied ahead. ``peers``: where all workers named
+    here are reached. ``cache_bytes_max``: of this rank's KV cache, as long as the old replicas are
+    there, 0 as configured. Told to a replica that serves: expect requests. Idempotent by epoch."""
+
+    epoch: int
+    worker_id: str
+    replica: ReplicaSpec
+    peers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    copies: tuple[Copy, ...] = ()
+    sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    shares: Shares = msgspec.field(default_factory=Shares)
+    stages: int = 1  # copies of a stage > 0 wait for AdvanceStage
+    cache_bytes_max: int = 0
+    verify: bool = False  # compare checksums of each shard with its source
+
+
+class PauseReplica(Message, frozen=True, kw_only=True):
+    """Stand still at the next step boundary; keep requests and KV cache for who takes them."""
+
+    epoch: int
+    worker_id: str
+    replica_id: str
+    shares: Shares = msgspec.field(default_factory=Shares)
+
+
+class TakeRequests(Message, frozen=True, kw_only=True):
+    """Take over your share of the paused ``sources``' requests with their KV cache, and hold them
+    until StartReplica of the same epoch. To leaders only."""
+
+    epoch: int
+    worker_id: str
+    replica_id: str
+    sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    peers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    shares: Shares = msgspec.field(default_factory=Shares)
+    verify: bool = False
+
+
+class AdvanceStage(Message, frozen=True, kw_only=True):
+    """Where old and new do not fit side by side. To a replica that comes: fetch the copies of
+    ``stage``. To one that goes: every copy of the stages before is done, free those layers."""
+
+    epoch: int
+    worker_id: str
+    replica_id: str
+    stage: int
+    layers: tuple[int, int] = (0, 0)  # of the weights that the one that goes may free
 
 
 class DrainReplica(Message, frozen=True, kw_only=True):
@@ -89,11 +170,49 @@ class ResumeReplica(Message, frozen=True, kw_only=True):
 
 
 class ReplicaStarted(Message, frozen=True, kw_only=True):
-    """The worker's part of the replica is ready to serve."""
+    """The worker's part of the replica is ready to serve. ``pauses``: (seconds, requests) for
+    those taken over that go on now: how long no step was made for them."""
 
     epoch: int
     worker_id: str
     replica_id: str
+    pauses: tuple[tuple[float, int], ...] = ()
+
+
+class ReplicaPrepared(Message, frozen=True, kw_only=True):
+    """The worker's part of the replica has its weights. ``bytes_by_source``: worker_id -> bytes,
+    its own for what was copied in place, "" for what was read from disk."""
+
+    epoch: int
+    worker_id: str
+    replica_id: str
+    bytes_by_source: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    took_s: float = 0.0
+
+
+class ReplicaPaused(Message, frozen=True, kw_only=True):
+    epoch: int
+    worker_id: str
+    replica_id: str
+    requests: int = 0
+
+
+class RequestsTaken(Message, frozen=True, kw_only=True):
+    """``moved`` with their KV cache, ``replayed`` without: their tokens are computed again.
+    Bytes as in ReplicaPrepared, of the KV cache on all ranks; ``ahead`` of them before the pause.
+    ``detail``: why requests are replayed."""
+
+    epoch: int
+    worker_id: str
+    replica_id: str
+    moved: int = 0
+    replayed: int = 0
+    bytes_by_source: dict[str, dict[str, int]] = msgspec.field(
+        default_factory=dict[str, dict[str, int]]
+    )  # target worker -> source worker -> bytes
+    ahead_bytes: int = 0
+    took_s: float = 0.0
+    detail: str = ""
 
 
 class ReplicaDrained(Message, frozen=True, kw_only=True):

@@ -84,6 +84,7 @@ class SubmitRequest(Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_tokens: list[int] = msgspec.field(default_factory=list[int])
     slo_class: SloClass = "standard"
+    request_type: int = -1  # as the router took it; decides who takes it over in a switch
 
 
 class AbortRequest(Message, frozen=True, kw_only=True):
@@ -125,12 +126,44 @@ class TokenChunks(DataMessage, frozen=True, kw_only=True):
     """One message per engine step and ingress; without chunks it is the replica's heartbeat.
 
     ``incarnation`` names one run of the worker process: when it changes, whatever the former
-    run had accepted is lost.
+    run had accepted is lost. A chunk of an attempt that another replica had before means that
+    this one has taken it over: ``worker_id`` is where it is aborted from now on.
     """
 
     replica_id: str
     incarnation: str
     chunks: list[TokenChunk] = msgspec.field(default_factory=list[TokenChunk])
+    worker_id: str = ""
+
+
+class RequestState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A live request as its engine has it, for whoever takes it over. ``output_tokens`` are all
+    made so far, those of earlier attempts included. The KV cache of the first ``computed`` of
+    prompt and output tokens is in ``blocks``, in order. ``admission`` changes whenever its blocks
+    are given up: blocks copied under another one are worth nothing."""
+
+    request_id: str
+    attempt: int
+    ingress_id: str
+    prompt_tokens: list[int]
+    sampling: SamplingParams
+    output_tokens: list[int] = msgspec.field(default_factory=list[int])
+    slo_class: SloClass = "standard"
+    request_type: int = -1
+    computed: int = 0
+    blocks: list[int] = msgspec.field(default_factory=list[int])
+    admission: int = 0
+
+
+class RequestStates(Message, frozen=True, kw_only=True):
+    """What a replica's leader answers to whoever takes its requests over, oldest first.
+    ``paused_for_s``: how long it has stood still, 0 while it runs."""
+
+    replica_id: str
+    states: tuple[RequestState, ...] = ()
+    block_tokens: int = 0
+    paused: bool = False
+    paused_for_s: float = 0.0
 
 
 class RequestCompleted(Message, frozen=True, kw_only=True):

@@ -5,12 +5,14 @@ and calls ``step`` while there is work. An engine never drops a request silently
 exactly one chunk that has ``finish`` set, or is handed back by ``drop_all``.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 from shared.messages.requests import FinishReason, SamplingParams, TokenLogprobs
+from shared.placement.copies import Copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +61,72 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks_total: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveState:
+    """A live request between two steps. ``output_tokens`` are all of them, those of earlier
+    attempts included; the KV cache of the first ``computed`` of prompt and output tokens lies in
+    ``blocks``, in order. ``admission`` is another number each time it is given blocks anew."""
+
+    request: EngineRequest
+    output_tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list[int])
+    admission: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What ``Engine.take`` did. ``bytes_by_source``: target worker -> source worker -> bytes."""
+
+    moved: list[str] = field(default_factory=list[str])
+    replayed: list[str] = field(default_factory=list[str])
+    bytes_by_source: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    detail: str = ""
+
+
 class Engine(Protocol):
-    """One replica's engine (or one rank's part of it)."""
+    """One replica's engine: all of it, or its leading rank, which has the others do their part."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one KV block."""
+        ...
+
+    @property
+    def fetched(self) -> dict[str, int]:
+        """Bytes of weights by the worker that they came from, "" for the disk."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of this rank's KV cache, used or not."""
+        ...
+
+    def states(self) -> list[LiveState]:
+        """Everything live that is not held, oldest first."""
+        ...
+
+    def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
+        """KV cache will be taken over along these copies of the sheet ``cache``."""
+        ...
+
+    def take(self, replica_id: str, states: Sequence[LiveState], *, final: bool) -> Taken:
+        """Take over requests of ``replica_id``, with their KV cache where it fits, and hold them:
+        they do not run until ``release``. Called with ``final`` False while they still run there:
+        copies ahead what will not change any more, a bounded part of it each time, and holds
+        nothing that a later call does not confirm; what is not among the states of the final call
+        is forgotten. A request that does not fit, or whose KV cache cannot be had, is held
+        without it (``replayed``). Raises PeerLost when the source is gone and Rejected never."""
+        ...
+
+    def release(self, *, keep: bool) -> None:
+        """Let the held requests run, or forget them."""
+        ...
+
+    def advance_stage(self, stage: int, layers: tuple[int, int]) -> None:
+        """Fetch the weights of ``stage``; of an engine that was ready from the beginning: free
+        those of ``layers``, after which it can only be closed."""
+        ...
 
     @property
     def blocking(self) -> bool:
@@ -100,3 +166,28 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free memory and threads; the engine is not used afterwards."""
         ...
+
+
+class Follower(Protocol):
+    """A rank of a replica other than the leading one: it does what the leader says."""
+
+    @property
+    def fetched(self) -> dict[str, int]: ...
+
+    @property
+    def cache_bytes(self) -> int: ...
+
+    def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
+        """As Engine.expect; may be called while ``serve`` runs in another thread."""
+        ...
+
+    def serve(self) -> None:
+        """Take part until the leader closes the replica, or ``stop``. Raises EngineFailed when the
+        leader or another rank is lost. Blocks."""
+        ...
+
+    def stop(self) -> None:
+        """Make ``serve`` return soon; from any thread."""
+        ...
+
+    def close(self) -> None: ...
