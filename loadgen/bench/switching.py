@@ -1,0 +1,118 @@
+"""Asks a running mesh for plans and hears how the switches to them go, as ``oserve switch`` does."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Self
+
+import msgspec
+
+from shared import subjects
+from shared.bus import BusConfig, Delivery, NatsBus, Subscription
+from shared.errors import OServeError
+from shared.hardware import Parallelism
+from shared.messages.base import decode, encode
+from shared.messages.plans import (
+    DeploymentPlan,
+    PinAnswer,
+    PinPlan,
+    PlanInForce,
+    ReplicaSpec,
+    SwitchEnded,
+    SwitchStarted,
+)
+from shared.messages.replicas import ReplicaPrepared
+
+ANSWER_S = 5.0
+
+
+class SwitchFailed(OServeError):
+    """The plan was refused, rolled back, or is not in force in time."""
+
+
+def plan_of(shapes: Sequence[tuple[str, Sequence[str]]], *, model_id: str) -> DeploymentPlan:
+    """Replicas of these shapes on these GPUs, requests by GPUs. An id is the shape and the GPUs, so
+    that none is ever used for two different replicas."""
+    specs = tuple(
+        ReplicaSpec(
+            replica_id=f"{shape}-{'-'.join(gpus)}",
+            model_id=model_id,
+            parallelism=str(Parallelism.parse(shape)),
+            gpus=tuple(gpus),
+        )
+        for shape, gpus in shapes
+    )
+    total = sum(len(spec.gpus) for spec in specs)
+    row = {spec.replica_id: len(spec.gpus) / total for spec in specs}
+    return DeploymentPlan(plan_id="", replicas=specs, weights={"*": row})
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """One switch, from its wish to its end."""
+
+    started: SwitchStarted | None
+    ended: SwitchEnded
+    prepared: tuple[ReplicaPrepared, ...]
+
+
+class Switching:
+    """Use with ``async with``."""
+
+    def __init__(self, bus_url: str) -> None:
+        self._bus = NatsBus(msgspec.structs.replace(BusConfig(), url=bus_url))
+        self._subscriptions: list[Subscription] = []
+        self._ended: dict[str, SwitchEnded] = {}
+        self._started: dict[str, SwitchStarted] = {}
+        self._prepared: list[ReplicaPrepared] = []
+        self._news = asyncio.Event()
+        self.in_force: PlanInForce | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._bus.connect(name="switching")
+        for subject, handler in (
+            (subjects.PLAN_IN_FORCE, self._on_plan),
+            (subjects.SWITCH_STARTED, self._on_started),
+            (subjects.SWITCH_ENDED, self._on_ended),
+            (subjects.REPLICA_PREPARED, self._on_prepared),
+        ):
+            self._subscriptions.append(await self._bus.subscribe(subject.wildcard, handler))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._bus.close()
+
+    async def to(self, plan: DeploymentPlan, *, timeout_s: float = 60.0) -> Seen:
+        """Pin ``plan`` and wait until it is in force. Raises SwitchFailed."""
+        self._prepared.clear()
+        self._ended.clear()
+        payload = encode(PinPlan(plan=plan))
+        reply = await self._bus.request(subjects.PIN_PLAN.pattern, payload, timeout_s=ANSWER_S)
+        answer = decode(reply, PinAnswer)
+        if answer.wrong:
+            raise SwitchFailed("refused: " + "; ".join(answer.wrong))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (ended := self._ended.get(answer.plan_id)) is None:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            raise SwitchFailed(f"{answer.plan_id} did not end in {timeout_s:g} s") from None
+        if not ended.succeeded:
+            raise SwitchFailed(f"{answer.plan_id} was rolled back: {ended.detail}")
+        started = self._started.get(answer.plan_id)
+        return Seen(started=started, ended=ended, prepared=tuple(self._prepared))
+
+    def _on_plan(self, delivery: Delivery) -> None:
+        self.in_force = decode(delivery.payload, PlanInForce)
+        self._news.set()
+
+    def _on_started(self, delivery: Delivery) -> None:
+        started = decode(delivery.payload, SwitchStarted)
+        self._started[started.plan_id] = started
+
+    def _on_ended(self, delivery: Delivery) -> None:
+        ended = decode(delivery.payload, SwitchEnded)
+        self._ended[ended.plan_id] = ended
+        self._news.set()
+
+    def _on_prepared(self, delivery: Delivery) -> None:
+        self._prepared.append(decode(delivery.payload, ReplicaPrepared))
