@@ -11,6 +11,7 @@ BENCHMARKS = (
     "loadgen.bench.bench_simulator",
     "loadgen.bench.bench_fidelity",
     "loadgen.bench.bench_torch_fidelity",
+    "loadgen.bench.bench_switch",
     "loadgen.bench.bench_compare",
 )
 

@@ -77,6 +77,10 @@ class Rig:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def bus_url(self) -> str:
+        return f"nats://127.0.0.1:{self._broker_port}"
+
     def __enter__(self) -> Self:
         engine_core, mesh_core = cores()
         config = self._written_config()
@@ -139,7 +143,7 @@ class Rig:
         path = self._folder / "bench.toml"
         path.write_text(
             f"{self._topology()}"
-            f'[bus]\nurl = "nats://127.0.0.1:{self._broker_port}"\n'
+            f'[bus]\nurl = "{self.bus_url}"\n'
             f"[ingress]\nport = {self.port}\n"
             f'[telemetry]\nlog_level = "{self._level}"\n'
         )

@@ -1,4 +1,4 @@
-"""Asks a running mesh for plans and hears how the switches to them go, as ``oserve switch`` does."""
+"""Asks a running mesh for plans, and hears how the switches to them go."""
 
 import asyncio
 from collections.abc import Sequence
@@ -84,6 +84,7 @@ class Switching:
         """Pin ``plan`` and wait until it is in force. Raises SwitchFailed."""
         self._prepared.clear()
         self._ended.clear()
+        self._started.clear()
         payload = encode(PinPlan(plan=plan))
         reply = await self._bus.request(subjects.PIN_PLAN.pattern, payload, timeout_s=ANSWER_S)
         answer = decode(reply, PinAnswer)

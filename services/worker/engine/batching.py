@@ -19,7 +19,7 @@ they make a difference from the end of the step they fell into, perform the plan
 from collections.abc import Sequence as SequenceOf
 from heapq import heappop
 
-from services.worker.engine.batching_state import BatchState
+from services.worker.engine.batching_takeover import TakeoverState
 from services.worker.engine.batching_types import (
     PREFILL,
     WAITING,
@@ -35,7 +35,7 @@ from shared.cost.step import pairs
 from shared.errors import Rejected
 
 
-class Batch(BatchState):
+class Batch(TakeoverState):
     """The batch scheduler of one replica."""
 
     def __init__(
@@ -72,11 +72,9 @@ class Batch(BatchState):
         assert prompt_tokens > 0, key
         assert 0 <= earlier_tokens < output_tokens, key
         tokens_max = prompt_tokens + output_tokens
-        if key in self.sequences:
+        if key in self.sequences or key in self.held or key in self.entering:
             raise Rejected("invalid", f"request {key} is live already")
-        if tokens_max - 1 > self._capacity:  # the last token is never computed
-            detail = f"{tokens_max} tokens exceed the KV cache of {self._capacity} tokens"
-            raise Rejected("too_long", detail)
+        self.check_length(tokens_max)
         if len(self.sequences) >= self._live_max:
             raise Rejected("overloaded", f"{len(self.waiting)} requests are waiting already")
         self._arrivals += 1
@@ -98,7 +96,7 @@ class Batch(BatchState):
         """Forget a request at once and free its blocks; False if it is not known."""
         sequence = self.sequences.get(key)
         if sequence is None:
-            return False
+            return self.unhold(key)
         self.finish(sequence)
         return True
 
@@ -115,14 +113,20 @@ class Batch(BatchState):
         them the same requests decode, and nobody could join. The same plan again until it is
         performed."""
         plan = self._plan
-        if plan is not None or not self.sequences:
+        if plan is not None:
             return plan
+        if self.entering:
+            self._enter()
+        if not self.sequences:
+            return None
+        if self.held:
+            self._make_room(self.kv.due(self.steps_total))
         preempted: list[Sequence] = []
         while self.kv.due(self.steps_total) > self.kv.free:
             self.kv.cache.shrink(0)  # older requests have taken all there was
             preempted.append(self._preempt())
         chunks: list[Chunk] = []
-        if self._partial is not None or (self.waiting and not preempted):
+        if self.partials or (self.waiting and not preempted):
             chunks = self._chunks()
         plan = self._plan = self._mixed(chunks, preempted) if chunks else self._leap(preempted)
         return plan
@@ -204,7 +208,8 @@ class Batch(BatchState):
         chunks: list[Chunk] = []
         if self.kv.cache.idle_blocks:  # decodes come first, and may need what would be found here
             self.kv.cache.shrink(self.kv.free - self.kv.due(self.steps_total))
-        sequence = self._partial or self._admit()
+        begun = list(self.partials)  # one, but for those that came with part of their KV
+        sequence = begun.pop(0) if begun else self._admit()
         while sequence is not None:
             count = min(budget, sequence.known - sequence.computed)
             chunks.append((sequence, count))
@@ -213,7 +218,7 @@ class Batch(BatchState):
                 self._publish(sequence, sequence.computed + count)
             if not budget:
                 break
-            sequence = self._admit()
+            sequence = begun.pop(0) if begun else self._admit()
         return chunks
 
     def _admit(self) -> Sequence | None:
@@ -232,6 +237,8 @@ class Batch(BatchState):
             blocks_new = blocks - sum(cached.blocks for cached in matched if cached.refs)
             if blocks_new > room:
                 return None
+        elif self.held:
+            self._make_room(blocks)
         if matched:
             kv.take(kv.cache.refer(matched))
             sequence.held, sequence.shared = matched, sum(cached.blocks for cached in matched)
@@ -247,6 +254,9 @@ class Batch(BatchState):
         sequence.copied = 0  # once: a preemption loses it like all the rest
         kv.take(blocks - sequence.shared)
         del self.waiting[sequence.key]
-        self.running[sequence.key] = self._partial = sequence
+        self.running[sequence.key] = sequence
+        self.partials.append(sequence)
+        self._admissions += 1
+        sequence.admission = self._admissions
         sequence.phase = PREFILL
         return sequence

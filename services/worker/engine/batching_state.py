@@ -11,6 +11,7 @@ from heapq import heapify, heappush
 from services.worker.engine.batching_types import (
     DECODE,
     ENDED,
+    HELD,
     PREFILL,
     WAITING,
     Plan,
@@ -20,7 +21,7 @@ from services.worker.engine.batching_types import (
 from services.worker.engine.interface import EngineLoad
 from services.worker.engine.kv_blocks import KvBlocks
 from shared.cost.limits import EngineLimits
-from shared.errors import ConfigInvalid
+from shared.errors import ConfigInvalid, Rejected
 
 _STALE_ENDS = 64  # places in the heap of ends that may be out of date, beyond as many as are valid
 
@@ -46,10 +47,13 @@ class BatchState:
         self._caching = prefix_caching
         self._capacity = kv_blocks * limits.block_tokens
         self._live_max = limits.running_max + limits.waiting_max
-        self._partial: Sequence | None = None  # its prefill has begun: always the youngest
+        self.partials: list[Sequence] = []  # their prefill has begun: always the youngest
+        self.held: dict[str, Sequence] = {}
+        self.entering: dict[str, Sequence] = {}
+        self.taken_total = 0  # let go on after they had been held
         self.ends: list[tuple[int, int, Sequence]] = []  # heap: step, serial, sequence
         self._plan: Plan | None = None
-        self._arrivals = self._serials = 0
+        self._arrivals = self._serials = self._admissions = 0
         self._pending = 0  # tokens to prefill and to make
 
     def computed(self, sequence: Sequence) -> int:
@@ -57,6 +61,12 @@ class BatchState:
         if sequence.phase == DECODE:
             return sequence.offset + self.steps_total
         return sequence.computed
+
+    def check_length(self, tokens_max: int) -> None:
+        """Raises Rejected if a request of so many tokens never fits."""
+        if tokens_max - 1 > self._capacity:  # the last token is never computed
+            detail = f"{tokens_max} tokens exceed the KV cache of {self._capacity} tokens"
+            raise Rejected("too_long", detail)
 
     def made(self, sequence: Sequence) -> int:
         """How many output tokens it has, those of earlier attempts included."""
@@ -67,7 +77,7 @@ class BatchState:
     def load(self) -> EngineLoad:
         return EngineLoad(
             running=len(self.running),
-            waiting=len(self.waiting),
+            waiting=len(self.waiting) + len(self.entering),
             tokens_pending=self._pending,
             kv_blocks_used=self.kv.used,
             kv_blocks_total=self.kv.total,
@@ -78,7 +88,7 @@ class BatchState:
         limits, running = self.limits, list(self.running.values())
         ages = [sequence.number for sequence in (*running, *self.waiting.values())]
         assert ages == sorted(set(ages)), "requests out of order"
-        assert len(ages) == len(self.sequences) <= self._live_max
+        assert len(ages) == len(self.sequences) <= self._live_max + self.taken_total
         assert len(running) <= limits.running_max
         decoding = [sequence for sequence in running if sequence.phase == DECODE]
         assert len(decoding) == self.decoding
@@ -95,7 +105,11 @@ class BatchState:
         for sequence in self.waiting.values():
             assert sequence.phase == WAITING, sequence.key
             assert sequence.computed == sequence.shared == len(sequence.held) == 0, sequence.key
-        assert self._partial is None or self._partial is running[-1]
+        count = len(self.partials)
+        assert self.partials == running[len(running) - count :], "prefills out of order"
+        standing = self._standing()
+        assert all(sequence.phase == HELD for sequence in standing)
+        assert not self.sequences.keys() & {sequence.key for sequence in standing}
         ends = [end for end in self.ends if end[2].serial == end[1]]
         assert sorted(end[2].number for end in ends) == [s.number for s in decoding], "ends lost"
         self._check_blocks(running, decoding)
@@ -110,6 +124,9 @@ class BatchState:
             for cached in sequence.held:
                 refs[cached.hash] = refs.get(cached.hash, 0) + 1
                 shared[cached.hash] = cached.blocks
+        private += sum(
+            kv.blocks_of(self._reserved(sequence)) for sequence in self._standing() if sequence.computed
+        )
         assert kv.used == private + sum(shared.values()), "KV blocks leaked"
         kv.check([sequence.offset for sequence in decoding])
         kv.cache.check(refs)
@@ -140,26 +157,29 @@ class BatchState:
 
     def _join(self, sequence: Sequence, progress: Progress) -> None:
         """Its prefill is done, and has made a token: it decodes from now on, or has ended."""
-        if self._partial is sequence:
-            self._partial = None
+        if sequence in self.partials:
+            self.partials.remove(sequence)
         if sequence.started:
             progress.resumed.append(sequence)
         else:
             sequence.started = True
             progress.first.append(sequence)
+        self.output_tokens_total += 1
+        self._pending -= 1
+        self._decode(sequence)
+        if sequence.known + 1 == sequence.tokens_max:
+            progress.ended.append(sequence)
+            self._finish_running(sequence)
+
+    def _decode(self, sequence: Sequence) -> None:
+        """All it knows but one token is computed: it decodes from the next step on."""
         sequence.phase = DECODE
         sequence.offset = sequence.computed - self.steps_total
         self.kv.join(sequence.offset)
         self.decoding += 1
         self.context += sequence.computed
-        self.output_tokens_total += 1
-        self._pending -= 1
         self._serials += 1
         sequence.serial = self._serials
-        if sequence.known + 1 == sequence.tokens_max:
-            progress.ended.append(sequence)
-            self._finish_running(sequence)
-            return
         if len(self.ends) > 2 * self.decoding + _STALE_ENDS:
             self.ends = [end for end in self.ends if end[2].serial == end[1]]
             heapify(self.ends)
@@ -198,8 +218,8 @@ class BatchState:
             self.kv.part(sequence.offset)
             self.decoding -= 1
             self.context -= computed
-        elif self._partial is sequence:
-            self._partial = None
+        elif sequence in self.partials:
+            self.partials.remove(sequence)
         if sequence.held:
             blocks += self.kv.cache.leave(sequence.held)
             sequence.held, sequence.shared = [], 0
@@ -209,4 +229,14 @@ class BatchState:
         """Tokens that a running sequence has KV blocks for: a prompt is reserved as a whole."""
         if sequence.phase == DECODE:
             return sequence.offset + self.steps_total
+        if sequence.phase == HELD and self._decodes_next(sequence):
+            return sequence.computed
         return sequence.known
+
+    def _decodes_next(self, sequence: Sequence) -> bool:
+        """Of one that is held: whether it has made a token, and all but that is computed."""
+        return sequence.started and sequence.computed == sequence.known - 1
+
+    def _standing(self) -> list[Sequence]:
+        """Those that are held or about to join."""
+        return [*self.held.values(), *self.entering.values()]

@@ -15,9 +15,10 @@ class Phase(IntEnum):
     PREFILL = 1
     DECODE = 2
     ENDED = 3
+    HELD = 4  # taken over, and not yet let go on
 
 
-WAITING, PREFILL, DECODE, ENDED = Phase  # an enum member costs a look-up more
+WAITING, PREFILL, DECODE, ENDED, HELD = Phase  # an enum member costs a look-up more
 
 
 class Sequence:
@@ -29,7 +30,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "computed", "copied", "end_step", "hash_tokens", "hashes", "held", "key", "known",
+        "admission", "computed", "copied", "end_step", "hash_tokens", "hashes", "held", "key", "known",
         "number", "offset", "phase", "prompt_tokens", "serial", "shared", "started", "tokens_max",
     )  # fmt: skip
 
@@ -49,6 +50,7 @@ class Sequence:
         self.hash_tokens = 0
         self.held: list[CachedBlocks] = []  # the cached blocks at its beginning that it refers to
         self.shared = 0  # how many KV blocks these are
+        self.admission = 0  # another number each time it is given blocks anew
 
     @property
     def output_tokens(self) -> int:

@@ -49,6 +49,14 @@ _SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
         "head_dim": 64,
     },
+    "medium": {  # 130 million, 0.5 GB: to measure how weights move
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 11,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
 }
 # Spread of the weights relative to 1/sqrt(inputs). Trained models are far from the usual initial
 # 0.02: with that, attention is uniform, each token predicts itself and output is one token.
