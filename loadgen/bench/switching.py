@@ -18,6 +18,7 @@ from shared.messages.plans import (
     PlanInForce,
     ReplicaSpec,
     SwitchEnded,
+    SwitchProgress,
     SwitchStarted,
 )
 from shared.messages.replicas import ReplicaPrepared
@@ -65,6 +66,7 @@ class Switching:
         self._prepared: list[ReplicaPrepared] = []
         self._news = asyncio.Event()
         self.in_force: PlanInForce | None = None
+        self.phase = ""  # of the switch under way
 
     async def __aenter__(self) -> Self:
         await self._bus.connect(name="switching")
@@ -72,6 +74,7 @@ class Switching:
             (subjects.PLAN_IN_FORCE, self._on_plan),
             (subjects.SWITCH_STARTED, self._on_started),
             (subjects.SWITCH_ENDED, self._on_ended),
+            (subjects.SWITCH_PROGRESS, self._on_progress),
             (subjects.REPLICA_PREPARED, self._on_prepared),
         ):
             self._subscriptions.append(await self._bus.subscribe(subject.wildcard, handler))
@@ -102,6 +105,12 @@ class Switching:
         started = self._started.get(answer.plan_id)
         return Seen(started=started, ended=ended, prepared=tuple(self._prepared))
 
+    async def until_phase(self, phase: str) -> None:
+        """Return when the switch under way is in ``phase``; for ever if it never is."""
+        while self.phase != phase:
+            self._news.clear()
+            await self._news.wait()
+
     def _on_plan(self, delivery: Delivery) -> None:
         self.in_force = decode(delivery.payload, PlanInForce)
         self._news.set()
@@ -113,6 +122,11 @@ class Switching:
     def _on_ended(self, delivery: Delivery) -> None:
         ended = decode(delivery.payload, SwitchEnded)
         self._ended[ended.plan_id] = ended
+        self.phase = ""
+        self._news.set()
+
+    def _on_progress(self, delivery: Delivery) -> None:
+        self.phase = decode(delivery.payload, SwitchProgress).phase
         self._news.set()
 
     def _on_prepared(self, delivery: Delivery) -> None:

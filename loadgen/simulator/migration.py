@@ -2,8 +2,8 @@
 
 What moves where is a policy's (llumnix.py); this is how. The replica that accepted a request stays
 its home and speaks for it wherever it runs, so that no ingress and no core notices. While its KV is
-copied it goes on where it is; what it pays is the pause at the end, and the step that computes its
-newest token in the new place.
+copied it goes on where it is; what it pays is the pause at the end. It joins as those do that are
+taken over in a live switch.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from loadgen.simulator.llumnix import (
     migrations,
 )
 from loadgen.simulator.world import World
-from services.worker.engine.batching_types import DECODE, WAITING
+from services.worker.engine.batching_types import DECODE
 from shared.cost.step import PS_PER_S
 from shared.errors import Rejected
 
@@ -129,18 +129,22 @@ class Migrator:
         run.home.owner.refuse(run.request, Rejected("overloaded", "no replica took it back"))
 
     def _take(self, place: Engine, run: Run, *, copied: int) -> bool:
+        """Where there is no room for its KV it does not go."""
         key = run.sequence.key
         try:
-            run.sequence = place.batch.add(
+            sequence = place.batch.hold(
                 key,
                 prompt_tokens=run.sequence.prompt_tokens,
                 output_tokens=run.output_tokens,
                 earlier_tokens=run.shown,
-                copied_tokens=copied,
+                computed_tokens=copied,
             )
         except Rejected:
             return False
-        assert run.sequence.phase == WAITING, "it joins between two steps"
+        place.batch.release(keep=sequence.computed > 0, key=key)
+        if not sequence.computed:
+            return False
+        run.sequence = sequence
         place.runs[key] = run
         place.owner.resume(place)
         return True

@@ -8,7 +8,8 @@
 Assumed of the network: any message may be lost, late, repeated or reordered. So every phase has
 a deadline (``Sweep``), attempts are numbered, and a silent stream is probed: submitted again under
 the same attempt, which a worker that still runs it merely acknowledges, and one that has settled
-it does not answer. Token chunks themselves are the data plane (journey.take); what they say about
+it does not answer. In a live switch another replica takes the attempt over (handover.py): the
+journey has another home then, and goes on. Token chunks themselves are the data plane (journey.take); what they say about
 the attempt comes here as events. Pure.
 """
 
@@ -22,15 +23,18 @@ from services.ingress.events import (
     ClientGone,
     Finished,
     IngressEvent,
+    LeaderHeard,
     LossReason,
     Reconnected,
     ReplicaRestarted,
     RequestFailed,
     StaleChunk,
     Sweep,
+    TakenOver,
 )
-from services.ingress.journey import Journey, Phase
-from services.ingress.outgoing import abort, question, submission
+from services.ingress.handover import Leaders, crossing, rehome, settle
+from services.ingress.journey import HELD, Home, Journey
+from services.ingress.outgoing import aborts, question, submission
 from shared import subjects
 from shared.core import Ask, Effect, Log, Start
 from shared.messages.requests import AbortRequest, FailureCode, RouteReply
@@ -41,8 +45,6 @@ BACKOFF_S_MIN, BACKOFF_S_MAX = 0.02, 1.0
 FREE_MOVES = 2  # moves before backing off: most losses are one dead replica
 PROBE_GROWTH = 2.0
 RECHECK_S = 0.5  # after the broker is back: workers may find it again later than we do
-LEADERS_MAX = 4096
-HELD: tuple[Phase, ...] = ("submitted", "streaming")  # a worker may be at work on it
 
 
 class IngressCore:
@@ -51,7 +53,7 @@ class IngressCore:
         self._ingress_id = ingress_id
         self._reply_to = subjects.ROUTE_REPLY.of(ingress_id=ingress_id).pattern
         self._journeys: dict[str, Journey] = {}
-        self._leaders: dict[str, str] = {}  # replica -> worker that led it last
+        self.leaders = Leaders()
 
     def step(  # noqa: C901  # one case per event
         self, event: IngressEvent, now_s: float
@@ -66,6 +68,10 @@ class IngressCore:
             case Arrived(journey=journey):
                 self._journeys[journey.request_id] = journey
                 effects = self._route(journey, now_s)
+            case TakenOver():
+                effects = self._on_taken_over(event, now_s)
+            case LeaderHeard():
+                effects = self._on_leader_heard(event)
             case AttemptLost():
                 effects = self._on_lost(event, now_s)
             case ReplicaRestarted():
@@ -73,7 +79,7 @@ class IngressCore:
             case Reconnected():
                 effects = self._on_reconnected(now_s)
             case ClientGone():
-                effects = self._on_client_gone(event)
+                effects = self._on_client_gone(event, now_s)
             case StaleChunk():
                 effects = self._on_stale_chunk(event)
             case Sweep():
@@ -109,11 +115,9 @@ class IngressCore:
         if reply.failure is not None:
             yield from self._on_no_route(journey, reply, now_s)
             return
-        journey.replica_id, journey.leader_id = reply.replica_id, reply.leader_id
+        settle(journey, Home(reply.replica_id, reply.leader_id))
+        self.leaders.learn(reply.replica_id, reply.leader_id)
         journey.epoch, journey.request_type = reply.epoch, reply.request_type
-        if len(self._leaders) >= LEADERS_MAX and reply.replica_id not in self._leaders:
-            self._leaders.pop(next(iter(self._leaders)))
-        self._leaders[reply.replica_id] = reply.leader_id
         journey.incarnation = ""
         journey.phase = "submitted"
         if journey.accepted_s is None:
@@ -128,7 +132,7 @@ class IngressCore:
         patience_s = self._config.request_s if started else self._config.first_route_s
         hopeless = code in ("unknown_model", "too_long", "invalid")
         overloaded = code == "overloaded" and not started
-        if hopeless or overloaded or self._sought_s(journey, now_s) > patience_s:
+        if hopeless or overloaded or journey.sought_s(now_s) > patience_s:
             yield from self._fail(journey, code, reply.reason, reply.retry_after_s or 1.0)
             return
         yield from self._back_off(journey, now_s, reason=reply.reason)
@@ -138,16 +142,41 @@ class IngressCore:
         if journey is None or event.attempt != journey.attempt:
             return
         if journey.phase == "submitted":
-            journey.phase = "streaming"
             journey.incarnation = event.incarnation
-            journey.heard_s = now_s
-            journey.probe_s, journey.probing = self._config.probe_s, False
-            if journey.accepted_s is None:
-                journey.accepted_s = now_s
+            self._accepted(journey, now_s)
         elif journey.phase == "streaming" and event.incarnation != journey.incarnation:
             yield from self._move(journey, now_s, "incarnation", "its worker was restarted")
         else:
             journey.probing = False
+
+    def _accepted(self, journey: Journey, now_s: float) -> None:
+        journey.phase, journey.heard_s = "streaming", now_s
+        journey.probe_s, journey.probing = self._config.probe_s, False
+        if journey.accepted_s is None:
+            journey.accepted_s = now_s
+
+    def _on_taken_over(self, event: TakenOver, now_s: float) -> Iterable[Effect]:
+        journey = self._journeys.get(event.request_id)
+        if journey is None or event.attempt != journey.attempt or journey.phase not in HELD:
+            return
+        fields = {
+            "request_id": journey.request_id,
+            "attempt": journey.attempt,
+            "from_replica_id": journey.replica_id,
+            "replica_id": event.replica_id,
+            "tokens": len(journey.tokens),
+        }
+        yield Log("request.taken_over", fields, "debug")
+        leader_id = event.leader_id or self.leaders.of(event.replica_id)
+        rehome(journey, Home(event.replica_id, leader_id), event.incarnation, now_s)
+        self._accepted(journey, now_s)
+
+    def _on_leader_heard(self, event: LeaderHeard) -> Iterable[Effect]:
+        self.leaders.learn(event.replica_id, event.leader_id)
+        for journey in self._journeys.values():
+            if journey.replica_id == event.replica_id and not journey.leader_id:
+                journey.leader_id = event.leader_id
+        return ()
 
     def _on_lost(self, event: AttemptLost, now_s: float) -> Iterable[Effect]:
         journey = self._journeys.get(event.request_id)
@@ -195,7 +224,7 @@ class IngressCore:
         if journey.phase == "streaming":
             journey.seeking_s = now_s
         if journey.phase in HELD:
-            yield abort(journey)
+            yield from aborts(journey, now_s)
         if reason != "gap":  # a lost message says nothing against the replica
             journey.exclude(journey.replica_id)
         journey.phase = "routing"
@@ -226,17 +255,16 @@ class IngressCore:
             journey.phase, journey.finish = "ended", event.finish
         return ()
 
-    def _on_client_gone(self, event: ClientGone) -> Iterable[Effect]:
+    def _on_client_gone(self, event: ClientGone, now_s: float) -> Iterable[Effect]:
         journey = self._journeys.pop(event.request_id, None)
         if journey is None:
             return
         if journey.phase in HELD:
-            yield abort(journey)
+            yield from aborts(journey, now_s)
         journey.phase, journey.finish = "ended", "abort"
 
     def _on_stale_chunk(self, event: StaleChunk) -> Iterable[Effect]:
-        leader_id = self._leaders.get(event.replica_id)
-        if leader_id is not None:
+        if leader_id := self.leaders.of(event.replica_id):
             stale = AbortRequest(
                 request_id=event.request_id, attempt=event.attempt, replica_id=event.replica_id
             )
@@ -247,7 +275,7 @@ class IngressCore:
     ) -> Iterable[Effect]:
         del self._journeys[journey.request_id]
         if journey.phase in HELD:
-            yield abort(journey)
+            yield from aborts(journey, now_s)
         journey.phase, journey.finish = "ended", "failed"
         yield Start("fail", RequestFailed(journey.request_id, code, detail, retry_after_s))
 
@@ -272,23 +300,20 @@ class IngressCore:
             # Its worker has settled this attempt: the chunk that said so was lost.
             detail = f"silent for {now_s - journey.heard_s:.1f} s, and its replica does not know it"
             yield from self._move(journey, now_s, "unacknowledged", detail)
-        elif now_s - journey.heard_s >= journey.probe_s and not journey.probing:
+        elif journey.early and not crossing(journey, now_s):
+            detail = f"tokens after {len(journey.tokens)} were lost when it was taken over"
+            yield from self._move(journey, now_s, "gap", detail)
+        elif now_s - journey.heard_s >= journey.probe_s and journey.leader_id and not journey.probing:
             journey.probe_s *= PROBE_GROWTH
             journey.probing, journey.due_s = True, now_s + self._config.accept_s
             yield submission(journey, ingress_id=self._ingress_id)
-
-    @staticmethod
-    def _sought_s(journey: Journey, now_s: float) -> float:
-        """For how long it has looked for a replica: what it waited in the queue of one that took
-        it, and then had to give it back, is no reason to give up."""
-        return now_s - max(journey.arrived_s, journey.seeking_s)
 
     def _sweep_due(self, journey: Journey, now_s: float) -> Iterable[Effect]:
         if journey.phase == "submitted":
             detail = f"not acknowledged within {self._config.accept_s:g} s"
             yield from self._move(journey, now_s, "unacknowledged", detail)
             return
-        if not journey.tokens and self._sought_s(journey, now_s) > self._config.first_route_s:
+        if not journey.tokens and journey.sought_s(now_s) > self._config.first_route_s:
             detail = journey.trouble or "no router answered: is one running, and the broker up?"
             yield from self._fail(journey, "no_replica", detail, 1.0)
             return

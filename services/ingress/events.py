@@ -30,6 +30,23 @@ class AttemptLost(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class TakenOver(msgspec.Struct, frozen=True):
+    """Another replica than the journey's works on this attempt. ``leader_id`` may be empty."""
+
+    request_id: str
+    attempt: int
+    replica_id: str
+    leader_id: str
+    incarnation: str
+
+
+class LeaderHeard(msgspec.Struct, frozen=True):
+    """This worker leads the replica now."""
+
+    replica_id: str
+    leader_id: str
+
+
 class ReplicaRestarted(msgspec.Struct, frozen=True):
     """The replica is led by another run of a worker: what the former run had is lost."""
 
@@ -77,6 +94,6 @@ class RequestFailed(msgspec.Struct, frozen=True):
 
 
 IngressEvent = (
-    Arrived | RouteReply | Acknowledged | AttemptLost | ReplicaRestarted | Reconnected | Finished
-    | ClientGone | StaleChunk | Sweep
+    Arrived | RouteReply | Acknowledged | TakenOver | LeaderHeard | AttemptLost | ReplicaRestarted
+    | Reconnected | Finished | ClientGone | StaleChunk | Sweep
 )  # fmt: skip

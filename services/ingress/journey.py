@@ -13,7 +13,15 @@ from shared.messages.requests import FinishReason, SamplingParams, TokenChunk, T
 from shared.slo import SloClass
 
 Phase = Literal["routing", "backing_off", "submitted", "streaming", "ended"]
+HELD: tuple[Phase, ...] = ("submitted", "streaming")  # a worker may be at work on it
 EXCLUDED_MAX = 8
+
+
+class Home(msgspec.Struct, frozen=True):
+    """A replica that works on an attempt, and the worker that leads it ("" while unknown)."""
+
+    replica_id: str
+    leader_id: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +44,10 @@ class Journey:
     moves: int = 0  # attempts that were given up
     replica_id: str = ""
     leader_id: str = ""
+    former: tuple[Home, ...] = ()  # homes of this attempt before the present one, newest last
+    taken_over_s: float = float("-inf")  # when the present home took the attempt over
+    handovers: int = 0  # times that it was taken over by another replica in a live switch
+    early: list[TokenChunk] = field(default_factory=list[TokenChunk])  # before them some are missing
     epoch: int = 0
     incarnation: str = ""
     request_type: int = -1
@@ -56,6 +68,11 @@ class Journey:
         the request. Without one, everything until now was ours."""
         handed_over_s = self.submitted_s if self.accepted_s is not None else None
         return (now_s if handed_over_s is None else handed_over_s) - self.arrived_s
+
+    def sought_s(self, now_s: float) -> float:
+        """For how long it has looked for a replica: what it waited in the queue of one that took
+        it, and then had to give it back, is no reason to give up."""
+        return now_s - max(self.arrived_s, self.seeking_s)
 
     @property
     def live(self) -> bool:

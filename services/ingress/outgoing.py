@@ -1,5 +1,8 @@
 """What the ingress core says about a journey: to routers, and to its replica's worker."""
 
+from collections.abc import Iterable
+
+from services.ingress.handover import holders
 from services.ingress.journey import Journey
 from shared import subjects
 from shared.core import Publish
@@ -32,13 +35,15 @@ def submission(journey: Journey, *, ingress_id: str) -> Publish:
         sampling=journey.sampling,
         output_tokens=journey.tokens,
         slo_class=journey.slo_class,
+        request_type=journey.request_type,
     )
     return subjects.SUBMIT_REQUEST.send(submit, worker_id=journey.leader_id)
 
 
-def abort(journey: Journey) -> Publish:
-    """Of the attempt in progress."""
-    message = AbortRequest(
-        request_id=journey.request_id, attempt=journey.attempt, replica_id=journey.replica_id
-    )
-    return subjects.ABORT_REQUEST.send(message, worker_id=journey.leader_id)
+def aborts(journey: Journey, now_s: float) -> Iterable[Publish]:
+    """Of the attempt in progress, to whoever may be at work on it."""
+    for home in holders(journey, now_s):
+        message = AbortRequest(
+            request_id=journey.request_id, attempt=journey.attempt, replica_id=home.replica_id
+        )
+        yield subjects.ABORT_REQUEST.send(message, worker_id=home.leader_id)

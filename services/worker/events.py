@@ -24,7 +24,7 @@ EXPECT = "expect_requests"  # EngineExpect   -> nothing
 PAUSE_ENGINE = "pause_engine"  # EnginePause    -> EnginePaused
 RESUME_ENGINE = "resume_engine"  # EngineResume   -> nothing
 TAKE = "take_requests"  # EngineTake     -> EngineTook
-RELEASE = "release_requests"  # EngineRelease  -> EngineReleased
+RELEASE = "release_requests"  # EngineRelease  -> EngineReleased if they are kept, else nothing
 STAGE = "advance_stage"  # EngineStage    -> EngineStaged
 
 
@@ -55,13 +55,16 @@ class EngineExpect(msgspec.Struct, frozen=True):
     copies: tuple[Copy, ...]
     sources: dict[str, str]
     shares: Shares
+    verify: bool = False
 
 
 class EnginePause(msgspec.Struct, frozen=True):
-    """Stand still at the next step boundary, whatever was admitted by then included."""
+    """Stand still at the next step boundary, whatever was admitted by then included. ``shares``
+    says who takes each request over."""
 
     replica_id: str
     generation: int
+    shares: Shares = msgspec.field(default_factory=Shares)
 
 
 class EngineResume(msgspec.Struct, frozen=True):

@@ -63,19 +63,24 @@ class MeshWatch:
                 raise Unrecovered(f"{what}: after {timeout_s:g} s still: {cause}")
             await asyncio.sleep(POLL_S)
 
-    async def until_whole(self, *, since_s: float, timeout_s: float) -> None:
+    async def until_whole(self, *, since_s: float, timeout_s: float, planned: bool = False) -> None:
         """Until every process runs and answers discovery, and every replica of the topology is in
-        the plan in force and serves, all of it heard after ``since_s``."""
+        the plan in force and serves, all of it heard after ``since_s``. With ``planned`` the plan
+        in force may be any; its replicas must serve."""
         deadline_s = monotonic() + timeout_s
         while True:
-            cause = self.not_whole(since_s) or await self._unanswered() or await self._unready()
+            cause = (
+                self.not_whole(since_s, planned=planned)
+                or await self._unanswered()
+                or await self._unready()
+            )
             if not cause:
                 return
             if monotonic() >= deadline_s:
                 raise Unrecovered(f"not whole {timeout_s:g} s after the fault: {cause}")
             await asyncio.sleep(POLL_S)
 
-    def not_whole(self, since_s: float) -> str:
+    def not_whole(self, since_s: float, *, planned: bool = False) -> str:
         """What the reports heard since then lack; "" if nothing."""
         heard_s = max(since_s, monotonic() - FRESH_S)
         if self._plan is None or self._plan[0] < heard_s:
@@ -84,7 +89,10 @@ class MeshWatch:
         if plan.switching_to:
             return f"a switch from epoch {plan.epoch} to {plan.switching_to} is under way"
         mesh = self.mesh.topology.mesh
-        replicas = (self._replica_amiss(w.replica_id, plan, heard_s) for w in mesh.replicas)
+        wished = plan.plan.replicas if planned else mesh.replicas
+        if not wished:
+            return f"the plan of epoch {plan.epoch} is empty"
+        replicas = (self._replica_amiss(w.replica_id, plan, heard_s) for w in wished)
         workers = (self._worker_amiss(gpu.gpu_id, plan, heard_s) for gpu in mesh.gpus())
         return next((cause for cause in (*replicas, *workers) if cause), "")
 

@@ -58,13 +58,10 @@ class Batch(TakeoverState):
         earlier_tokens: int = 0,
         hashes: SequenceOf[int] = (),
         hash_tokens: int = 0,
-        copied_tokens: int = 0,
     ) -> Sequence:
         """Queue a request that makes ``output_tokens`` in all, of which an earlier attempt made
-        ``earlier_tokens``. The KV of its first ``copied_tokens`` comes with it, as by a live
-        migration; the last token known is computed here in any case. ``hashes`` are of consecutive
-        pieces of ``hash_tokens`` tokens (0: of one KV block each), each hash standing for
-        everything up to its end.
+        ``earlier_tokens``. ``hashes`` are of consecutive pieces of ``hash_tokens`` tokens (0: of
+        one KV block each), each hash standing for everything up to its end.
 
         Raises Rejected with code ``too_long``, ``overloaded`` or ``invalid`` (the key is live
         already), and ConfigInvalid for ``hash_tokens`` shorter than a KV block.
@@ -87,7 +84,6 @@ class Batch(TakeoverState):
         )
         if self._caching and hashes:
             self._set_hashes(sequence, hashes, hash_tokens)
-        sequence.copied = min(copied_tokens, sequence.known - 1)
         self.sequences[key] = self.waiting[key] = sequence
         self._pending += tokens_max
         return sequence
@@ -223,7 +219,7 @@ class Batch(TakeoverState):
 
     def _admit(self) -> Sequence | None:
         """The first that waits, if there is room for all it holds."""
-        if not self.waiting or len(self.running) >= self.limits.running_max:
+        if not self.waiting or len(self.running) + self._places() >= self.limits.running_max:
             return None
         sequence = next(iter(self.waiting.values()))
         kv = self.kv
@@ -248,10 +244,6 @@ class Batch(TakeoverState):
             sequence.computed = found
             self.hit_tokens_total += found
             self._pending -= found
-        if sequence.copied > sequence.computed:
-            self._pending -= sequence.copied - sequence.computed
-            sequence.computed = sequence.copied
-        sequence.copied = 0  # once: a preemption loses it like all the rest
         kv.take(blocks - sequence.shared)
         del self.waiting[sequence.key]
         self.running[sequence.key] = sequence

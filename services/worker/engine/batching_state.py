@@ -125,7 +125,9 @@ class BatchState:
                 refs[cached.hash] = refs.get(cached.hash, 0) + 1
                 shared[cached.hash] = cached.blocks
         private += sum(
-            kv.blocks_of(self._reserved(sequence)) for sequence in self._standing() if sequence.computed
+            kv.blocks_of(self._reserved(sequence))
+            for sequence in self._standing()
+            if sequence.computed
         )
         assert kv.used == private + sum(shared.values()), "KV blocks leaked"
         kv.check([sequence.offset for sequence in decoding])

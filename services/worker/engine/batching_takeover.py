@@ -60,15 +60,14 @@ class TakeoverState(BatchState):
             self._give_back(sequence)
         return sequence is not None
 
-    def release(self, *, keep: bool) -> None:
-        """Let all that are held go on, from the next plan on, or forget them."""
-        if not keep:
-            for key in list(self.held):
-                self.unhold(key)
-            return
-        self.entering.update(self.held)
-        self.held.clear()
-        self.taken_total += len(self.entering)
+    def release(self, *, keep: bool, key: str | None = None) -> None:
+        """Let those that are held go on from the next plan on, or forget them; one, or all."""
+        for one in list(self.held) if key is None else [key]:
+            if keep:
+                self.entering[one] = self.held.pop(one)
+                self.taken_total += 1
+            else:
+                self.unhold(one)
 
     def _enter(self) -> None:
         """Those that decode join behind those that run and before those in prefill, then those in
@@ -103,7 +102,7 @@ class TakeoverState(BatchState):
     def _reserve(self, sequence: Sequence) -> bool:
         """Blocks for it, if as many are free, and one for each that runs or is held with blocks."""
         kv = self.kv
-        others = len(self.running) + sum(held.computed > 0 for held in self._standing())
+        others = len(self.running) + self._places()
         if others >= self.limits.running_max:
             return False
         blocks = kv.blocks_of(self._reserved(sequence))
@@ -121,6 +120,12 @@ class TakeoverState(BatchState):
             if self.kv.free >= blocks:
                 return
             self._give_back(sequence)
+
+    def _places(self) -> int:
+        """How many will join with their KV."""
+        if not self.held and not self.entering:
+            return 0
+        return sum(sequence.computed > 0 for sequence in self._standing())
 
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.computed:

@@ -30,7 +30,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "admission", "computed", "copied", "end_step", "hash_tokens", "hashes", "held", "key", "known",
+        "admission", "computed", "end_step", "hash_tokens", "hashes", "held", "key", "known",
         "number", "offset", "phase", "prompt_tokens", "serial", "shared", "started", "tokens_max",
     )  # fmt: skip
 
@@ -41,7 +41,6 @@ class Sequence:
         self.known = known
         self.tokens_max = tokens_max
         self.computed = 0
-        self.copied = 0  # of its tokens, how many bring their KV along
         self.phase = WAITING
         self.started = False  # has made a token here, perhaps before it was preempted
         self.offset = self.end_step = 0  # while it decodes

@@ -5,8 +5,19 @@ the replica it stands for. Tokens depend only on the seed, the prompt and the po
 request resumed elsewhere goes on as if undisturbed.
 """
 
-from services.worker.engine.batching_types import ENDED, PREFILL, Sequence
-from services.worker.engine.interface import EngineChunk, EngineLoad, EngineRequest, StepResult
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from services.worker.engine.batching_types import ENDED, PREFILL
+from services.worker.engine.batching_types import Sequence as Running
+from services.worker.engine.interface import (
+    EngineChunk,
+    EngineLoad,
+    EngineRequest,
+    LiveState,
+    StepResult,
+    Taken,
+)
 from services.worker.engine.made_up import (
     EOS_BITS,
     LETTER_BITS,
@@ -24,21 +35,31 @@ from shared.cost.step import PS_PER_S
 from shared.errors import Rejected
 from shared.mesh import ModelledEngineSettings
 from shared.messages.requests import FinishReason
+from shared.placement.copies import Copy
 from shared.text import Tokenizer, byte_tokenizer
 
 
 class _Writer:
     """What a live request's tokens depend on."""
 
-    __slots__ = ("ignore_eos", "logprobs", "position", "root", "stop")
+    __slots__ = ("ignore_eos", "logprobs", "position", "request", "root", "stop")
 
     def __init__(self, request: EngineRequest, stop: StopCheck | None) -> None:
         sampling = request.sampling
+        self.request = request
         self.root = root_of(request.prompt_tokens, seed=sampling.seed)
         self.position = len(request.output_tokens)  # of its next token
         self.stop = stop  # only with stop strings: it costs per token
         self.ignore_eos = sampling.ignore_eos
         self.logprobs = sampling.logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """Ended by what it brought along; told in the next step."""
+
+    request: EngineRequest
+    chunk: EngineChunk
 
 
 class ModelledEngine:
@@ -67,11 +88,26 @@ class ModelledEngine:
         eos = settings.eos_probability if self._eos_id is not None else 0.0
         self._eos_below = round(eos * (1 << EOS_BITS))
         self._writers: dict[str, _Writer] = {}
-        self._ended: dict[str, EngineChunk] = {}  # ended by earlier output; told in the next step
+        self._ended: dict[str, _Ended] = {}
+        self._held: dict[str, _Writer | _Ended] = {}  # taken over, and not yet let go on
+
+    @property
+    def block_tokens(self) -> int:
+        return self._batch.kv.block_tokens
+
+    @property
+    def fetched(self) -> dict[str, int]:
+        """Nothing: there are no weights."""
+        return {}
+
+    @property
+    def cache_bytes(self) -> int:
+        """None: its KV cache is a number of blocks."""
+        return 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._batch.sequences or self._ended)
+        return bool(self._batch.sequences or self._batch.entering or self._ended)
 
     @property
     def preemptions(self) -> int:
@@ -89,15 +125,12 @@ class ModelledEngine:
             vocabulary=self._vocabulary,
             context_tokens=self._context_tokens_max,
         )
-        if key in self._batch.sequences or key in self._ended:
+        if key in self._writers or key in self._ended or key in self._held:
             raise Rejected("invalid", f"request {key} is live already")
-        stop: StopCheck | None = None
-        if sampling.stop or request.output_tokens:
-            stop = StopCheck(request, self._tokenizer)
-            finish = stop.feed_earlier(request.output_tokens)
-            if finish is not None:
-                self._ended[key] = EngineChunk(key, len(request.output_tokens), [], finish)
-                return
+        begun = self._begin(request)
+        if isinstance(begun, _Ended):
+            self._ended[key] = begun
+            return
         hashes: list[int] = []
         if self._prefix_caching:
             tokens = request.prompt_tokens + request.output_tokens
@@ -109,16 +142,66 @@ class ModelledEngine:
             earlier_tokens=len(request.output_tokens),
             hashes=hashes,
         )
-        self._writers[key] = _Writer(request, stop if sampling.stop else None)
+        self._writers[key] = begun
 
     def abort(self, key: str) -> bool:
-        if self._ended.pop(key, None) is not None:
-            return True
-        self._writers.pop(key, None)
-        return self._batch.abort(key)
+        self._batch.abort(key)
+        places: tuple[dict[str, _Writer] | dict[str, _Ended] | dict[str, _Writer | _Ended], ...]
+        places = (self._writers, self._ended, self._held)
+        return any([place.pop(key, None) is not None for place in places])
+
+    def states(self) -> list[LiveState]:
+        """Blocks have no numbers here."""
+        batch = self._batch
+        live = (*batch.running.values(), *batch.entering.values(), *batch.waiting.values())
+        return [
+            LiveState(request=ended.request, output_tokens=ended.request.output_tokens)
+            for ended in self._ended.values()
+        ] + [
+            LiveState(
+                request=self._writers[sequence.key].request,
+                output_tokens=self._output(self._writers[sequence.key]),
+                computed=batch.computed(sequence),
+                admission=sequence.admission,
+            )
+            for sequence in live
+        ]
+
+    def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
+        """There is nothing to copy: a request has its KV with it wherever there is room for it."""
+
+    def take(self, replica_id: str, states: Sequence[LiveState], *, final: bool) -> Taken:
+        """Ahead there is nothing to do."""
+        del replica_id
+        taken = Taken()
+        for state in states if final else ():
+            key = state.request.key
+            if key in self._writers or key in self._ended:
+                continue  # it runs here already
+            held = self._held[key] = self._hold(state)
+            again = (
+                isinstance(held, _Writer) and state.computed and not self._batch.held[key].computed
+            )
+            (taken.replayed if again else taken.moved).append(key)
+        if taken.replayed:
+            detail = f"the KV cache of {self._batch.kv.total} blocks has no room for them"
+            return Taken(moved=taken.moved, replayed=taken.replayed, detail=detail)
+        return taken
+
+    def release(self, *, keep: bool) -> None:
+        self._batch.release(keep=keep)
+        for key, held in self._held.items() if keep else ():
+            if isinstance(held, _Ended):
+                self._ended[key] = held
+            else:
+                self._writers[key] = held
+        self._held.clear()
+
+    def advance_stage(self, stage: int, layers: tuple[int, int]) -> None:
+        """There are no weights to fetch or to free."""
 
     def step(self) -> StepResult:
-        chunks = list(self._ended.values())
+        chunks = [ended.chunk for ended in self._ended.values()]
         self._ended.clear()
         batch = self._batch
         if batch.plan() is None:
@@ -131,7 +214,8 @@ class ModelledEngine:
         return StepResult(chunks, duration_ps / PS_PER_S)
 
     def drop_all(self) -> list[str]:
-        keys = [*self._ended, *self._batch.sequences]
+        self.release(keep=False)
+        keys = [*self._ended, *self._writers]
         for key in keys:
             self.abort(key)
         return keys
@@ -141,15 +225,66 @@ class ModelledEngine:
 
     def check(self) -> None:
         self._batch.check()
-        assert self._writers.keys() == self._batch.sequences.keys(), "requests out of step"
-        for key, sequence in self._batch.sequences.items():
+        live = {**self._batch.sequences, **self._batch.entering}
+        assert self._writers.keys() == live.keys(), "requests out of step"
+        held = {key for key, held in self._held.items() if isinstance(held, _Writer)}
+        assert held == self._batch.held.keys(), "held requests out of step"
+        for key, sequence in live.items():
             assert self._writers[key].position == self._batch.made(sequence), key
         assert not self._ended.keys() & self._writers.keys(), "an ended request is still scheduled"
 
     def close(self) -> None:
         self.drop_all()
 
-    def _write(self, sequence: Sequence) -> EngineChunk:
+    def _begin(self, request: EngineRequest) -> _Writer | _Ended:
+        """Go on after the output that the request brings along, or find its end there."""
+        sampling, made = request.sampling, request.output_tokens
+        if not sampling.stop and not made:
+            return _Writer(request, None)
+        stop = StopCheck(request, self._tokenizer)
+        finish = stop.feed_earlier(made)
+        if finish is not None:
+            return _Ended(request, EngineChunk(request.key, len(made), [], finish))
+        return _Writer(request, stop if sampling.stop else None)
+
+    def _hold(self, state: LiveState) -> _Writer | _Ended:
+        """One that never fits here ends as failed, so that its ingress tries elsewhere."""
+        request = replace(state.request, output_tokens=state.output_tokens)
+        begun = self._begin(request)
+        if isinstance(begun, _Ended):
+            return begun
+        try:
+            check_request(
+                request, vocabulary=self._vocabulary, context_tokens=self._context_tokens_max
+            )
+            self._batch.hold(
+                request.key,
+                prompt_tokens=len(request.prompt_tokens),
+                output_tokens=request.sampling.output_tokens_max,
+                earlier_tokens=len(request.output_tokens),
+                computed_tokens=state.computed,
+            )
+        except Rejected as error:
+            position = len(request.output_tokens)
+            chunk = EngineChunk(request.key, position, [], "failed", detail=error.detail)
+            return _Ended(request, chunk)
+        return begun
+
+    def _output(self, writer: _Writer) -> list[int]:
+        """All that it has made: what was made here is made up once more."""
+        earlier = writer.request.output_tokens
+        return earlier + [
+            self._token(mix(writer.root, position))
+            for position in range(len(earlier), writer.position)
+        ]
+
+    def _token(self, mixed: int) -> int:
+        if mixed >> LETTER_BITS < self._eos_below:
+            assert self._eos_id is not None
+            return self._eos_id
+        return self._letters[mixed & LETTER_MASK]
+
+    def _write(self, sequence: Running) -> EngineChunk:
         """The token that a sequence has just made, and whether that ends it."""
         key = sequence.key
         writer = self._writers[key]

@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.worker.engine.torch_engine.batch_scheduler import Chunk
-from services.worker.engine.torch_engine.kv_cache import KvBlocks
+from services.worker.engine.torch_engine.step_plan import BlockTable, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -57,7 +56,7 @@ class Batch:
     positions: Tensor  # [tokens]
     slots: Tensor  # [tokens], where their keys and values go in the cache
     groups: list[AttentionGroup]
-    sampled: Tensor  # indexes of the tokens whose logits are wanted
+    sampled: Tensor  # indexes of the tokens whose logits are wanted; at least one
 
 
 class BatchBuilder:
@@ -66,27 +65,24 @@ class BatchBuilder:
         self._dtype = dtype
         self._device = device
 
-    def build(self, chunks: list[Chunk], kv: KvBlocks) -> Batch:
-        counts = np.fromiter((chunk.count for chunk in chunks), np.int64, len(chunks))
-        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
-        rows = np.fromiter((chunk.sequence.row for chunk in chunks), np.int64, len(chunks))
+    def build(self, plan: StepPlan, kv: BlockTable) -> Batch:
+        rows, starts, counts = plan.rows, plan.starts, plan.counts
         ends = counts.cumsum()
         offsets = ends - counts
         positions: Ints = np.arange(int(ends[-1])) + np.repeat(starts - offsets, counts)
         blocks = kv.table[np.repeat(rows, counts), positions // kv.block_tokens]
-        tokens: list[int] = []
-        for chunk in chunks:
-            tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
-        samples = np.fromiter((chunk.samples for chunk in chunks), np.bool_, len(chunks))
+        samples = plan.samples.astype(np.bool_)
+        # Where nothing is sampled the last token is: a pipeline's end answers each step with rows.
+        sampled = ends[samples] if samples.any() else ends[-1:]
         return Batch(
-            tokens=self._tensor(np.array(tokens, dtype=np.int64)),
+            tokens=self._tensor(plan.tokens),
             positions=self._tensor(positions),
             slots=self._tensor(blocks * kv.block_tokens + positions % kv.block_tokens),
             groups=[
                 self._group(tiles, kv)
                 for tiles in self._grouped(self._tiles(rows, offsets, counts, starts))
             ],
-            sampled=self._tensor(ends[samples] - 1),
+            sampled=self._tensor(sampled - 1),
         )
 
     def _tiles(self, rows: Ints, offsets: Ints, counts: Ints, starts: Ints) -> list[Tile]:
@@ -115,12 +111,12 @@ class BatchBuilder:
             groups += [members[first : first + size] for first in range(0, len(members), size)]
         return groups
 
-    def _group(self, tiles: list[Tile], kv: KvBlocks) -> AttentionGroup:
+    def _group(self, tiles: list[Tile], kv: BlockTable) -> AttentionGroup:
         rows = np.array([tile.row for tile in tiles])
         counts: Ints = np.array([tile.count for tile in tiles])[:, None]
         starts = np.array([tile.start for tile in tiles])[:, None]
         offsets = np.array([tile.offset for tile in tiles])[:, None]
-        blocks = kv.blocks_for(max(tile.keys for tile in tiles))
+        blocks = -(-max(tile.keys for tile in tiles) // kv.block_tokens)
         steps: Ints = np.arange(max(tile.count for tile in tiles))[None, :]
         real: npt.NDArray[np.bool_] = steps < counts
         queries = np.where(real, offsets + steps, 0)

@@ -26,11 +26,23 @@ class KvBlocks:
         return len(self._free)
 
     @property
+    def free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
     def used(self) -> int:
         return self.total - len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_tokens)
+
+    def count(self, row: int) -> int:
+        """How many blocks ``row`` has."""
+        return self._counts[row]
+
+    def blocks(self, row: int) -> list[int]:
+        """They, in order."""
+        return self.table[row, : self._counts[row]].tolist()
 
     def open(self) -> int:
         """A free row without blocks. The caller bounds how many are open."""

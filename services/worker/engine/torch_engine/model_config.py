@@ -11,6 +11,7 @@ from typing import Literal, cast
 import msgspec
 
 from shared.errors import ConfigInvalid
+from shared.placement.sheets import ModelShape
 
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
@@ -51,6 +52,27 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool
     sliding_window: int | None
     dtype: str
+
+    def shape(self, model_id: str, dtype: str) -> ModelShape:
+        """The dimensions for those that place the model. ``dtype`` is what the engine computes in:
+        its setting, so "auto" as well."""
+        name = self.dtype if dtype == "auto" else dtype
+        return ModelShape(
+            model_id=model_id,
+            layers=self.layers,
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocabulary=self.vocabulary,
+            item_bytes=2 if name == "bfloat16" else 4,  # float16 is widened
+            tied_embeddings=self.tied_embeddings,
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            mlp_bias=self.mlp_bias,
+            qk_norm=self.qk_norm,
+        )
 
 
 def read_model_config(folder: Path) -> ModelConfig:

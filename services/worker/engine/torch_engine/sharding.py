@@ -1,15 +1,16 @@
-"""Which part of which tensor a rank holds: the one description of weights and KV cache.
+"""Which part of which tensor a rank holds: the areas of shared/placement as named tensors.
 
-A tensor is cut along at most one axis over the tensor-parallel ranks (Shoeybi et al., Megatron-LM,
-2019: columns of the first matrix, rows of the second) and belongs to one pipeline stage by its
-layer. Loading, and moving weights and KV cache between placements, are both copies between such
+``shared.placement.sheets`` says which units of which layers a rank holds; here each tensor of a
+checkpoint, and of the KV cache, is told to which sheet it belongs and along which axis its units
+lie. Loading, and moving weights and KV cache between placements, are both copies between such
 shards; this module therefore knows names and intervals, and no tensors.
 """
 
 from dataclasses import dataclass
 
 from services.worker.engine.torch_engine.model_config import ModelConfig
-from shared.errors import ConfigInvalid
+from shared.hardware import Parallelism
+from shared.placement.sheets import Area, Rank, SheetName, Span, areas_of, check_shape
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -17,21 +18,18 @@ OUTPUT = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
-    """One process's place in a replica of ``tp`` ranks times ``pp`` stages."""
-
-    tp_rank: int = 0
-    tp: int = 1
-    pp_rank: int = 0
-    pp: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorShard:
-    """``[start, stop)`` along ``axis`` of the full tensor; ``axis`` None means all of it."""
+    """``[start, stop)`` along ``axis`` of the full tensor; ``axis`` None means all of it.
+
+    ``unit``: elements along ``axis`` of one unit of ``sheet``, 0 where ``axis`` is None: units
+    ``[a, b)`` of the sheet are elements ``[a * unit, b * unit)`` of the full tensor. ``layer`` is
+    the sheet's, so None (where there is one only) stands for 0.
+    """
 
     name: str
     full_shape: tuple[int, ...]
+    sheet: SheetName
+    unit: int = 0
     axis: int | None = None
     start: int = 0
     stop: int = 0
@@ -52,46 +50,22 @@ class TensorShard:
         return (*(slice(None) for _ in range(self.axis)), slice(self.start, self.stop))
 
 
-def interval(size: int, *, part: int, parts: int) -> tuple[int, int]:
-    """The ``part``-th of ``parts`` nearly equal intervals of ``range(size)``."""
-    return size * part // parts, size * (part + 1) // parts
+class RankCut:
+    """What one rank holds of a model, ready to be looked up. Raises ConfigInvalid where the model
+    cannot be cut that way."""
 
+    def __init__(self, model: ModelConfig, rank: Rank) -> None:
+        shape = model.shape("", "auto")
+        check_shape(shape, Parallelism(rank.tp, rank.pp))
+        self.areas: dict[SheetName, Area] = areas_of(shape, rank)
+        self.layers = range(*self.areas["layer"].layers)
+        self.heads = _size(self.areas["query"].units)
+        self.kv_heads = _size(self.areas["cache"].units)
+        self.vocabulary: Span = _vocabulary(model, rank)
 
-def stage_layers(model: ModelConfig, rank: Rank) -> range:
-    return range(*interval(model.layers, part=rank.pp_rank, parts=rank.pp))
-
-
-def query_heads(model: ModelConfig, rank: Rank) -> tuple[int, int]:
-    return interval(model.heads, part=rank.tp_rank, parts=rank.tp)
-
-
-def kv_heads(model: ModelConfig, rank: Rank) -> tuple[int, int]:
-    """The KV heads that the rank's query heads read; with more ranks than KV heads, several
-    ranks hold the same one."""
-    if rank.tp <= model.kv_heads:
-        return interval(model.kv_heads, part=rank.tp_rank, parts=rank.tp)
-    head = rank.tp_rank * model.kv_heads // rank.tp
-    return head, head + 1
-
-
-def check_rank(model: ModelConfig, rank: Rank) -> None:
-    """Raises ConfigInvalid where the model cannot be cut that way."""
-    if model.heads % rank.tp:
-        raise ConfigInvalid(
-            field="tp", value=rank.tp, remedy=f"use a divisor of the {model.heads} attention heads"
-        )
-    if model.kv_heads % rank.tp and rank.tp % model.kv_heads:
-        raise ConfigInvalid(
-            field="tp",
-            value=rank.tp,
-            remedy=f"use a divisor or a multiple of the {model.kv_heads} KV heads",
-        )
-    if rank.pp > model.layers:
-        raise ConfigInvalid(
-            field="pp", value=rank.pp, remedy=f"use at most the model's {model.layers} layers"
-        )
-    assert 0 <= rank.tp_rank < rank.tp, rank
-    assert 0 <= rank.pp_rank < rank.pp, rank
+    @property
+    def heads_per_kv_head(self) -> int:
+        return self.heads // self.kv_heads
 
 
 def weight_shards(model: ModelConfig, rank: Rank) -> list[TensorShard]:
@@ -99,19 +73,18 @@ def weight_shards(model: ModelConfig, rank: Rank) -> list[TensorShard]:
 
     Tied embeddings serve the first and the last stage, so both hold them.
     """
-    check_rank(model, rank)
-    first, last = rank.pp_rank == 0, rank.pp_rank == rank.pp - 1
+    areas = RankCut(model, rank).areas
     vocabulary = (model.vocabulary, model.hidden)
-    part = interval(model.vocabulary, part=rank.tp_rank, parts=rank.tp)
     shards: list[TensorShard] = []
-    if first or (last and model.tied_embeddings):
-        shards.append(_cut(EMBEDDING, vocabulary, axis=0, part=part))
-    for layer in stage_layers(model, rank):
-        shards += _layer_shards(model, rank, layer)
-    if last:
-        shards.append(TensorShard(name=FINAL_NORM, full_shape=(model.hidden,)))
-        if not model.tied_embeddings:
-            shards.append(_cut(OUTPUT, vocabulary, axis=0, part=part))
+    if "embedding" in areas:
+        shards.append(_cut(EMBEDDING, vocabulary, areas, "embedding"))
+    for layer in range(*areas["layer"].layers):
+        shards += _layer_shards(model, areas, layer)
+    if "final_norm" in areas:
+        norm = TensorShard(name=FINAL_NORM, full_shape=(model.hidden,), sheet="final_norm")
+        shards.append(norm)
+    if "output" in areas:
+        shards.append(_cut(OUTPUT, vocabulary, areas, "output"))
     return shards
 
 
@@ -119,68 +92,87 @@ def kv_shards(
     model: ModelConfig, rank: Rank, *, blocks: int, block_tokens: int
 ) -> list[TensorShard]:
     """The KV cache of ``rank``: for each of its layers a key and a value tensor, cut by heads."""
-    check_rank(model, rank)
+    areas = RankCut(model, rank).areas
     full = (blocks, block_tokens, model.kv_heads, model.head_dim)
     return [
-        _cut(f"kv.layers.{layer}.{kind}", full, axis=2, part=kv_heads(model, rank), layer=layer)
-        for layer in stage_layers(model, rank)
+        _cut(f"kv.layers.{layer}.{kind}", full, areas, "cache", axis=2, layer=layer)
+        for layer in range(*areas["cache"].layers)
         for kind in ("key", "value")
     ]
 
 
-def _layer_shards(model: ModelConfig, rank: Rank, layer: int) -> list[TensorShard]:
+def _layer_shards(
+    model: ModelConfig, areas: dict[SheetName, Area], layer: int
+) -> list[TensorShard]:
     prefix = f"model.layers.{layer}"
     width = model.head_dim
-    query = _scaled(query_heads(model, rank), width)
-    kv = _scaled(kv_heads(model, rank), width)
-    mlp = interval(model.intermediate, part=rank.tp_rank, parts=rank.tp)
+
+    def whole(name: str, size: int) -> TensorShard:
+        return TensorShard(
+            name=f"{prefix}.{name}", full_shape=(size,), sheet="layer", layer=layer
+        )
+
     shards = [
-        TensorShard(name=f"{prefix}.{norm}.weight", full_shape=(model.hidden,), layer=layer)
-        for norm in ("input_layernorm", "post_attention_layernorm")
+        whole("input_layernorm.weight", model.hidden),
+        whole("post_attention_layernorm.weight", model.hidden),
     ]
     if model.qk_norm:
+        shards += [whole(f"self_attn.{norm}.weight", width) for norm in ("q_norm", "k_norm")]
+    columns: tuple[tuple[str, int, SheetName, int, bool], ...] = (
+        ("self_attn.q_proj", model.heads * width, "query", width, model.qkv_bias),
+        ("self_attn.k_proj", model.kv_heads * width, "kv", width, model.qkv_bias),
+        ("self_attn.v_proj", model.kv_heads * width, "kv", width, model.qkv_bias),
+        ("mlp.gate_proj", model.intermediate, "mlp", 1, model.mlp_bias),
+        ("mlp.up_proj", model.intermediate, "mlp", 1, model.mlp_bias),
+    )
+    for name, rows, sheet, unit, bias in columns:
+        shapes = {"weight": (rows, model.hidden)} | ({"bias": (rows,)} if bias else {})
         shards += [
-            TensorShard(name=f"{prefix}.self_attn.{norm}.weight", full_shape=(width,), layer=layer)
-            for norm in ("q_norm", "k_norm")
+            _cut(f"{prefix}.{name}.{kind}", full, areas, sheet, unit=unit, layer=layer)
+            for kind, full in shapes.items()
         ]
-    columns = (
-        ("self_attn.q_proj", model.heads * width, query, model.qkv_bias),
-        ("self_attn.k_proj", model.kv_heads * width, kv, model.qkv_bias),
-        ("self_attn.v_proj", model.kv_heads * width, kv, model.qkv_bias),
-        ("mlp.gate_proj", model.intermediate, mlp, model.mlp_bias),
-        ("mlp.up_proj", model.intermediate, mlp, model.mlp_bias),
+    rows_cut: tuple[tuple[str, int, SheetName, int, bool], ...] = (
+        ("self_attn.o_proj", model.heads * width, "query", width, model.output_bias),
+        ("mlp.down_proj", model.intermediate, "mlp", 1, model.mlp_bias),
     )
-    for name, rows, part, bias in columns:
-        name_ = f"{prefix}.{name}"
-        shards.append(_cut(f"{name_}.weight", (rows, model.hidden), axis=0, part=part, layer=layer))
-        if bias:
-            shards.append(_cut(f"{name_}.bias", (rows,), axis=0, part=part, layer=layer))
-    rows_cut = (
-        ("self_attn.o_proj", model.heads * width, query, model.output_bias),
-        ("mlp.down_proj", model.intermediate, mlp, model.mlp_bias),
-    )
-    for name, size, part, bias in rows_cut:
-        name_ = f"{prefix}.{name}"
-        shards.append(_cut(f"{name_}.weight", (model.hidden, size), axis=1, part=part, layer=layer))
+    for name, size, sheet, unit, bias in rows_cut:
+        full = (model.hidden, size)
+        weight = f"{prefix}.{name}.weight"
+        shards.append(_cut(weight, full, areas, sheet, axis=1, unit=unit, layer=layer))
         if bias:  # added once, after the sum over ranks: every rank holds it whole
-            shards.append(
-                TensorShard(name=f"{name_}.bias", full_shape=(model.hidden,), layer=layer)
-            )
+            shards.append(whole(f"{name}.bias", model.hidden))
     return shards
 
 
-def _cut(
+def _cut(  # noqa: PLR0913  # one argument for each field of a shard
     name: str,
     full_shape: tuple[int, ...],
+    areas: dict[SheetName, Area],
+    sheet: SheetName,
     *,
-    axis: int,
-    part: tuple[int, int],
+    axis: int = 0,
+    unit: int = 1,
     layer: int | None = None,
 ) -> TensorShard:
+    start, stop = areas[sheet].units
     return TensorShard(
-        name=name, full_shape=full_shape, axis=axis, start=part[0], stop=part[1], layer=layer
+        name=name,
+        full_shape=full_shape,
+        sheet=sheet,
+        unit=unit,
+        axis=axis,
+        start=start * unit,
+        stop=stop * unit,
+        layer=layer,
     )
 
 
-def _scaled(part: tuple[int, int], width: int) -> tuple[int, int]:
-    return part[0] * width, part[1] * width
+def _vocabulary(model: ModelConfig, rank: Rank) -> Span:
+    """The rows of the vocabulary that the rank looks up, or makes logits of."""
+    return areas_of(model.shape("", "auto"), Rank(tp_rank=rank.tp_rank, tp=rank.tp))[
+        "embedding"
+    ].units
+
+
+def _size(part: Span) -> int:
+    return part[1] - part[0]

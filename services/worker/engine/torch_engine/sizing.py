@@ -4,8 +4,9 @@ import torch
 
 from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.model_config import ModelConfig
-from services.worker.engine.torch_engine.sharding import Rank, kv_shards
+from services.worker.engine.torch_engine.sharding import kv_shards
 from shared.errors import ConfigInvalid
+from shared.placement.sheets import Rank
 
 _DTYPES = {
     "float32": torch.float32,

@@ -4,6 +4,7 @@ Queries, keys and values are one matrix product, and so are gate and up. The che
 are views into the fused ones, so that loading and resharding write by name and copy once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,14 @@ from services.worker.engine.torch_engine.sharding import (
     EMBEDDING,
     FINAL_NORM,
     OUTPUT,
-    Rank,
+    RankCut,
     TensorShard,
-    stage_layers,
     weight_shards,
 )
+from shared.placement.sheets import Rank
+
+Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device, str], Tensor]
+"""Memory for a tensor of this shape, uninitialised; named after the first shard that it holds."""
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -42,27 +46,50 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageWeights:
-    """``named`` holds every tensor of the rank under its checkpoint name."""
+    """``named`` holds every tensor of the rank under its checkpoint name, ``layers`` the same by
+    the layer's number in the model."""
 
     shards: list[TensorShard]
     named: dict[str, Tensor]
     embedding: Tensor | None
-    layers: list[LayerWeights]
+    layers: dict[int, LayerWeights]
     final_norm: Tensor | None
     output: Tensor | None
 
+    def free_layer(self, layer: int) -> None:
+        """Let go of a layer's weights; their memory is free once nobody else holds them. The
+        stage can run no more."""
+        del self.layers[layer]
+        for shard in [shard for shard in self.shards if shard.layer == layer]:
+            self.shards.remove(shard)
+            del self.named[shard.name]
+
+
+def uninitialised(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: str
+) -> Tensor:
+    """Torch's own memory, for an engine whose weights nobody else reads."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
 
 def allocate_weights(
-    model: ModelConfig, rank: Rank, *, dtype: torch.dtype, device: torch.device
+    model: ModelConfig,
+    rank: Rank,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    allocate: Allocate = uninitialised,
 ) -> StageWeights:
     """Uninitialised weights of ``rank``, to be filled by name."""
     shards = weight_shards(model, rank)
-    allocator = _Allocator({shard.name: shard for shard in shards}, dtype, device)
-    last = rank.pp_rank == rank.pp - 1
+    allocator = _Allocator({shard.name: shard for shard in shards}, dtype, device, allocate)
     embedding = allocator.one(EMBEDDING)
-    layers = [_layer(allocator, f"model.layers.{layer}.") for layer in stage_layers(model, rank)]
+    layers = {
+        layer: _layer(allocator, f"model.layers.{layer}.") for layer in RankCut(model, rank).layers
+    }
     final_norm = allocator.one(FINAL_NORM)
-    output = embedding if last and model.tied_embeddings else allocator.one(OUTPUT)
+    tied = rank.last_stage and model.tied_embeddings
+    output = embedding if tied else allocator.one(OUTPUT)
     assert allocator.named.keys() == {shard.name for shard in shards}
     return StageWeights(
         shards=shards,
@@ -76,8 +103,13 @@ def allocate_weights(
 
 class _Allocator:
     def __init__(
-        self, shards: dict[str, TensorShard], dtype: torch.dtype, device: torch.device
+        self,
+        shards: dict[str, TensorShard],
+        dtype: torch.dtype,
+        device: torch.device,
+        allocate: Allocate,
     ) -> None:
+        self._allocate = allocate
         self.named: dict[str, Tensor] = {}
         self._shards = shards
         self._dtype = dtype
@@ -99,7 +131,7 @@ class _Allocator:
         assert len(shards) == len(names), names
         rows = [shard.shape[0] for shard in shards]
         shape = (sum(rows), *shards[0].shape[1:])
-        whole = torch.empty(shape, dtype=self._dtype, device=self._device)
+        whole = self._allocate(shape, self._dtype, self._device, names[0])
         self.named.update(zip(names, torch.split(whole, rows), strict=True))
         return whole
 

@@ -1,0 +1,1 @@
+"""The ranks of one replica: how they keep together, talk, and notice that one is lost."""
