@@ -16,7 +16,7 @@ from deploy.cli_options import (
     SomeTopology,
     TopologyOption,
 )
-from deploy.cli_why import adopt, release, why_app
+from deploy.cli_why import adopt, release, switch, why_app
 from shared.errors import BusUnavailable, ConfigInvalid, OServeError
 
 EXIT_CONFIG, EXIT_UNAVAILABLE, EXIT_FAILED = 78, 69, 1
@@ -73,6 +73,7 @@ def status(
 
 
 app.command()(adopt)
+app.command()(switch)
 app.command()(release)
 
 

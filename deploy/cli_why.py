@@ -1,4 +1,4 @@
-"""``oserve why``, ``adopt`` and ``release``: why a mesh is as it is, and a person's word in it."""
+"""``oserve why``, ``adopt``, ``switch`` and ``release``: why a mesh is as it is, and a person's word in it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -75,10 +75,34 @@ def adopt(
     raise typer.Exit(run_adopt(file, which, wait_s=wait_s))
 
 
+def switch(
+    to: Annotated[
+        str, typer.Option(help='Shapes, such as "tp2*1" or "tp2pp1*1,tp1*2", or a plan file.')
+    ],
+    model: Annotated[
+        str, typer.Option(help="Whose replicas; the others' stay. [default: the only one]")
+    ] = "",
+    topology: SomeTopology = None,
+    data_dir: SomeDataDir = None,
+    bus_url: SomeBus = "",
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", help="Seconds until it must have ended; else exit 124.")
+    ] = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Change the shapes of replicas while they serve, and say what that took."""
+    from deploy.switch import run_switch  # noqa: PLC0415
+    from deploy.why import WhichMesh  # noqa: PLC0415
+
+    which = WhichMesh(topology=topology, data_dir=data_dir, bus_url=bus_url)
+    code = run_switch(to, which, model_id=model, timeout_s=timeout_s, as_json=as_json)
+    raise typer.Exit(code)
+
+
 def release(
     topology: SomeTopology = None, data_dir: SomeDataDir = None, bus_url: SomeBus = ""
 ) -> None:
-    """Let the scheduler plan again after `oserve adopt`."""
+    """Let the scheduler plan again after `oserve adopt` or `oserve switch`."""
     from deploy.adopt import run_release  # noqa: PLC0415
     from deploy.why import WhichMesh  # noqa: PLC0415
 

@@ -56,7 +56,8 @@ class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
             return f"the broker at {self.bus_url} answers, but no service of a mesh does"
         if self.plan is None:
             return "no switcher says which plan is in force"
-        if not any(report.phase == "serving" for report in self.replicas):
+        # A paused one is about to hand over what it runs: no request is refused for that.
+        if not any(report.phase in ("serving", "paused") for report in self.replicas):
             return "no replica serves"
         return ""
 

@@ -1,18 +1,21 @@
 """One replica's engine in virtual time, the attempts that run in it, and what they have to say."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from loadgen.simulator.process import Port
 from services.worker.engine.batching import Batch
 from services.worker.engine.batching_types import Sequence as Running
 from services.worker.engine.interface import EngineLoad
-from services.worker.events import EndedAttempt, MeasuredEngine, RequestsEnded
+from services.worker.events import EndedAttempt, EngineStart, MeasuredEngine, RequestsEnded
 from shared.cost.limits import EngineLimits
 from shared.errors import Rejected
 from shared.messages.plans import ReplicaSpec
+from shared.messages.replicas import Shares
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
 from shared.subjects import TOKEN_CHUNKS
+
+Stance = Literal["running", "pausing", "paused"]
 
 
 class Owner(Protocol):
@@ -41,14 +44,29 @@ class Run:
     home: "Engine"
 
 
+@dataclass(slots=True)
+class Held:
+    """Requests taken over for ``epoch``, until they are let go on. ``paused_s``: by replica that
+    had them, since when it stands still, and how many came from it. ``refused``: never fit."""
+
+    epoch: int
+    runs: dict[str, Run] = field(default_factory=dict[str, Run])
+    paused_s: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    refused: list[tuple[SubmitRequest, Rejected]] = field(
+        default_factory=list[tuple[SubmitRequest, Rejected]]
+    )
+
+
 @dataclass(slots=True, eq=False)
 class Engine:
-    """``steps`` of the batch are under way since ``since_ps``; 0: it stands still."""
+    """``steps`` of the batch are under way since ``since_ps``; 0: it stands still. Of a rank other
+    than the leading one, all that matters is that it is there, and what it holds."""
 
     spec: ReplicaSpec
     generation: int
     owner: Owner
     batch: Batch
+    start: EngineStart
     ready: bool = False
     broken: bool = False
     since_ps: int = 0
@@ -58,6 +76,16 @@ class Engine:
     step_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict[str, Run])
     away: dict[str, "Engine"] = field(default_factory=dict[str, "Engine"])  # ours that run there
+    stance: Stance = "running"
+    shares: Shares = field(default_factory=Shares)  # who takes its requests over, once it pauses
+    paused_s: float = 0.0
+    moving: frozenset[str] = frozenset()  # keys of what may be taken over while it stands still
+    held: Held | None = None
+    takes: int = 0  # begun: an answer to an earlier one is void
+    expecting_s: float | None = None  # since when KV cache is copied ahead
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    fetched: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def replica_id(self) -> str:
@@ -98,7 +126,15 @@ class Engine:
             output_tokens_total=self.batch.output_tokens_total,
             requests_total=self.requests_total,
             step_s=self.step_s,
+            cache_tokens=self.cache_tokens,
+            fetched_bytes=sum(self.fetched.values()),
         )
+
+    @property
+    def cache_tokens(self) -> int:
+        """Of live requests, by the steps that the batch has heard of."""
+        batch = self.batch
+        return batch.context + sum(sequence.computed for sequence in batch.partials)
 
 
 @dataclass(slots=True)

@@ -13,8 +13,11 @@ import random
 from collections.abc import Mapping
 
 from loadgen.simulator.engine import Engine, Outgoing, Run, recall
+from loadgen.simulator.peers import Peers
 from loadgen.simulator.process import Job, Port
 from loadgen.simulator.pulse import Pulse
+from loadgen.simulator.ranks import LOOK_S, Ranks
+from loadgen.simulator.takeovers import Takeovers
 from loadgen.simulator.workshop import Workshop
 from services.worker.engine.batching_types import DECODE
 from services.worker.events import (
@@ -28,7 +31,6 @@ from services.worker.events import (
     EngineAbort,
     EngineBroken,
     EngineLoads,
-    EngineReady,
     EngineStart,
     EngineStop,
     EngineStopped,
@@ -53,13 +55,18 @@ class Engines:
         incarnation: str,
         workshop: Workshop,
         rng: random.Random,
+        peers: Peers,
         pulse: Pulse | None = None,
     ) -> None:
-        """``pulse``: leaves out measurements that would find nothing new."""
+        """``peers`` reach it by its incarnation. ``pulse``: leaves out measurements that would find
+        nothing new."""
         self.engines: dict[str, Engine] = {}
         self.steps = self.preemptions = 0  # of engines that have ended
         self._port, self._incarnation = port, incarnation
         self._workshop, self._rng, self._pulse = workshop, rng, pulse
+        self._takeovers = Takeovers(self, peers, workshop, rng)
+        self._ranks = Ranks(self, peers, workshop, rng)
+        peers.join(incarnation, self)
         port.before_trouble = self._before_trouble
 
     def jobs(self) -> Mapping[str, Job]:
@@ -69,6 +76,7 @@ class Engines:
             ADMIT: self._admit,
             ABORT: self._abort,
             MEASURE: self._measure,
+            **self._takeovers.jobs(),
         }
 
     def check(self) -> None:
@@ -93,22 +101,12 @@ class Engines:
                 self.resume(engine)
 
     def _start(self, start: EngineStart) -> None:
-        spec = start.spec
-        engine = Engine(spec, start.generation, self, self._workshop.batch(spec))
+        batch = self._workshop.batch(
+            start.spec, rank=start.rank, cache_bytes_max=start.cache_bytes_max
+        )
+        engine = Engine(start.spec, start.generation, self, batch, start)
         self.engines[engine.replica_id] = engine
-
-        def ready() -> None:
-            if self.engines.get(engine.replica_id) is not engine:
-                return
-            if self._rng.random() < self._workshop.faults.start_fails:
-                self._break(engine, "out of memory while loading weights (injected)")
-                return
-            engine.ready = True
-            self._port.feed(EngineReady(replica_id=engine.replica_id, generation=engine.generation))
-
-        if self._rng.random() < self._workshop.faults.start_hangs:
-            return
-        self._port.later(self._workshop.start_s(spec), ready)
+        self._ranks.start(engine)
 
     def _stop(self, stop: EngineStop) -> None:
         engine = self.engines.get(stop.replica_id)
@@ -160,15 +158,24 @@ class Engines:
         """The step under way still takes the time that it takes."""
         engine = self.engines.get(abort.replica_id)
         engine = engine and engine.away.pop(abort.key, engine)
-        run = None if engine is None else engine.runs.pop(abort.key, None)
-        if engine is None or run is None:
+        if engine is None:
+            return
+        if engine.held is not None and engine.held.runs.pop(abort.key, None) is not None:
+            engine.batch.unhold(abort.key)
+            return
+        run = engine.runs.pop(abort.key, None)
+        if run is None:
             return
         self.resume(engine)
         engine.batch.abort(abort.key)
 
     def _measure(self, _: None) -> None:
         now_ps, limits = round(self._port.now_s * PS_PER_S), self._workshop.limits
-        measured = tuple(e.measured(limits, now_ps) for e in self.engines.values() if e.ready)
+        measured = tuple(
+            e.measured(limits, now_ps)
+            for e in self.engines.values()
+            if e.ready and not e.start.rank
+        )
         self._port.feed(EngineLoads(engines=measured))
 
     def resume(self, engine: Engine) -> None:
@@ -185,6 +192,15 @@ class Engines:
                 self._wake_at(engine, engine.since_ps + end_ps)
 
     def _plan(self, engine: Engine, since_ps: int) -> None:
+        if engine.stance != "running":
+            engine.steps = 0
+            if engine.stance == "pausing":
+                self._takeovers.stand_still(engine)
+            return
+        if len(engine.spec.gpus) > 1 and self._ranks.missing(engine):
+            engine.steps = 0  # no step without all ranks
+            self._port.later(LOOK_S, lambda: self._look_again(engine))
+            return
         plan = engine.batch.plan()
         if plan is None:
             engine.steps = 0
@@ -196,6 +212,10 @@ class Engines:
         mean_s = end_ps / engine.steps / PS_PER_S
         engine.step_s += STEP_WEIGHT * (mean_s - engine.step_s) if engine.step_s else mean_s
         self._wake_at(engine, since_ps + end_ps)
+
+    def _look_again(self, engine: Engine) -> None:
+        if self.engines.get(engine.replica_id) is engine and not engine.broken and not engine.steps:
+            self._plan(engine, round(self._port.now_s * PS_PER_S))
 
     def _wake_at(self, engine: Engine, at_ps: int) -> None:
         engine.number = number = engine.number + 1
@@ -212,7 +232,7 @@ class Engines:
             self._workshop.faults.step_breaks
             and self._rng.random() < self._workshop.faults.step_breaks
         ):
-            self._break(engine, "illegal memory access (injected)")
+            self.break_down(engine, "illegal memory access (injected)")
             return
         progress = engine.batch.advance(engine.steps)
         engine.steps = 0
@@ -263,8 +283,12 @@ class Engines:
             attempt = EndedAttempt(request_id=request.request_id, attempt=request.attempt)
             out.ended.setdefault(run.home, []).append(attempt)
 
-    def _break(self, engine: Engine, detail: str) -> None:
+    def break_down(self, engine: Engine, detail: str) -> None:
+        """It runs no more, and holds nothing."""
         engine.ready, engine.broken, engine.steps = False, True, 0
+        engine.weight_bytes = engine.cache_bytes = 0
+        engine.held = None
+        engine.batch.release(keep=False)
         engine.number += 1
         recall(engine)
         engine.runs.clear()

@@ -1,11 +1,18 @@
 """What must hold at every moment of every run, whatever the network does."""
 
+from collections import Counter
+from collections.abc import Iterator
+
+from loadgen.simulator.engine import Engine
+from loadgen.simulator.engines import Engines
 from loadgen.simulator.world import World
 from services.switcher.core import KEY
 from services.switcher.walk import faults_of
 from shared.core import Publish
-from shared.messages.plans import AdoptPlan, PlanInForce, StoredPlan
-from shared.messages.replicas import WorkerReport
+from shared.hardware import GpuSpec
+from shared.messages.plans import AdoptPlan, PlanInForce, StoredPlan, SwitchEnded
+from shared.messages.replicas import RequestsTaken, WorkerReport
+from shared.messages.requests import SubmitRequest
 
 
 class PlanHistory:
@@ -83,3 +90,73 @@ class EpochWatch:
         elif isinstance(message, PlanInForce):
             known = self._plans.setdefault(message.epoch, message.plan.plan_id)
             assert known == message.plan.plan_id, f"two plans share epoch {message.epoch}"
+
+
+class MemoryWatch:
+    """Weights and KV cache of everything that a GPU hosts, ranks in preparation included, are
+    never more than it has."""
+
+    def __init__(self, world: World) -> None:
+        self._hosted: dict[str, tuple[Engines, GpuSpec]] = {}
+        world.watches.append(self.check)
+
+    def host(self, engines: Engines, gpu: GpuSpec) -> None:
+        """``engines`` are what the GPU holds from now on: the process before it has ended."""
+        self._hosted[gpu.gpu_id] = (engines, gpu)
+
+    def check(self) -> None:
+        for engines, gpu in self._hosted.values():
+            if not gpu.memory_bytes or not engines.port.alive:
+                continue
+            held = {
+                engine.replica_id: (engine.weight_bytes, engine.cache_bytes)
+                for engine in engines.engines.values()
+            }
+            total = sum(weights + cache for weights, cache in held.values())
+            assert total <= gpu.memory_bytes, f"{gpu} holds {total} bytes: {held}"
+
+    def engines(self) -> Iterator[Engine]:
+        """Of all processes that run, those that work."""
+        for engines, _ in self._hosted.values():
+            if engines.port.alive:
+                yield from (engine for engine in engines.engines.values() if not engine.broken)
+
+
+class RequestWatch:
+    """Counts what switches do to requests. ``check`` is for worlds in which nothing goes wrong: there
+    each request runs in one engine at a time, engines that share a GPU do not compute at once, and
+    no request is begun again once it has tokens."""
+
+    def __init__(self, world: World, memory: MemoryWatch, *, strict: bool = False) -> None:
+        self._memory, self._strict = memory, strict
+        self.ways: Counter[str] = Counter()  # of switches that have succeeded, and "failed"
+        self.moved = self.replayed = self.restarted = 0
+        world.taps.append(self._see)
+        if strict:
+            world.watches.append(self.check)
+
+    def check(self) -> None:
+        running: dict[str, str] = {}
+        owners: dict[str, str] = {}
+        for engine in self._memory.engines():
+            if engine.start.rank or engine.stance != "running":
+                continue
+            for run in engine.runs.values():
+                other = running.setdefault(run.request.request_id, engine.replica_id)
+                assert other == engine.replica_id, f"{run.request} runs in {other}, too"
+            for gpu in engine.spec.gpus if engine.steps else ():
+                other = owners.setdefault(gpu, engine.replica_id)
+                assert other == engine.replica_id, f"{gpu} computes for {engine.spec} and {other}"
+
+    def _see(self, _: str, effect: Publish) -> None:
+        match effect.message:
+            case SwitchEnded(succeeded=succeeded, report=report):
+                self.ways[report.way if succeeded and report is not None else "failed"] += 1
+            case RequestsTaken(moved=moved, replayed=replayed):
+                self.moved += moved
+                self.replayed += replayed
+            case SubmitRequest(attempt=attempt) as submit:
+                self.restarted += bool(attempt and submit.output_tokens)
+                assert not (self._strict and attempt and submit.output_tokens), submit
+            case _:
+                pass

@@ -12,12 +12,15 @@ from typing import cast
 
 from loadgen.simulator.clients import Clients, draw_orders
 from loadgen.simulator.engines import Engines
-from loadgen.simulator.faults import draw_incidents, draw_weather
+from loadgen.simulator.faults import Weather, draw_incidents, draw_weather
 from loadgen.simulator.ingress import Ingress, inputs
-from loadgen.simulator.invariants import EpochWatch, PlanHistory
+from loadgen.simulator.invariants import EpochWatch, MemoryWatch, PlanHistory, RequestWatch
+from loadgen.simulator.jobs import slow_job
+from loadgen.simulator.peers import Peers
 from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.streaming import Streaming
-from loadgen.simulator.workshop import NO_FAULTS, EngineFaults, SmallWorkshop
+from loadgen.simulator.wisher import Wisher
+from loadgen.simulator.workshop import NO_FAULTS, SMALL_SHAPE, EngineFaults, SmallWorkshop
 from loadgen.simulator.world import World
 from services.ingress.config import IngressConfig
 from services.router import core as router
@@ -26,6 +29,8 @@ from services.scheduler import core as scheduler
 from services.scheduler.config import SchedulerConfig
 from services.switcher import core as switcher
 from services.switcher.config import SwitcherConfig
+from services.switcher.events import PLAN_TRANSFER
+from services.switcher.planning import plan as plan_transfer
 from services.worker.config import WorkerConfig
 from services.worker.core import INPUTS as WORKER_INPUTS
 from services.worker.core import WorkerCore
@@ -39,13 +44,22 @@ from shared.messages.plans import DeploymentPlan, StoredPlan
 from shared.messages.requests import FailureCode
 from shared.models import ModelSpec
 
-MODEL = ModelSpec(model_id="simulated")
+MODEL = ModelSpec(model_id=SMALL_SHAPE.model_id)
+SHAPES = ("tp1", "tp1", "tp2", "tp1pp2", "tp3")
+PLANNING_S = 0.05
+GPU_BYTES_MIN = 16_200
+"""What the whole model weighs, with a KV cache of the usual size."""
 INGRESS = "ingress-0"
 SWITCHER = SwitcherConfig(
     drain_timeout_s=1.5,
     drain_grace_s=0.5,
     stop_timeout_s=3.0,
     start_timeout_s=4.0,
+    prepare_timeout_s=4.0,
+    pause_timeout_s=2.0,
+    take_timeout_s=3.0,
+    activate_timeout_s=2.0,
+    retire_timeout_s=3.0,
     refusal_s=1.0,
     refusal_s_max=4.0,
     repair_retry_s_max=4.0,
@@ -70,32 +84,58 @@ class Outcome:
     lost: int
     switches: int
     rollbacks: int
+    live: int
+    reloads: int
+    moved: int
+    replayed: int
+    restarted: int
     epoch: int
 
 
 class Mesh:
     FAULTS_S = 20.0
     SETTLE_S = 60.0  # once calm: far beyond the sum of all timeouts above
+    ROUTERS = 2
+    STRICT = False  # nothing goes wrong, and everything is checked that holds then
     ALSO: tuple[str, ...] = ()  # processes of a richer mesh that incidents strike, too
 
     def __init__(self, seed: int, *, trace_max: int = 2000) -> None:
         self.seed = seed
         rng = random.Random(f"mesh/{seed}")
+        memory_bytes = rng.choice([0, 2 * GPU_BYTES_MIN, GPU_BYTES_MIN + GPU_BYTES_MIN // 4])
         self._hosts = tuple(
-            Host(node_id=f"n{i}", gpus=rng.randint(1, 3)) for i in range(rng.randint(2, 3))
+            Host(node_id=f"n{i}", gpus=rng.randint(1, 3), gpu_memory_bytes=memory_bytes)
+            for i in range(rng.randint(2, 3))
         )
-        self._wishes = _draw_wishes(rng, self._hosts)
-        faults = EngineFaults(
+        self._edits = 0
+        self._wishes = _draw_wishes(rng, self._hosts, self._edits)
+        faults = self._engine_faults(rng)
+        self.peers = Peers()
+        self.workshop = SmallWorkshop(random.Random(f"workshop/{seed}"), faults)
+        self.world = World(seed, weather=self._weather(rng), trace_max=trace_max)
+        self.history = PlanHistory(self.world, writer="switcher")
+        self.epochs = EpochWatch(self.world)
+        self.memory = MemoryWatch(self.world)
+        self.requests = RequestWatch(self.world, self.memory, strict=self.STRICT)
+        self._draw_plans(rng)
+        self._add_services(rng)
+        self._plan_faults(rng)
+
+    def _weather(self, rng: random.Random) -> Weather:
+        return draw_weather(rng)
+
+    def _engine_faults(self, rng: random.Random) -> EngineFaults:
+        return EngineFaults(
             start_fails=rng.choice([0.0, 0.0, 0.3]),
             start_hangs=rng.choice([0.0, 0.0, 0.2]),
             step_breaks=rng.choice([0.0, 0.0, 0.005]),
+            take_fails=rng.choice([0.0, 0.0, 0.2]),
         )
-        self.workshop = SmallWorkshop(random.Random(f"workshop/{seed}"), faults)
-        self.world = World(seed, weather=draw_weather(rng), trace_max=trace_max)
-        self.history = PlanHistory(self.world, writer="switcher")
-        self.epochs = EpochWatch(self.world)
-        self._add_services(rng)
-        self._plan_faults(rng)
+
+    def _draw_plans(self, rng: random.Random) -> None:
+        """When the operator edits the topology."""
+        for _ in range(rng.randint(0, 4)):
+            self.world.at(rng.uniform(4.0, 18.0), lambda: self._edit_topology(rng))
 
     def run(self) -> Outcome:
         """Everything to its end; raises AssertionError if the mesh broke a promise."""
@@ -121,6 +161,11 @@ class Mesh:
             lost=self.clients.count("lost"),
             switches=self.history.switches,
             rollbacks=self.history.rollbacks,
+            live=self.requests.ways["live"],
+            reloads=self.requests.ways["reload"],
+            moved=self.requests.moved,
+            replayed=self.requests.replayed,
+            restarted=self.requests.restarted,
             epoch=stored.epoch,
         )
 
@@ -134,7 +179,7 @@ class Mesh:
         stored, brain = self._stored(), self.world.core("scheduler")
         if stored is None or stored.target is not None:
             return [*waiting, "a switch is under way"]
-        assert isinstance(brain, scheduler.Scheduler)
+        assert isinstance(brain, scheduler.Scheduler | Wisher)
         if not brain.content:
             waiting.append(f"the scheduler wishes for {brain.wish}")
         if not self.as_wished(stored.in_force):
@@ -168,7 +213,7 @@ class Mesh:
 
     def _add_services(self, rng: random.Random) -> None:
         add = self.world.add
-        for i in range(2):
+        for i in range(self.ROUTERS):
             name = f"router-{i}"
             add(
                 NodeSpec(
@@ -182,7 +227,7 @@ class Mesh:
         add(
             NodeSpec(
                 name="switcher",
-                make=lambda _n, _p: (switcher.Switcher(SWITCHER), {}),
+                make=_switcher,
                 inputs=switcher.INPUTS,
             )
         )
@@ -223,10 +268,20 @@ class Mesh:
                 node_id=node_id,
                 gpu=gpu,
                 models=(MODEL.model_id,),
+                peer=incarnation,
+                shapes=(SMALL_SHAPE,),
+                followers=True,
             )
             config = WorkerConfig(worker_id=worker_id, report_s=0.25, drain_timeout_s=1.0)
             rng = random.Random(f"engine/{self.seed}/{incarnation}")
-            engines = Engines(port, incarnation=incarnation, workshop=self.workshop, rng=rng)
+            engines = Engines(
+                port,
+                incarnation=incarnation,
+                workshop=self.workshop,
+                rng=rng,
+                peers=self.peers,
+            )
+            self.memory.host(engines, gpu)
             return Streaming(WorkerCore(config, identity), engines), engines.jobs()
 
         inputs = tuple(subject.of(worker_id=worker_id) for subject in WORKER_INPUTS)
@@ -237,7 +292,8 @@ class Mesh:
 
     def _plan_faults(self, rng: random.Random) -> None:
         workers = [gpu.gpu_id for host in self._hosts for gpu in host.gpu_specs()]
-        services = ["switcher", "scheduler", "router-0", "router-1", INGRESS, *self.ALSO]
+        routers = [f"router-{i}" for i in range(self.ROUTERS)]
+        services = ["switcher", "scheduler", *routers, INGRESS, *self.ALSO]
         incidents = draw_incidents(
             rng,
             nodes=[*workers, *services, "switcher", "switcher", "scheduler"],
@@ -247,13 +303,17 @@ class Mesh:
         )
         self.world.plan(incidents)
         if rng.random() < 0.3:  # noqa: PLR2004  # in some runs a machine is gone for good
-            self.world.at(rng.uniform(2.0, 18.0), lambda: self.world.lose(rng.choice(workers)))
-        if rng.random() < 0.5:  # noqa: PLR2004  # in half of the runs
-            self.world.at(rng.uniform(4.0, 16.0), lambda: self._edit_topology(rng))
+            at_s = rng.uniform(2.0, self.FAULTS_S * 0.9)
+            self.world.at(at_s, lambda: self.lose(rng.choice(workers), rng))
+
+    def lose(self, worker_id: str, rng: random.Random) -> None:
+        del rng
+        self.world.lose(worker_id)
 
     def _edit_topology(self, rng: random.Random) -> None:
         """The operator wishes for other replicas and restarts the scheduler."""
-        self._wishes = _draw_wishes(rng, self._hosts)
+        self._edits += 1
+        self._wishes = _draw_wishes(rng, self._hosts, self._edits)
         self.world.restart("scheduler")
 
 
@@ -267,23 +327,29 @@ def replay_command(seed: int) -> str:
     return f"python -m loadgen.simulator --seed {seed}"
 
 
+def _switcher(_number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
+    job = slow_job(plan_transfer, port, took_s=PLANNING_S)
+    return switcher.Switcher(SWITCHER), {PLAN_TRANSFER: job}
+
+
 def _router(name: str) -> Core:
     config = RouterConfig(epoch_reset_s=5.0)
     return router.Router(config, models=(MODEL.model_id,), instance_id=name)
 
 
-def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...]) -> tuple[ReplicaWish, ...]:
-    """One to four replicas of any shape that fit when every worker is up; some are pinned."""
+def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...], edit: int) -> tuple[ReplicaWish, ...]:
+    """One to four replicas of any shape that fit when every worker is up; some are pinned. Most have
+    a name that none had before: one that changes under its old name is reloaded."""
     free = {host.node_id: [gpu.gpu_id for gpu in host.gpu_specs()] for host in hosts}
     wishes: list[ReplicaWish] = []
     for i in range(rng.randint(1, 4)):
-        size = rng.choice([1, 1, 2]) if i else 1  # the first always fits
-        roomy = [node_id for node_id, gpus in free.items() if len(gpus) >= size]
+        shape = Parallelism.parse(rng.choice(SHAPES) if i else "tp1")  # the first always fits
+        roomy = [node_id for node_id, gpus in free.items() if len(gpus) >= shape.gpus]
         if not roomy:
             continue
         gpus = free[rng.choice(roomy)]
-        taken = tuple(gpus.pop() for _ in range(size))
-        shape = Parallelism(tp=size)
+        taken = tuple(gpus.pop() for _ in range(shape.gpus))
         pinned = taken if rng.random() < 0.5 else ()  # noqa: PLR2004  # half of them
-        wishes.append(ReplicaWish(replica_id=f"r{i}", parallelism=str(shape), gpus=pinned))
+        named = edit if rng.random() < 0.8 else 0  # noqa: PLR2004  # most of them
+        wishes.append(ReplicaWish(replica_id=f"r{i}.{named}", parallelism=str(shape), gpus=pinned))
     return tuple(wishes)

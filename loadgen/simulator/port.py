@@ -1,5 +1,6 @@
 """What a simulated process reaches its world by."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -28,6 +29,14 @@ class WorldPort:
     @property
     def alive(self) -> bool:
         return self._number in self._node.processes
+
+    @property
+    def silence_s(self) -> float:
+        process = self._node.processes.get(self._number)
+        if process is None:
+            return math.inf
+        until_s = max(process.stalled_until_s, self._node.cut_until_s)
+        return max(0.0, until_s - self._world.now_s)
 
     @property
     def now_s(self) -> float:

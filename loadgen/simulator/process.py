@@ -30,6 +30,11 @@ class Port(Protocol):
         ...
 
     @property
+    def silence_s(self) -> float:
+        """How long until others hear from the process: 0 now, infinite once it has ended."""
+        ...
+
+    @property
     def now_s(self) -> float: ...
 
     def feed(self, event: Message, *, delay_s: float = 0.0) -> None:

@@ -2,16 +2,20 @@
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
+from loadgen.simulator.memory import Memory
 from services.worker.engine.batching import Batch
 from services.worker.engine.modelled_timing import replica_by_settings
 from shared.cost.limits import EngineLimits
 from shared.mesh import ModelledEngineSettings
 from shared.messages.plans import ReplicaSpec
 from shared.messages.requests import SubmitRequest
+from shared.placement.sheets import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +29,13 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFaults:
-    """Chances that an engine cannot start, neither starts nor fails, breaks in a step."""
+    """Chances that an engine cannot start, neither starts nor fails, breaks in a step, or cannot
+    take over the requests of another."""
 
     start_fails: float = 0.0
     start_hangs: float = 0.0
     step_breaks: float = 0.0
+    take_fails: float = 0.0
 
 
 NO_FAULTS = EngineFaults()
@@ -42,8 +48,14 @@ class Workshop(Protocol):
     streaming: bool
     faults: EngineFaults
 
-    def batch(self, spec: ReplicaSpec) -> Batch: ...
+    def batch(self, spec: ReplicaSpec, *, rank: int, cache_bytes_max: int) -> Batch: ...
     def start_s(self, spec: ReplicaSpec) -> float: ...
+    def memory(self, model_id: str) -> Memory: ...
+
+    def copy_s(self, byte_counts: Mapping[str, int]) -> float:
+        """To fetch so many bytes from each of these workers, "" being the disk."""
+        ...
+
     def facts(self, request: SubmitRequest) -> Facts: ...
     def tokens(self, request_id: str, position: int, count: int) -> list[int]: ...
 
@@ -58,26 +70,49 @@ SMALL = ModelledEngineSettings(
     base_s=0.05, block_tokens=4, kv_blocks=24, batch_tokens_max=8, running_max=6, waiting_max=64
 )
 """So small that a few requests wait, are prefilled in chunks, and push each other out."""
+SMALL_SHAPE = ModelShape(
+    model_id="simulated",
+    layers=4,
+    hidden=12,
+    intermediate=18,
+    heads=6,
+    kv_heads=2,
+    head_dim=2,
+    vocabulary=30,
+    item_bytes=2,
+)
+COPY_S_MAX = 0.5
 
 
 class SmallWorkshop:
-    """Small engines that say each token at once, and start when they like."""
+    """Small engines that say each token at once, and start and copy when they like."""
 
     streaming = True
 
     def __init__(self, rng: random.Random, faults: EngineFaults) -> None:
         self.faults = faults
         self._rng = rng
-        self._replica = replica_by_settings(SMALL, gpus=1)
-        self.limits = self._replica.limits
+        self._memory = Memory(SMALL_SHAPE)
+        self.limits = replica_by_settings(SMALL, gpus=1).limits
 
-    def batch(self, spec: ReplicaSpec) -> Batch:
-        del spec
-        return self._replica.new_batch()
+    def batch(self, spec: ReplicaSpec, *, rank: int, cache_bytes_max: int) -> Batch:
+        blocks = SMALL.kv_blocks
+        if cache_bytes_max:
+            block_bytes = SMALL.block_tokens * self._memory.token(spec, rank)
+            blocks = max(1, min(blocks, cache_bytes_max // block_bytes))
+        settings = msgspec.structs.replace(SMALL, kv_blocks=blocks)
+        return replica_by_settings(settings, gpus=1).new_batch()
 
     def start_s(self, spec: ReplicaSpec) -> float:
         del spec
         return 0.5 * self._rng.random()
+
+    def memory(self, model_id: str) -> Memory:
+        del model_id
+        return self._memory
+
+    def copy_s(self, byte_counts: Mapping[str, int]) -> float:
+        return COPY_S_MAX * self._rng.random() if any(byte_counts.values()) else 0.0
 
     def facts(self, request: SubmitRequest) -> Facts:
         return Facts(request.sampling.output_tokens_max)

@@ -8,9 +8,8 @@
 Assumed of the network: any message may be lost, late, repeated or reordered. So every phase has
 a deadline (``Sweep``), attempts are numbered, and a silent stream is probed: submitted again under
 the same attempt, which a worker that still runs it merely acknowledges, and one that has settled
-it does not answer. In a live switch another replica takes the attempt over (handover.py): the
-journey has another home then, and goes on. Token chunks themselves are the data plane (journey.take); what they say about
-the attempt comes here as events. Pure.
+it does not answer. In a live switch another replica takes the attempt over (handover.py), and it
+goes on. Chunks are the data plane's (intake.py); what they say of attempts comes as events. Pure.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,9 +31,10 @@ from services.ingress.events import (
     Sweep,
     TakenOver,
 )
-from services.ingress.handover import Leaders, crossing, rehome, settle
+from services.ingress.handover import Leaders, rehome, settle
 from services.ingress.journey import HELD, Home, Journey
 from services.ingress.outgoing import aborts, question, submission
+from services.ingress.patience import lost, wants_probe
 from shared import subjects
 from shared.core import Ask, Effect, Log, Start
 from shared.messages.requests import AbortRequest, FailureCode, RouteReply
@@ -133,7 +133,7 @@ class IngressCore:
         hopeless = code in ("unknown_model", "too_long", "invalid")
         overloaded = code == "overloaded" and not started
         if hopeless or overloaded or journey.sought_s(now_s) > patience_s:
-            yield from self._fail(journey, code, reply.reason, reply.retry_after_s or 1.0)
+            yield from self._fail(journey, now_s, code, reply.reason, reply.retry_after_s or 1.0)
             return
         yield from self._back_off(journey, now_s, reason=reply.reason)
 
@@ -159,16 +159,11 @@ class IngressCore:
         journey = self._journeys.get(event.request_id)
         if journey is None or event.attempt != journey.attempt or journey.phase not in HELD:
             return
-        fields = {
-            "request_id": journey.request_id,
-            "attempt": journey.attempt,
-            "from_replica_id": journey.replica_id,
-            "replica_id": event.replica_id,
-            "tokens": len(journey.tokens),
-        }
+        home = Home(event.replica_id, event.leader_id or self.leaders.of(event.replica_id))
+        fields = {"request_id": journey.request_id, "attempt": journey.attempt}
+        fields |= {"from_replica_id": journey.replica_id, "replica_id": home.replica_id}
         yield Log("request.taken_over", fields, "debug")
-        leader_id = event.leader_id or self.leaders.of(event.replica_id)
-        rehome(journey, Home(event.replica_id, leader_id), event.incarnation, now_s)
+        rehome(journey, home, event.incarnation, now_s)
         self._accepted(journey, now_s)
 
     def _on_leader_heard(self, event: LeaderHeard) -> Iterable[Effect]:
@@ -180,18 +175,16 @@ class IngressCore:
 
     def _on_lost(self, event: AttemptLost, now_s: float) -> Iterable[Effect]:
         journey = self._journeys.get(event.request_id)
-        if journey is None or event.attempt != journey.attempt:
-            return
-        if journey.phase not in HELD:
+        if journey is None or event.attempt != journey.attempt or journey.phase not in HELD:
             return
         if event.reason in ("refused", "failed"):
             journey.phase = "routing"  # its worker holds nothing of it: no abort is needed
         if event.failure in ("too_long", "invalid"):
-            yield from self._fail(journey, event.failure, event.detail, 0.0)
+            yield from self._fail(journey, now_s, event.failure, event.detail, 0.0)
             return
         overloaded = event.failure == "overloaded" and not journey.tokens
         if overloaded and journey.moves >= FREE_MOVES:
-            yield from self._fail(journey, "overloaded", event.detail, 1.0)
+            yield from self._fail(journey, now_s, "overloaded", event.detail, 1.0)
             return
         yield from self._move(journey, now_s, event.reason, event.detail)
 
@@ -204,23 +197,16 @@ class IngressCore:
     def _on_reconnected(self, now_s: float) -> Iterable[Effect]:
         """Who stays silent is probed soon, instead of after the patience of a quiet stream."""
         for journey in self._journeys.values():
-            silent_s = now_s - journey.heard_s
-            journey.probe_s = min(journey.probe_s, silent_s + RECHECK_S)
+            journey.probe_s = min(journey.probe_s, now_s - journey.heard_s + RECHECK_S)
         return ()
 
     def _move(
         self, journey: Journey, now_s: float, reason: LossReason, detail: str
     ) -> Iterable[Effect]:
         """Give up the present attempt and start the next."""
-        fields = {
-            "request_id": journey.request_id,
-            "attempt": journey.attempt,
-            "replica_id": journey.replica_id,
-            "reason": reason,
-            "detail": detail,
-            "tokens": len(journey.tokens),
-        }
-        yield Log("request.moved", fields)
+        fields = {"request_id": journey.request_id, "attempt": journey.attempt}
+        fields |= {"replica_id": journey.replica_id, "reason": reason, "detail": detail}
+        yield Log("request.moved", fields | {"tokens": len(journey.tokens)})
         if journey.phase == "streaming":
             journey.seeking_s = now_s
         if journey.phase in HELD:
@@ -231,7 +217,9 @@ class IngressCore:
         journey.attempt += 1
         journey.moves += 1
         if journey.moves >= self._config.attempts_max:
-            yield from self._fail(journey, "engine", f"gave up after {journey.moves} attempts", 1.0)
+            yield from self._fail(
+                journey, now_s, "engine", f"gave up after {journey.moves} attempts", 1.0
+            )
         elif len(journey.tokens) >= journey.sampling.output_tokens_max:
             # Only the message that said so was lost: nothing is left to generate.
             yield Start("finish", Finished(journey.request_id, "length"))
@@ -242,12 +230,11 @@ class IngressCore:
 
     def _back_off(self, journey: Journey, now_s: float, *, reason: str) -> Iterable[Effect]:
         if now_s >= journey.deadline_s:
-            yield from self._fail(journey, "deadline", reason, 1.0)
+            yield from self._fail(journey, now_s, "deadline", reason, 1.0)
             return
         journey.phase, journey.trouble = "backing_off", reason
         waited_s = now_s - journey.arrived_s
-        pause_s = min(BACKOFF_S_MAX, max(BACKOFF_S_MIN, waited_s / 4))
-        journey.due_s = now_s + pause_s
+        journey.due_s = now_s + min(BACKOFF_S_MAX, max(BACKOFF_S_MIN, waited_s / 4))
 
     def _on_finished(self, event: Finished) -> Iterable[Effect]:
         journey = self._journeys.pop(event.request_id, None)
@@ -271,7 +258,7 @@ class IngressCore:
             yield subjects.ABORT_REQUEST.send(stale, worker_id=leader_id)
 
     def _fail(
-        self, journey: Journey, code: FailureCode, detail: str, retry_after_s: float
+        self, journey: Journey, now_s: float, code: FailureCode, detail: str, retry_after_s: float
     ) -> Iterable[Effect]:
         del self._journeys[journey.request_id]
         if journey.phase in HELD:
@@ -283,7 +270,7 @@ class IngressCore:
         for journey in list(self._journeys.values()):
             if now_s >= journey.deadline_s:
                 detail = f"not done within {self._config.request_s:g} s"
-                yield from self._fail(journey, "deadline", detail, 1.0)
+                yield from self._fail(journey, now_s, "deadline", detail, 1.0)
             elif journey.phase == "streaming":
                 yield from self._sweep_streaming(journey, event.heard, now_s)
             elif now_s >= journey.due_s:
@@ -292,18 +279,11 @@ class IngressCore:
     def _sweep_streaming(
         self, journey: Journey, heard: dict[str, float], now_s: float
     ) -> Iterable[Effect]:
-        silent_s = now_s - max(journey.heard_s, heard.get(journey.replica_id, 0.0))
-        if silent_s >= self._config.stall_s:
-            detail = f"no chunk and no heartbeat for {silent_s:.1f} s"
-            yield from self._move(journey, now_s, "stalled", detail)
-        elif journey.probing and now_s >= journey.due_s:
-            # Its worker has settled this attempt: the chunk that said so was lost.
-            detail = f"silent for {now_s - journey.heard_s:.1f} s, and its replica does not know it"
-            yield from self._move(journey, now_s, "unacknowledged", detail)
-        elif journey.early and not crossing(journey, now_s):
-            detail = f"tokens after {len(journey.tokens)} were lost when it was taken over"
-            yield from self._move(journey, now_s, "gap", detail)
-        elif now_s - journey.heard_s >= journey.probe_s and journey.leader_id and not journey.probing:
+        heard_s = heard.get(journey.replica_id, 0.0)
+        loss = lost(journey, self._config, heard_s=heard_s, now_s=now_s)
+        if loss is not None:
+            yield from self._move(journey, now_s, *loss)
+        elif wants_probe(journey, now_s):
             journey.probe_s *= PROBE_GROWTH
             journey.probing, journey.due_s = True, now_s + self._config.accept_s
             yield submission(journey, ingress_id=self._ingress_id)
@@ -315,6 +295,6 @@ class IngressCore:
             return
         if not journey.tokens and journey.sought_s(now_s) > self._config.first_route_s:
             detail = journey.trouble or "no router answered: is one running, and the broker up?"
-            yield from self._fail(journey, "no_replica", detail, 1.0)
+            yield from self._fail(journey, now_s, "no_replica", detail, 1.0)
             return
         yield from self._route(journey, now_s)

@@ -54,6 +54,9 @@ class Gateway:
         self._reader = Reader(context.clock, context.metrics)
         metrics = context.metrics
         self._moved = metrics.counter("ingress_moves", "Attempts given up", ["reason"])
+        self._moved_live = metrics.counter(
+            "ingress_moved_live", "Requests that another replica went on with in a live switch"
+        )
         self._unexpected = metrics.counter(
             "ingress_chunks_unexpected", "Chunks of attempts that were never made"
         )
@@ -104,10 +107,12 @@ class Gateway:
                 self._send(subject, message, "")
             case Ask(subject=subject, message=message, reply_to=reply_to):
                 self._send(subject, message, reply_to)
-            case Log(event=name, fields=fields):
+            case Log(event=name, fields=fields, level=level):
                 if name == "request.moved":
                     self._moved.labels(fields["reason"]).inc()
-                log.info(name, extra=fields)
+                elif name == "request.taken_over":
+                    self._moved_live.inc()
+                log.log(logging.getLevelNamesMapping()[level.upper()], name, extra=fields)
 
     def on_ended(self, request_id: str) -> None:
         self._headers.pop(request_id, None)

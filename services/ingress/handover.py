@@ -81,8 +81,6 @@ def keep_early(journey: Journey, chunk: TokenChunk, now_s: float) -> bool:
 
 def unpack_early(journey: Journey) -> list[TokenChunk]:
     """The chunks kept, in the order of their tokens; they are the caller's now."""
-    if not journey.early:
-        return []
     early, journey.early = journey.early, []
     early.sort(key=lambda chunk: (chunk.position + len(chunk.tokens), chunk.finish is not None))
     return early

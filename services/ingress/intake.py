@@ -18,11 +18,14 @@ from services.ingress.events import (
     ClientGone,
     Finished,
     IngressEvent,
+    LeaderHeard,
     ReplicaRestarted,
     StaleChunk,
     Sweep,
+    TakenOver,
 )
-from services.ingress.journey import Journey, Taken, take
+from services.ingress.handover import crossing, keep_early, unpack_early, was_home
+from services.ingress.journey import HELD, Journey, Taken, take
 from shared.core import Ask, Log, Publish, Start
 from shared.messages.requests import FinishReason, TokenChunk, TokenChunks
 
@@ -52,7 +55,7 @@ class Intake:
         self.choices = Choices()
         self._heard: dict[str, float] = {}
         self._runs: dict[str, tuple[str, str]] = {}  # replica -> incarnation now, and before
-        self._stale: set[tuple[str, int]] = set()
+        self._stale: set[tuple[str, int, str]] = set()
 
     def open(self, journey: Journey, choice: Choice, now_s: float) -> None:
         """Take charge of a request; ``choice`` hears of it until ``on_end`` or ``on_fail``."""
@@ -95,6 +98,8 @@ class Intake:
         run = self._runs.get(batch.replica_id)
         if (run is not None and run[0] == batch.incarnation) or self._is_new_run(batch, run, now_s):
             self._heard[batch.replica_id] = now_s
+            if batch.worker_id and self.core.leaders.of(batch.replica_id) != batch.worker_id:
+                self.step(LeaderHeard(batch.replica_id, batch.worker_id), now_s)
         for chunk in batch.chunks:
             self._on_chunk(batch, chunk, now_s)
 
@@ -116,6 +121,11 @@ class Intake:
             else:
                 self._shell.on_unexpected()
             return
+        if batch.replica_id != journey.replica_id and journey.phase in HELD:
+            if not self._is_taken_over(journey, batch, chunk, now_s):
+                return
+            home = (batch.replica_id, batch.worker_id, batch.incarnation)
+            self.step(TakenOver(request_id, attempt, *home), now_s)
         finish = chunk.finish
         if finish in ("refused", "failed", "abort"):  # an abort that we did not ask for
             reason = "refused" if finish == "refused" else "failed"
@@ -127,17 +137,52 @@ class Intake:
             self.step(Acknowledged(request_id, attempt, batch.incarnation), now_s)
             if journey.attempt != attempt or journey.phase != "streaming":
                 return
+        self._feed(journey, chunk, now_s)
+
+    def _is_taken_over(
+        self, journey: Journey, batch: TokenChunks, chunk: TokenChunk, now_s: float
+    ) -> bool:
+        """Whether a chunk from another replica than the journey's tells that this one has its
+        attempt now. The late tokens of a former home are fed here; how the attempt ended there
+        otherwise says nothing, since it lives elsewhere."""
+        run = self._runs.get(batch.replica_id)
+        if run is None or run[0] != batch.incarnation:
+            return False  # of a run that is no more: whatever it took over is lost
+        if not was_home(journey, batch.replica_id):
+            return True
+        if chunk.finish in ("refused", "failed", "abort"):
+            return False
+        if not crossing(journey, now_s):
+            return True  # it was taken back
+        self._feed(journey, chunk, now_s)
+        return False
+
+    def _feed(self, journey: Journey, chunk: TokenChunk, now_s: float) -> None:
+        """Take the tokens of the attempt in progress, and its end."""
+        more = False
         if chunk.tokens:
             verdict, taken = take(journey, chunk)
             if verdict == "gap":
                 detail = f"position {chunk.position} came after {len(journey.tokens)} tokens"
-                self.step(AttemptLost(request_id, attempt, "gap", detail=detail), now_s)
+                self._on_gap(journey, chunk, detail, now_s)
                 return
             journey.heard_s = now_s
+            more = taken is not None
             if taken is not None and self._show(journey, taken, now_s):
                 return
-        if finish is not None:
-            self._on_finish(journey, chunk, finish, now_s)
+        if chunk.finish is not None:
+            self._on_finish(journey, chunk, chunk.finish, now_s)
+        if more and journey.early:  # what waited for these tokens
+            for early in unpack_early(journey):
+                if journey.live and journey.attempt == chunk.attempt:
+                    self._feed(journey, early, now_s)
+
+    def _on_gap(self, journey: Journey, chunk: TokenChunk, detail: str, now_s: float) -> None:
+        """Tokens are missing: lost, unless another replica has just taken the attempt over, and
+        the last words of the former one come late."""
+        if not keep_early(journey, chunk, now_s):
+            lost = AttemptLost(journey.request_id, chunk.attempt, "gap", detail=detail)
+            self.step(lost, now_s)
 
     def _show(self, journey: Journey, taken: Taken, now_s: float) -> bool:
         """Hand on new tokens; True if a stop string ended the request here."""
@@ -158,7 +203,7 @@ class Intake:
     ) -> None:
         if chunk.position + len(chunk.tokens) > len(journey.tokens):
             detail = f"ended at {chunk.position}, known are {len(journey.tokens)} tokens"
-            self.step(AttemptLost(journey.request_id, chunk.attempt, "gap", detail=detail), now_s)
+            self._on_gap(journey, chunk, detail, now_s)
             return
         self._end(journey.request_id, finish, now_s)
 
@@ -169,7 +214,7 @@ class Intake:
 
     def _on_stale(self, replica_id: str, chunk: TokenChunk, now_s: float) -> None:
         """Somebody still works on what nobody waits for: say so, but not to each chunk."""
-        key = (chunk.request_id, chunk.attempt)
+        key = (chunk.request_id, chunk.attempt, replica_id)
         if chunk.finish is None and key not in self._stale and len(self._stale) < STALE_REPLIES_MAX:
             self._stale.add(key)
             self.step(StaleChunk(chunk.request_id, chunk.attempt, replica_id), now_s)

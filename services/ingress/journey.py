@@ -47,7 +47,9 @@ class Journey:
     former: tuple[Home, ...] = ()  # homes of this attempt before the present one, newest last
     taken_over_s: float = float("-inf")  # when the present home took the attempt over
     handovers: int = 0  # times that it was taken over by another replica in a live switch
-    early: list[TokenChunk] = field(default_factory=list[TokenChunk])  # before them some are missing
+    early: list[TokenChunk] = field(
+        default_factory=list[TokenChunk]
+    )  # before them some are missing
     epoch: int = 0
     incarnation: str = ""
     request_type: int = -1

@@ -66,7 +66,7 @@ class Recorder:
             if meets(target, ttft_s=record.ttft_s, tpot_s=record.tpot_s):
                 self._good.labels(*of).inc()
         self._gateway.completed(record)
-        log.info("request.ended", extra=_line(record))
+        log.info("request.ended", extra=_line(record) | {"handovers": journey.handovers})
 
 
 def _line(record: RequestCompleted) -> dict[str, object]:

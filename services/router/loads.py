@@ -22,8 +22,8 @@ class ReplicaLoad:
     those of all replicas while only a report or a decision changes one."""
 
     __slots__ = (
-        "_decided_s", "_decisions_max", "in_flight", "incarnation", "open", "phase", "pressure",
-        "recheck_s", "report", "reported_s", "slots",
+        "_decided_s", "_decisions_max", "in_flight", "incarnation", "keeps", "open", "phase",
+        "pressure", "recheck_s", "report", "reported_s", "slots",
     )  # fmt: skip
 
     def __init__(self, *, decisions_max: int) -> None:
@@ -31,6 +31,7 @@ class ReplicaLoad:
         self.reported_s = float("-inf")
         self.phase = ""
         self.open = False  # serving, and its queue has room
+        self.keeps = False  # paused, and its queue has room: what comes is kept and handed over
         self.pressure = UNKNOWN_PRESSURE
         self.in_flight = 0
         self.slots = 0
@@ -100,6 +101,7 @@ class ReplicaLoad:
         self.pressure += queued / min(self.slots, QUEUE_FULL)
         full = 0 < report.waiting_max <= queued
         self.open = report.phase == "serving" and not full
+        self.keeps = report.phase == "paused" and not full
 
 
 def freshness(age_s: float, *, stale_s: float, dead_s: float) -> float:

@@ -104,27 +104,31 @@ def options_of(
     stale_s: float,
     dead_s: float,
 ) -> Options:
-    """The candidates that may serve now: serving, heard of, with room, and not excluded."""
+    """The candidates that may serve now: serving, heard of, with room, and not excluded. Without
+    any, those that stand still in a switch: they keep what comes until somebody goes on with it."""
     options = Options([], [], [])
     add_candidate, add_load = options.candidates.append, options.loads.append
     add_share = options.shares.append
-    for candidate, share in zip(routes.candidates, shares, strict=True):
-        load = candidate.load
-        if now_s >= load.recheck_s:
-            load.settle()
-        if not load.open or candidate.replica_id in excluded:
-            continue
-        age_s = now_s - load.reported_s
-        if age_s <= stale_s:
-            pressure = load.pressure
-        elif age_s <= dead_s:
-            fresh = freshness(age_s, stale_s=stale_s, dead_s=dead_s)
-            pressure, share = decayed(load.pressure, fresh), share * fresh  # noqa: PLW2901  # as meant
-        else:
-            continue
-        add_candidate(candidate)
-        add_load(pressure)
-        add_share(share)
+    for paused in (False, True):
+        for candidate, share in zip(routes.candidates, shares, strict=True):
+            load = candidate.load
+            if now_s >= load.recheck_s:
+                load.settle()
+            if not (load.keeps if paused else load.open) or candidate.replica_id in excluded:
+                continue
+            age_s = now_s - load.reported_s
+            if age_s <= stale_s:
+                pressure = load.pressure
+            elif age_s <= dead_s:
+                fresh = freshness(age_s, stale_s=stale_s, dead_s=dead_s)
+                pressure, share = decayed(load.pressure, fresh), share * fresh  # noqa: PLW2901  # as meant
+            else:
+                continue
+            add_candidate(candidate)
+            add_load(pressure)
+            add_share(share)
+        if options.candidates:
+            break
     return options
 
 
@@ -135,10 +139,10 @@ def why_none(routes: Routes, *, now_s: float, dead_s: float) -> tuple[bool, str]
         load = candidate.load
         if now_s - load.reported_s > dead_s:
             state = "not reporting"
-        elif load.phase != "serving":
-            state = load.phase
+        elif load.phase in ("serving", "paused"):
+            state = load.phase if load.open or load.keeps else "full"
         else:
-            state = "serving" if load.open else "full"
+            state = load.phase
         counts[state] = counts.get(state, 0) + 1
     words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     return "full" in counts, f"{len(routes.candidates)} replicas in plan: {words or 'none'}"

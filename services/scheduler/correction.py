@@ -105,7 +105,7 @@ def advanced(
     seconds: float,
 ) -> Bias:
     """``bias`` after ``seconds`` more under ``loads``, the newest of each replica. ``rows`` are the
-    weights as they were decided."""
+    weights as they were decided. A replica that is paused is as it was before."""
     seconds = _within(seconds, STEP_S_MAX)
     reports = {report.replica_id: report for report in loads}
     now = _strains(replicas, reports)
@@ -121,9 +121,14 @@ def advanced(
             errors |= _errors({id_: strains[id_] for id_ in part}, rows)
     integrals: dict[str, float] = {}
     for id_, error in errors.items():
-        before = bias.integrals.get(id_, 0.0)
-        after = before + seconds * (RATE * error - before / FORGET_S)
+        former = bias.integrals.get(id_, 0.0)
+        after = former + seconds * (RATE * error - former / FORGET_S)
         integrals[id_] = _within(after, log(FACTOR_MAX))
+    still = [id_ for id_, report in reports.items() if report.phase == "paused"]
+    for values, before in (
+        (strains, bias.strains), (errors, bias.errors), (integrals, bias.integrals)
+    ):  # fmt: skip
+        values |= {id_: before[id_] for id_ in still if id_ in before}
     loans = _loans(bias.loans, replicas, rows, strains, reports, seconds=seconds)
     return Bias(strains=strains, errors=errors, integrals=integrals, loans=loans)
 
@@ -179,11 +184,11 @@ def _strains(
     steps_s: dict[tuple[str, str], list[float]] = defaultdict(list)
     for spec in replicas:
         report = reports.get(spec.replica_id)
-        if report is not None and report.running >= FEW:
+        if report is not None and report.phase == "serving" and report.running >= FEW:
             insort(steps_s[spec.model_id, spec.parallelism], report.step_s)
     for spec in replicas:
         report = reports.get(spec.replica_id)
-        if report is None or report.phase in ("starting", "draining"):
+        if report is None or report.phase not in ("serving", "failed"):
             continue
         if report.phase == "failed":
             strains[spec.replica_id] = STRAIN_MAX

@@ -1,13 +1,22 @@
-"""What the switcher tells everyone: the plan in force, and how each switch begins and ends."""
+"""What the switcher tells everyone: the plan in force, and how each switch begins, goes on and
+ends."""
 
 from typing import Any
 
-from services.switcher import walk
-from services.switcher.machine import Switch
+from services.switcher.course import Course
+from services.switcher.differences import arriving, leaving, parts
+from services.switcher.machine import State, Switch
+from services.switcher.view import WorkerView
 from shared import subjects
 from shared.core import Publish
 from shared.messages.base import Message
-from shared.messages.plans import PlanInForce, StoredPlan, SwitchEnded, SwitchStarted
+from shared.messages.plans import (
+    PlanInForce,
+    StoredPlan,
+    SwitchEnded,
+    SwitchProgress,
+    SwitchStarted,
+)
 
 
 def plan_in_force(stored: StoredPlan) -> Publish:
@@ -20,20 +29,44 @@ def plan_in_force(stored: StoredPlan) -> Publish:
     )
 
 
-def switch_started(switch: Switch, stored: StoredPlan) -> Publish:
-    going = walk.leaving(stored.in_force, switch.target)
-    coming = walk.arriving(stored.in_force, switch.target)
+def switch_started(switch: Switch) -> Publish:
+    going = leaving(switch.origin, switch.target)
+    coming = arriving(switch.origin, switch.target)
     return subjects.SWITCH_STARTED.send(
         SwitchStarted(
             epoch=switch.epoch,
             plan_id=switch.target.plan_id,
             replicas_stopping=tuple(spec.replica_id for spec in going),
             replicas_starting=tuple(spec.replica_id for spec in coming),
+            way=switch.way,
+            why=switch.way_why,
         )
     )
 
 
-def switch_ended(switch: Switch, now_s: float) -> SwitchEnded:
+def switch_progress(
+    switch: Switch, state: State, course: Course, view: WorkerView, now_s: float
+) -> Publish:
+    """Bytes are those of weights, as the workers that fetch them count them."""
+    fetched = 0
+    for part in parts(arriving(switch.origin, switch.target)):
+        held = view.held(part)
+        if held is not None and held.epoch >= switch.epoch:
+            fetched += held.fetched_bytes
+    total = course.planned.bytes_total if course.planned else 0
+    return subjects.SWITCH_PROGRESS.send(
+        SwitchProgress(
+            epoch=switch.epoch,
+            plan_id=switch.target.plan_id,
+            phase=state,
+            bytes_done=min(fetched, total),
+            bytes_total=total,
+            elapsed_s=now_s - switch.started_s,
+        )
+    )
+
+
+def switch_ended(switch: Switch, course: Course, now_s: float) -> SwitchEnded:
     """The end of a switch, or of the rollback that stands for the failed one."""
     failed = switch.failed
     return SwitchEnded(
@@ -42,6 +75,7 @@ def switch_ended(switch: Switch, now_s: float) -> SwitchEnded:
         succeeded=not switch.rolling_back,
         took_s=now_s - switch.started_s,
         detail=switch.why,
+        report=course.report(now_s),
     )
 
 

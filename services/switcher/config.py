@@ -10,6 +10,12 @@ class SwitcherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     drain_grace_s: float = 2.0  # on top of it, for the answer's way
     stop_timeout_s: float = 15.0
     start_timeout_s: float = 120.0  # loading weights takes minutes for big models
+    prepare_timeout_s: float = 120.0  # to make new replicas ready beside the old; late rolls back
+    pause_timeout_s: float = 5.0  # to reach a step boundary; late rolls back
+    take_timeout_s: float = 10.0  # to take requests and KV cache over; late rolls back
+    activate_timeout_s: float = 5.0  # the plan is in force by then: late is left to repair
+    retire_timeout_s: float = 15.0  # the same, for freeing the old replicas' GPUs
+    verify: bool = False  # compare checksums of whatever is copied with its source
     command_retry_s: float = 0.5  # between copies of a command that is not yet answered
     repair_retry_s_max: float = 30.0  # a replica that keeps failing is started this rarely
     publish_period_s: float = 1.0  # between copies of the plan in force
@@ -22,7 +28,7 @@ class SwitcherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Self, if every time is above zero; raises ConfigInvalid."""
         for field in self.__struct_fields__:
             value: float = getattr(self, field)
-            if value <= 0:
+            if field != "verify" and value <= 0:
                 raise ConfigInvalid(
                     field=f"switcher.{field}", value=value, remedy="use a value above 0"
                 )

@@ -10,30 +10,45 @@ switcher (one thought dead that comes back) finds out and follows.
 from collections.abc import Iterable
 from typing import assert_never
 
+import msgspec
+
 from services.switcher import announce, events, machine, walk
+from services.switcher.commands import Command
 from services.switcher.config import SwitcherConfig
-from services.switcher.events import INPUTS, KEY, NOTHING, PhaseDeadline, SwitcherEvent, Tick
+from services.switcher.course import Course
+from services.switcher.differences import arriving, parts
+from services.switcher.events import (
+    INPUTS,
+    KEY,
+    NOTHING,
+    PLAN_TRANSFER,
+    PhaseDeadline,
+    SwitcherEvent,
+    Tick,
+    TransferPlanned,
+)
+from services.switcher.ledger import Ledger
+from services.switcher.live import Live, lost_sources
 from services.switcher.machine import State, Switch
 from services.switcher.pacing import Pacing
 from services.switcher.refusals import Refusals
 from services.switcher.view import WorkerView
+from services.switcher.way import way_to
 from shared import core, subjects
 from shared.core import Effect, Log
 from shared.messages import replicas
-from shared.messages.plans import AdoptPlan, PlanInForce, StoredPlan
+from shared.messages.plans import AdoptPlan, DeploymentPlan, PlanInForce, StoredPlan
 
-__all__ = ["INPUTS", "KEY", "NOTHING", "Switcher"]
+__all__ = ["INPUTS", "KEY", "NOTHING", "PLAN_TRANSFER", "Switcher"]
 
 
 class Switcher:
     def __init__(self, config: SwitcherConfig) -> None:
         self._config = config
         self._state: State = "loading"
-        self._stored: StoredPlan | None = None  # what the bucket holds, as far as we know
-        self._revision = 0
-        self._writing: StoredPlan | None = None  # what we have asked it to hold
+        self._ledger = Ledger()
         self._switch: Switch | None = None
-        self._looking = False  # a Load is under way that we do not wait for
+        self._course: Course | None = None
         self._view = WorkerView(worker_timeout_s=config.worker_timeout_s, started_s=0.0)
         self._pacing = Pacing(config)
         self._published_s = float("-inf")
@@ -46,39 +61,49 @@ class Switcher:
             case AdoptPlan():
                 effects = self._on_adopt_plan(event, now_s)
             case PlanInForce():
-                effects = self._on_plan_in_force(event)
+                effects = self._on_plan_in_force(event, now_s)
             case replicas.WorkerReport():
                 effects = self._on_worker_report(event, now_s)
-            case (
-                replicas.ReplicaStarted()
-                | replicas.ReplicaDrained()
-                | replicas.ReplicaStopped()
-                | replicas.ReplicaFailed()
-            ):
-                effects = self._on_replica_event(event, now_s)
             case core.Loaded() | core.Stored() | core.StoreConflict():
                 effects = self._on_bucket(event, now_s)
+            case TransferPlanned():
+                effects = self._on_transfer_planned(event, now_s)
             case Tick():
                 effects = self._on_tick(now_s)
             case PhaseDeadline():
                 effects = self._on_phase_deadline(event, now_s)
             case core.Draining():
                 effects = ()  # a switch under way is walked on by whoever starts next
+            case (
+                replicas.ReplicaStarted()
+                | replicas.ReplicaDrained()
+                | replicas.ReplicaStopped()
+                | replicas.ReplicaFailed()
+                | replicas.ReplicaPrepared()
+                | replicas.ReplicaPaused()
+                | replicas.RequestsTaken()
+            ):
+                effects = self._on_replica_event(event, now_s)
             case _:
                 assert_never(event)
         return list(effects)
 
     def check(self) -> None:
-        state, switch, stored = self._state, self._switch, self._stored
-        assert (state in {"storing_target", "committing"}) <= (self._writing is not None), state
+        state, switch, stored = self._state, self._switch, self._ledger.stored
+        writing = self._ledger.writing
+        assert (state in {"storing_target", "committing"}) <= (writing is not None), state
         assert (state == "settled") <= (switch is None), (state, switch)
+        assert (switch is None) == (self._course is None), (switch, self._course)
         if state in machine.WALKING:
             assert stored is not None, state
             assert switch is not None, state
+            assert switch.rolling_back == (state == "rolling_back"), (state, switch)
+        if state in machine.TOWARDS and stored is not None and switch is not None:
             assert stored.target is not None, stored
             assert switch.leads_to(stored.target_epoch, stored.target), (stored, switch)
             assert switch.epoch > stored.epoch, (stored, switch)
-            assert switch.rolling_back == (state == "rolling_back"), (state, switch)
+        if state in machine.BEYOND and stored is not None and switch is not None:
+            assert switch.leads_to(stored.epoch, stored.in_force), (stored, switch)
 
     @property
     def state(self) -> State:
@@ -86,15 +111,15 @@ class Switcher:
 
     @property
     def stored(self) -> StoredPlan | None:
-        return self._stored
+        return self._ledger.stored
 
     def _on_started(self, now_s: float) -> Iterable[Effect]:
         self._view = WorkerView(worker_timeout_s=self._config.worker_timeout_s, started_s=now_s)
-        yield core.Load(KEY, StoredPlan)
+        yield self._ledger.load()
         yield core.SetTimer(now_s + self._config.command_retry_s, Tick())
 
     def _on_adopt_plan(self, event: AdoptPlan, now_s: float) -> Iterable[Effect]:
-        stored, plan = self._stored, event.plan
+        stored, plan = self.stored, event.plan
         if stored is None or self._state == "loading":
             return
         under_way = self._switch.plan_ids if self._switch else ()
@@ -105,13 +130,27 @@ class Switcher:
             if self._refusals.is_new(plan.plan_id, refusal):
                 yield Log("plan.refused", {"plan_id": plan.plan_id, "reason": refusal}, "warning")
             return
-        switch = Switch(target=plan, epoch=self._next_epoch(), started_s=now_s)
-        yield from self._begin(switch, stored)
+        switch = self._switch_to(plan, stored, now_s)
+        self._course = Course(switch, self._state, now_s)
+        yield from self._begin(switch, stored, now_s)
 
-    def _on_plan_in_force(self, event: PlanInForce) -> Iterable[Effect]:
+    def _switch_to(self, plan: DeploymentPlan, stored: StoredPlan, now_s: float) -> Switch:
+        way, why = way_to(stored.in_force, plan, self._view, now_s)
+        if way == "live" and (before := self._refusals.not_live(plan.plan_id)):
+            way, why = "reload", before
+        return Switch(
+            origin=stored.in_force,
+            target=plan,
+            epoch=self._next_epoch(),
+            started_s=now_s,
+            way=way,
+            way_why=why,
+        )
+
+    def _on_plan_in_force(self, event: PlanInForce, now_s: float) -> Iterable[Effect]:
         """Our own copies tell nothing new; one from a later epoch means a second switcher."""
-        if self._stored is not None and event.epoch > self._stored.epoch:
-            yield from self._reload(f"another switcher has put epoch {event.epoch} in force")
+        if self.stored is not None and event.epoch > self.stored.epoch:
+            yield from self._reload(f"another switcher has put epoch {event.epoch} in force", now_s)
 
     def _on_worker_report(self, report: replicas.WorkerReport, now_s: float) -> Iterable[Effect]:
         if self._view.on_report(report, now_s):
@@ -119,181 +158,115 @@ class Switcher:
 
     def _on_replica_event(self, event: events.ReplicaEvent, now_s: float) -> Iterable[Effect]:
         self._view.on_event(event)
+        if self._course is not None:
+            self._course.on_event(event)
         if isinstance(event, replicas.ReplicaFailed):
             yield Log("replica.failed", announce.fields(event), "warning")
         if self._state != "settled":  # there the report that follows says more: why it changed
             yield from self._advance(now_s)
 
     def _on_bucket(self, event: events.BucketEvent, now_s: float) -> Iterable[Effect]:
+        ledger = self._ledger
         match event:
             case core.Loaded() if self._state != "loading":
-                self._looking = False
-                if self._state == "settled" and event.revision != self._revision:
-                    yield from self._reload("the plan was written by another switcher")
+                ledger.looking = False
+                if self._state == "settled" and event.revision != ledger.revision:
+                    yield from self._reload("the plan was written by another switcher", now_s)
             case core.Loaded(message=StoredPlan() as stored):
-                self._revision = event.revision
+                ledger.revision = event.revision
                 yield from self._follow(stored, now_s)
             case core.Loaded():
                 # An empty bucket under a running switcher was wiped: what we know is better.
-                self._revision = event.revision
-                yield from self._write(self._stored or NOTHING)
+                ledger.revision = event.revision
+                yield ledger.write(ledger.stored or NOTHING)
             case core.Stored():
-                if self._writing is not None:  # else we are loading what it has become
-                    self._revision = event.revision
-                    yield from self._follow(self._writing, now_s)
+                if ledger.writing is not None:  # else we are loading what it has become
+                    ledger.revision = event.revision
+                    yield from self._follow(ledger.writing, now_s)
             case core.StoreConflict():
-                yield from self._reload("the plan was written by another switcher")
+                yield from self._reload("the plan was written by another switcher", now_s)
+
+    def _on_transfer_planned(self, planned: TransferPlanned, now_s: float) -> Iterable[Effect]:
+        switch, course = self._switch, self._course
+        if switch is None or course is None or self._state != "preparing":
+            return
+        if planned.epoch != switch.epoch or course.planned is not None:
+            return
+        staged = len(planned.stages) > 1
+        if staged and course.left_over(parts(arriving(switch.origin, switch.target)), self._view):
+            failure = "in stages that were planned by another switcher"
+            planned = TransferPlanned(epoch=planned.epoch, failure=failure)
+        course.planned = planned
+        told = {
+            "epoch": switch.epoch, "bytes": planned.bytes_total, "bound": planned.bytes_bound,
+            "stages": len(planned.stages), "failure": planned.failure,
+            "took_s": planned.took_s, "notes": planned.notes,
+        }  # fmt: skip
+        yield Log("switch.planned", told)
+        yield from self._advance(now_s)
 
     def _on_tick(self, now_s: float) -> Iterable[Effect]:
         yield core.SetTimer(now_s + self._config.command_retry_s, Tick())
-        if self._stored is not None and self._state != "loading":
-            self._pacing.prune(now_s)
-            yield from self._advance(now_s)
-            if now_s - self._published_s >= self._config.publish_period_s:
-                yield self._plan_in_force(now_s)
-                yield from self._look()
-
-    def _look(self) -> Iterable[Effect]:
-        """A second switcher may have written a target and died: nobody else would tell us."""
-        if self._state == "settled" and not self._looking:
-            self._looking = True
-            yield core.Load(KEY, StoredPlan)
+        if self.stored is None or self._state == "loading":
+            return
+        self._pacing.prune(now_s)
+        yield from self._advance(now_s)
+        yield from self._progress(now_s)
+        if now_s - self._published_s >= self._config.publish_period_s:
+            yield self._plan_in_force(now_s)
+            if self._state == "settled" and not self._ledger.looking:
+                # A second switcher may have written a target and died: nobody else would tell us.
+                yield self._ledger.look()
 
     def _on_phase_deadline(self, event: PhaseDeadline, now_s: float) -> Iterable[Effect]:
-        switch = self._switch
-        if switch is None or (event.epoch, event.state) != (switch.epoch, self._state):
+        switch, state = self._switch, self._state
+        if switch is None or (event.epoch, event.state) != (switch.epoch, state):
             return
-        match self._state:
-            case "draining":
-                yield Log("drain.late", {"epoch": switch.epoch}, "warning")
-                yield from self._enter("stopping", now_s)
-            case "stopping" | "starting":
-                reason = f"{self._state} did not end within its time"
-                yield from self._roll_back(reason, now_s)
-            case "rolling_back":
-                yield Log("rollback.late", {"epoch": switch.epoch, "why": switch.why}, "error")
-                yield from self._commit()
-            case _:
-                assert_never(self._state)  # pyright: ignore[reportArgumentType]  # other states have no deadline
+        told = {"epoch": switch.epoch, "state": state, "why": switch.why}
+        if state == "rolling_back":
+            yield Log("rollback.late", told, "error")
+            yield from self._commit(now_s)
+        elif late := machine.GO_ON_LATE.get(state):
+            yield Log("switch.late", told, "warning")
+            self._note(f"{state} did not end within its time")
+            yield from self._enter(late, now_s)
+        else:
+            yield from self._roll_back(f"{state} did not end within its time", now_s)
 
-    def _begin(self, switch: Switch, stored: StoredPlan) -> Iterable[Effect]:
+    def _begin(self, switch: Switch, stored: StoredPlan, now_s: float) -> Iterable[Effect]:
         """Write the target before anyone is told of it."""
-        self._move("storing_target")
+        self._move("storing_target", now_s)
         self._switch = switch
-        yield from self._write(
+        yield self._ledger.write(
             StoredPlan(
                 epoch=stored.epoch,
                 in_force=stored.in_force,
                 target=switch.target,
                 target_epoch=switch.epoch,
+                way=switch.way,
             )
         )
 
     def _follow(self, stored: StoredPlan, now_s: float) -> Iterable[Effect]:
         """The bucket is known to hold ``stored``: be in the state that it says."""
-        before, self._stored, self._writing = self._stored, stored, None
+        before, switch = self._ledger.holds(stored), self._switch
         if stored.target is None:
-            switch, self._switch = self._switch, None
-            self._move("settled")
-            self._pacing.clear()
-            self._view.prune(epoch=stored.epoch, now_s=now_s)
-            if switch is not None and switch.leads_to(stored.epoch, stored.in_force):
-                yield from self._ended(switch, now_s)
-            elif before is None:
-                yield Log("plan.recovered", {"epoch": stored.epoch, "switching": False})
-            yield self._plan_in_force(now_s)
-            yield from self._advance(now_s)
+            done = switch is not None and switch.leads_to(stored.epoch, stored.in_force)
+            if not done:
+                self._switch = self._course = None
+                if before is None:
+                    yield Log("plan.recovered", {"epoch": stored.epoch, "switching": False})
+            live = done and switch is not None and switch.way == "live" and not switch.why
+            # What takes over is told before routers send it anything new.
+            yield from self._enter("activating" if live else "settled", now_s)
             return
-        switch = self._switch
         if switch is None or not switch.leads_to(stored.target_epoch, stored.target):
             switch = self._switch = machine.recovered(stored, stored.target, now_s)
+            self._course = Course(switch, self._state, now_s)
             yield Log("plan.recovered", {"epoch": stored.epoch, "switching": True})
         elif not switch.rolling_back:
-            yield announce.switch_started(switch, stored)
+            told = {"epoch": switch.epoch, "way": switch.way, "why": switch.way_why}
+            yield Log("switch.started", {"plan_id": switch.target.plan_id, **told})
+            yield announce.switch_started(switch)
         yield self._plan_in_force(now_s)
-        yield from self._enter("rolling_back" if switch.rolling_back else "draining", now_s)
-
-    def _enter(self, state: State, now_s: float) -> Iterable[Effect]:
-        switch = self._switch
-        assert switch is not None, state
-        self._move(state)
-        self._pacing.clear()
-        timeout_s = machine.phase_timeout_s(state, self._config)
-        yield core.SetTimer(now_s + timeout_s, PhaseDeadline(epoch=switch.epoch, state=state))
-        yield from self._advance(now_s)
-
-    def _advance(self, now_s: float) -> Iterable[Effect]:
-        """Send what the present phase still needs; if that is nothing, go to the next."""
-        stored, switch = self._stored, self._switch
-        if self._state == "settled" and stored is not None and stored.epoch > 0:
-            timeout_s = self._config.start_timeout_s
-            upkeep = walk.upkeep(stored, self._view, now_s, start_timeout_s=timeout_s)
-            yield from self._send(upkeep, now_s)
-        if stored is None or switch is None or self._state not in machine.WALKING:
-            return
-        limit_s = self._config.drain_timeout_s
-        step = walk.next_step(
-            self._state, stored.in_force, switch, self._view, now_s, drain_timeout_s=limit_s
-        )
-        if step.failure:
-            yield from self._roll_back(step.failure, now_s)
-        elif step.after == "committing":
-            yield from self._commit()
-        elif step.after is not None:
-            yield from self._enter(step.after, now_s)
-        else:
-            yield from self._send(step.commands, now_s)
-
-    def _commit(self) -> Iterable[Effect]:
-        assert self._switch is not None
-        self._move("committing")
-        switch = self._switch
-        yield from self._write(
-            StoredPlan(epoch=switch.epoch, in_force=switch.target, target_epoch=switch.epoch)
-        )
-
-    def _roll_back(self, why: str, now_s: float) -> Iterable[Effect]:
-        stored, failed = self._stored, self._switch
-        assert stored is not None
-        assert failed is not None
-        self._refusals.failed(failed.target.plan_id, now_s)
-        yield Log("switch.rollback", {"epoch": failed.epoch, "reason": why}, "warning")
-        back = machine.rollback_of(failed, stored.in_force, epoch=self._next_epoch(), why=why)
-        yield from self._begin(back, stored)
-
-    def _ended(self, switch: Switch, now_s: float) -> Iterable[Effect]:
-        ended = announce.switch_ended(switch, now_s)
-        if ended.succeeded:
-            self._refusals.forget(ended.plan_id)
-        yield Log("switch.ended", announce.fields(ended))
-        yield subjects.SWITCH_ENDED.send(ended)
-
-    def _move(self, state: State) -> None:
-        assert state in machine.MOVES[self._state], (self._state, state)
-        self._state = state
-
-    def _reload(self, why: str) -> Iterable[Effect]:
-        if self._state == "loading" and self._writing is None:
-            return  # the answer is under way
-        self._move("loading")
-        self._writing, self._looking = None, False
-        yield Log("plan.reload", {"reason": why}, "warning")
-        yield core.Load(KEY, StoredPlan)
-
-    def _write(self, plan: StoredPlan) -> Iterable[Effect]:
-        self._writing = plan
-        yield core.Store(KEY, plan, self._revision)
-
-    def _next_epoch(self) -> int:
-        """Above every epoch ever used, as far as the bucket, the workers and we remember."""
-        stored = self._stored or NOTHING
-        used = self._switch.epoch if self._switch else 0
-        return max(stored.epoch, stored.target_epoch, used, self._view.epoch_max) + 1
-
-    def _send(self, commands: list[walk.Command], now_s: float) -> Iterable[core.Publish]:
-        return self._pacing.due(commands, self._view.failures, now_s)
-
-    def _plan_in_force(self, now_s: float) -> core.Publish:
-        assert self._stored is not None
-        self._published_s = now_s
-        return announce.plan_in_force(self._stored)
+        yield from self._enter(switch.first, now_s)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from services.switcher.commands import Command, part_of, publish, step_of
 from services.switcher.config import SwitcherConfig
 from services.switcher.view import Part
-from services.switcher.walk import Command, part_of, publish
 from shared.core import Publish
 
 DOUBLINGS_MAX = 16  # keeps the power small; repair_retry_s_max rules long before
@@ -15,7 +15,7 @@ class Pacing:
 
     def __init__(self, config: SwitcherConfig) -> None:
         self._retry_s, self._retry_s_max = config.command_retry_s, config.repair_retry_s_max
-        self._sent: dict[tuple[str, Part, int], float] = {}
+        self._sent: dict[tuple[str, Part, int, int], float] = {}
 
     def clear(self) -> None:
         self._sent.clear()
@@ -29,7 +29,7 @@ class Pacing:
             part = part_of(command)
             doublings = min(failures.get(part, 0), DOUBLINGS_MAX)
             retry_s = min(self._retry_s * 2**doublings, self._retry_s_max)
-            key = (type(command).__name__, part, command.epoch)
+            key = (type(command).__name__, part, command.epoch, step_of(command))
             if now_s - self._sent.get(key, float("-inf")) >= retry_s:
                 self._sent[key] = now_s
                 yield publish(command)

@@ -17,6 +17,17 @@ class Refusals:
         self._base_s, self._base_s_max = base_s, base_s_max
         self._failures: dict[str, tuple[int, float]] = {}
         self._told: dict[str, str] = {}
+        self._not_live: dict[str, str] = {}
+
+    def failed_live(self, plan_id: str, why: str) -> None:
+        """Whoever asks for it again gets it another way."""
+        self._not_live.pop(plan_id, None)
+        self._not_live[plan_id] = f"live, it failed before: {why}"
+        _bound(self._not_live, self.PLANS_MAX)
+
+    def not_live(self, plan_id: str) -> str:
+        """Why this plan is not walked to live; "" if it is."""
+        return self._not_live.get(plan_id, "")
 
     def failed(self, plan_id: str, now_s: float) -> None:
         count, _ = self._failures.pop(plan_id, (0, 0.0))
@@ -27,6 +38,7 @@ class Refusals:
     def forget(self, plan_id: str) -> None:
         self._failures.pop(plan_id, None)
         self._told.pop(plan_id, None)
+        self._not_live.pop(plan_id, None)
 
     def wait_s(self, plan_id: str, now_s: float) -> float:
         _, until_s = self._failures.get(plan_id, (0, 0.0))

@@ -5,32 +5,45 @@ done after a command of that epoch was sent, so it is the stronger witness: a re
 replica under an older epoch than an event has proved is stale for that replica.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import msgspec
 
+from shared.hardware import GpuSpec
 from shared.messages.replicas import (
     HostedReplica,
     ReplicaDrained,
     ReplicaFailed,
-    ReplicaPhase,
+    ReplicaPaused,
+    ReplicaPrepared,
     ReplicaStarted,
     ReplicaStopped,
+    RequestsTaken,
     WorkerReport,
 )
+from shared.placement.sheets import ModelShape
 
 Part = tuple[str, str]
 """One rank of one replica: (worker_id, replica_id)."""
+ReplicaEvent = (
+    ReplicaStarted
+    | ReplicaDrained
+    | ReplicaStopped
+    | ReplicaFailed
+    | ReplicaPrepared
+    | ReplicaPaused
+    | RequestsTaken
+)
 
 
 class _Worker:
     """The newest knowledge of one worker process."""
 
-    __slots__ = ("hosted", "incarnation", "leaving", "seen_s")
+    __slots__ = ("hosted", "report", "seen_s")
 
-    def __init__(self, incarnation: str, seen_s: float) -> None:
-        self.incarnation, self.seen_s = incarnation, seen_s
-        self.leaving = False
+    def __init__(self, report: WorkerReport, seen_s: float) -> None:
+        self.report, self.seen_s = report, seen_s
         self.hosted: dict[str, HostedReplica] = {}
 
 
@@ -46,51 +59,72 @@ class WorkerView:
         self._stopped: dict[Part, int] = {}
         self._drained: dict[Part, int] = {}
         self._starting_s: dict[Part, float] = {}
+        self._turn = 0  # counts what was heard: which of two things happened first
+        self._held_since: dict[Part, int] = {}
+        self._lost_at: dict[Part, int] = {}
         self.failures: dict[Part, int] = {}
         self.epoch_max = 0  # highest epoch that any worker has spoken of
 
     def on_report(self, report: WorkerReport, now_s: float) -> bool:
         """Take in ``report``; True if it changed what we believe."""
-        worker = self._workers.get(report.worker_id)
-        new = worker is None or worker.incarnation != report.incarnation
+        self._turn += 1
+        worker_id = report.worker_id
+        worker = self._workers.get(worker_id)
+        new = worker is None or worker.report.incarnation != report.incarnation
         if worker is None or new:
-            worker = self._workers[report.worker_id] = _Worker(report.incarnation, now_s)
-            self._forget(report.worker_id)
+            self._forget(worker_id)
+            worker = self._workers[worker_id] = _Worker(report, now_s)
         worker.seen_s = now_s
         hosted: dict[str, HostedReplica] = {}
         for replica in report.replicas:
             self.epoch_max = max(self.epoch_max, replica.epoch)
             known = worker.hosted.get(replica.replica_id)
-            if replica.epoch < self._stopped.get((report.worker_id, replica.replica_id), 0):
+            if replica.epoch < self._stopped.get((worker_id, replica.replica_id), 0):
                 continue
             if known is not None and replica.epoch < known.epoch:
                 replica = known  # noqa: PLW2901  # the report is older than what we know
             hosted[replica.replica_id] = replica
-        self._time_starts(report.worker_id, hosted, now_s)
-        changed = new or hosted != worker.hosted or report.leaving != worker.leaving
-        worker.hosted, worker.leaving = hosted, report.leaving
+        self._time_starts(worker_id, hosted, now_s)
+        for replica_id, known in worker.hosted.items():
+            if replica_id not in hosted and known.phase == "failed":
+                self._lose((worker_id, replica_id))
+        for replica_id in hosted:
+            self._held_since.setdefault((worker_id, replica_id), self._turn)
+        changed = new or hosted != worker.hosted or report.leaving != worker.report.leaving
+        worker.hosted, worker.report = hosted, report
         return changed
 
-    def on_event(
-        self, event: ReplicaStarted | ReplicaDrained | ReplicaStopped | ReplicaFailed
-    ) -> None:
+    def on_event(self, event: ReplicaEvent) -> None:
+        self._turn += 1
         part = (event.worker_id, event.replica_id)
         self.epoch_max = max(self.epoch_max, event.epoch)
         match event:
             case ReplicaStarted():
-                self._update(part, event.epoch, "serving")
+                self._update(part, event.epoch, phase="serving", taken=0)
             case ReplicaDrained():
                 self._drained[part] = max(event.epoch, self._drained.get(part, 0))
-                self._update(part, event.epoch, "draining")
+                self._update(part, event.epoch, phase="draining")
             case ReplicaFailed():
                 self.failures[part] = self.failures.get(part, 0) + 1
-                self._update(part, event.epoch, "failed", event.detail)
+                self._update(part, event.epoch, phase="failed", detail=event.detail)
             case ReplicaStopped():
                 self._stopped[part] = max(event.epoch, self._stopped.get(part, 0))
                 held = self.held(part)
                 self._starting_s.pop(part, None)
                 if held is not None and held.epoch <= event.epoch:
                     del self._workers[part[0]].hosted[part[1]]
+                    self._lose(part)
+            case ReplicaPrepared():
+                held = self.held(part)
+                if held is not None and held.prepared < event.epoch:
+                    phase = "prepared" if held.phase == "preparing" else held.phase
+                    self._note(part, phase=phase, prepared=event.epoch)
+            case ReplicaPaused():
+                self._update(part, event.epoch, phase="paused")
+            case RequestsTaken():
+                held = self.held(part)
+                if held is not None and held.prepared <= event.epoch:
+                    self._note(part, taken=event.epoch)
 
     def prune(self, *, epoch: int, now_s: float) -> None:
         """Forget what no longer matters once ``epoch`` is in force, to stay bounded."""
@@ -99,6 +133,10 @@ class WorkerView:
         self.failures.clear()
         self._starting_s = {p: s for p, s in self._starting_s.items() if p[0] in self._workers}
         self._workers = {w: v for w, v in self._workers.items() if not self.gone(w, now_s)}
+        held = {(w, r) for w, worker in self._workers.items() for r in worker.hosted}
+        ids = {replica_id for _, replica_id in held}
+        self._held_since = {p: t for p, t in self._held_since.items() if p in held}
+        self._lost_at = {p: t for p, t in self._lost_at.items() if p[1] in ids}
 
     def gone(self, worker_id: str, now_s: float) -> bool:
         worker = self._workers.get(worker_id)
@@ -114,7 +152,31 @@ class WorkerView:
 
     def leaving(self, worker_id: str) -> bool:
         worker = self._workers.get(worker_id)
-        return worker is not None and worker.leaving
+        return worker is not None and worker.report.leaving
+
+    def incarnation(self, worker_id: str) -> str:
+        """Empty for a worker never heard of; so are the next ones."""
+        worker = self._workers.get(worker_id)
+        return worker.report.incarnation if worker else ""
+
+    def node(self, worker_id: str) -> str:
+        worker = self._workers.get(worker_id)
+        return worker.report.node_id if worker else ""
+
+    def gpu(self, worker_id: str) -> GpuSpec:
+        worker = self._workers.get(worker_id)
+        return worker.report.gpu if worker else GpuSpec(gpu_id=worker_id)
+
+    def peers(self, worker_ids: Iterable[str]) -> dict[str, str]:
+        """Where these workers are reached by others, as far as they have said so."""
+        found = {w: self._workers[w].report.peer for w in sorted(set(worker_ids) & set(self.known()))}
+        return {worker_id: peer for worker_id, peer in found.items() if peer}
+
+    def shape(self, worker_id: str, model_id: str) -> ModelShape | None:
+        """Of the model, if this worker can move its weights."""
+        worker = self._workers.get(worker_id)
+        shapes = worker.report.shapes if worker else ()
+        return next((shape for shape in shapes if shape.model_id == model_id), None)
 
     def hosted(self, worker_id: str) -> dict[str, HostedReplica]:
         worker = self._workers.get(worker_id)
@@ -131,25 +193,51 @@ class WorkerView:
         return self._drained.get(part, -1) >= epoch
 
     def starting_for_s(self, part: Part, now_s: float) -> float:
-        """How long the worker has said that it starts the replica; 0 if it does not."""
+        """How long the worker has said that it starts or prepares the replica; 0 if it does not."""
         return now_s - self._starting_s.get(part, now_s)
 
+    @property
+    def turn(self) -> int:
+        """How much has been heard so far."""
+        return self._turn
+
+    def lost_after(self, part: Part, turn: int) -> bool:
+        """Whether the worker has let go of it, or restarted while it held it, since then."""
+        return self._lost_at.get(part, -1) > turn
+
+    def lost_since(self, part: Part, other: Part) -> bool:
+        """Whether ``part``, not held now, was let go or lost after ``other`` came to be held."""
+        since = self._held_since.get(other)
+        return since is not None and self._lost_at.get(part, -1) > since
+
     def _time_starts(self, worker_id: str, hosted: dict[str, HostedReplica], now_s: float) -> None:
-        now_starting = {(worker_id, r) for r, held in hosted.items() if held.phase == "starting"}
-        for part in [p for p in self._starting_s if p[0] == worker_id and p not in now_starting]:
+        coming = {
+            (worker_id, replica_id)
+            for replica_id, held in hosted.items()
+            if held.phase in {"starting", "preparing"}
+        }
+        for part in [p for p in self._starting_s if p[0] == worker_id and p not in coming]:
             del self._starting_s[part]
-        for part in sorted(now_starting):
+        for part in sorted(coming):
             self._starting_s.setdefault(part, now_s)
 
     def _forget(self, worker_id: str) -> None:
         """A new incarnation has none of what the former one held, and nothing refused."""
+        for replica_id in self.hosted(worker_id):
+            self._lose((worker_id, replica_id))
         for memory in (self._stopped, self._drained, self._starting_s):
             for part in [p for p in memory if p[0] == worker_id]:
                 del memory[part]
 
-    def _update(self, part: Part, epoch: int, phase: ReplicaPhase, detail: str = "") -> None:
+    def _lose(self, part: Part) -> None:
+        self._held_since.pop(part, None)
+        self._lost_at[part] = self._turn
+
+    def _update(self, part: Part, epoch: int, **changes: Any) -> None:  # noqa: ANN401  # any field
         held = self.held(part)
         if held is not None and held.epoch <= epoch:
-            self._workers[part[0]].hosted[part[1]] = msgspec.structs.replace(
-                held, epoch=epoch, phase=phase, detail=detail
-            )
+            self._note(part, epoch=epoch, **{"detail": "", **changes})
+
+    def _note(self, part: Part, **changes: Any) -> None:  # noqa: ANN401  # any field
+        hosted = self.hosted(part[0])
+        hosted[part[1]] = msgspec.structs.replace(hosted[part[1]], **changes)

@@ -5,68 +5,36 @@ lost command is found again and a switcher started anew needs no history. An emp
 that the phase is done.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from services.switcher import copying, live, reload
+from services.switcher.commands import Command, part_of
+from services.switcher.differences import (
+    Wanted,
+    in_halves,
+    parts,
+    strangers,
+    wanted_by_worker,
+)
+from services.switcher.events import TransferWanted
+from services.switcher.live import Live
 from services.switcher.machine import State, Switch
-from services.switcher.view import Part, WorkerView
-from shared import subjects
-from shared.core import Publish
+from services.switcher.view import WorkerView
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec, StoredPlan
-from shared.messages.replicas import (
-    DrainReplica,
-    HostedReplica,
-    ResumeReplica,
-    StartReplica,
-    StopReplica,
-)
-
-Command = StartReplica | DrainReplica | StopReplica | ResumeReplica
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a worker should hold: this replica, as this rank."""
-
-    spec: ReplicaSpec
-    rank: int
-
-    def matches(self, held: HostedReplica) -> bool:
-        return (
-            held.replica_id == self.spec.replica_id
-            and held.rank == self.rank
-            and held.model_id in ("", self.spec.model_id)
-            and Parallelism.parse(held.parallelism) == Parallelism.parse(self.spec.parallelism)
-        )
+from shared.messages.replicas import HostedReplica, ResumeReplica, StartReplica, StopReplica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Next:
     """What a phase still has to command; when that is nothing, the phase ``after`` it. With
-    ``failure`` the switch cannot succeed any more. Neither: wait."""
+    ``failure`` the switch cannot succeed any more; with ``plan`` its copies have to be planned.
+    None of them: wait."""
 
     commands: list[Command]
     after: State | None = None
     failure: str = ""
-
-
-def publish(command: Command) -> Publish:
-    match command:
-        case StartReplica():
-            return subjects.START_REPLICA.send(command, worker_id=command.worker_id)
-        case DrainReplica():
-            return subjects.DRAIN_REPLICA.send(command, worker_id=command.worker_id)
-        case StopReplica():
-            return subjects.STOP_REPLICA.send(command, worker_id=command.worker_id)
-        case ResumeReplica():
-            return subjects.RESUME_REPLICA.send(command, worker_id=command.worker_id)
-
-
-def part_of(command: Command) -> Part:
-    if isinstance(command, StartReplica):
-        return (command.worker_id, command.replica.replica_id)
-    return (command.worker_id, command.replica_id)
+    plan: TransferWanted | None = None
 
 
 def faults_of(plan: DeploymentPlan) -> str:
@@ -89,45 +57,23 @@ def faults_of(plan: DeploymentPlan) -> str:
     return ""
 
 
-def leaving(origin: DeploymentPlan, target: DeploymentPlan) -> tuple[ReplicaSpec, ...]:
-    """Replicas of ``origin`` that ``target`` lacks or has otherwise."""
-    kept = set(target.replicas)
-    return tuple(spec for spec in origin.replicas if spec not in kept)
-
-
-def arriving(origin: DeploymentPlan, target: DeploymentPlan) -> tuple[ReplicaSpec, ...]:
-    return leaving(target, origin)
-
-
-def parts(specs: Iterable[ReplicaSpec]) -> list[Part]:
-    return sorted((gpu, spec.replica_id) for spec in specs for gpu in spec.gpus)
-
-
-def wanted_by_worker(plan: DeploymentPlan) -> dict[str, Wanted]:
-    return {gpu: Wanted(spec, rank) for spec in plan.replicas for rank, gpu in enumerate(spec.gpus)}
-
-
-def next_step(
-    state: State,
-    origin: DeploymentPlan,
-    switch: Switch,
-    view: WorkerView,
-    now_s: float,
-    *,
-    drain_timeout_s: float,
-) -> Next:
-    """What the walk does in ``state``, from ``origin`` to the target of ``switch``."""
+def next_step(state: State, now: Live, *, drain_timeout_s: float) -> Next:
+    """What the walk does in ``state`` of the switch."""
+    switch, view, now_s = now.switch, now.view, now.now_s
     match state:
+        case "preparing" | "pausing" | "taking":
+            return _live_step(state, now)
+        case "activating":
+            return _then("retiring", live.activations(now))
+        case "retiring":
+            return _then("settled", reload.stops(switch, view, now_s))
         case "draining":
-            commands = drains(origin, switch, view, now_s, timeout_s=drain_timeout_s)
-            return Next(commands=commands, after=None if commands else "stopping")
+            return _then("stopping", reload.drains(switch, view, now_s, timeout_s=drain_timeout_s))
         case "stopping":
-            commands = stops(origin, switch, view, now_s)
-            return Next(commands=commands, after=None if commands else "starting")
+            return _then("starting", reload.stops(switch, view, now_s))
         case "starting":
-            commands, failure = starts(origin, switch, view, now_s)
-            done = not commands and not failure
-            return Next(commands=commands, failure=failure, after="committing" if done else None)
+            commands, failure = reload.starts(switch, view, now_s)
+            return Next(commands=[], failure=failure) if failure else _then("committing", commands)
         case "rolling_back":
             commands, done = restored(switch, view, now_s, epoch=switch.epoch)
             return Next(commands=commands, after="committing" if done else None)
@@ -135,95 +81,77 @@ def next_step(
             return Next(commands=[])
 
 
-def drains(
-    origin: DeploymentPlan, switch: Switch, view: WorkerView, now_s: float, *, timeout_s: float
-) -> list[Command]:
-    """Leaders that still have to drain. One that is gone, broke, or holds the replica no more
-    has nothing left to finish."""
-    pending: list[Command] = []
-    for spec in leaving(origin, switch.target):
-        worker_id = spec.gpus[0]
-        part = (worker_id, spec.replica_id)
-        held = view.held(part)
-        absent = view.reported(worker_id) and (held is None or held.phase == "failed")
-        if absent or view.gone(worker_id, now_s) or view.drained(part, epoch=switch.epoch):
-            continue
-        pending.append(
-            DrainReplica(
-                epoch=switch.epoch,
-                worker_id=worker_id,
-                replica_id=spec.replica_id,
-                timeout_s=timeout_s,
-            )
-        )
-    return pending
+def _live_step(state: State, now: Live) -> Next:
+    """Up to the commit: whatever breaks on the new side ends the attempt."""
+    if failure := live.broken(now):
+        return Next(commands=[], failure=failure)
+    if state == "pausing":
+        return _then("taking", live.pauses(now))
+    if state == "taking":
+        return _then("committing", live.takes(now))
+    if failure := live.too_late(now):
+        return Next(commands=[], failure=failure)
+    planned = now.course.planned
+    if now.targets and planned is None:
+        return Next(commands=[], plan=copying.wanted(now))
+    if planned is not None and planned.failure:
+        return Next(commands=[], failure=f"no plan of copies: {planned.failure}")
+    return _then("pausing", live.in_the_way(now) or live.prepares(now))
 
 
-def stops(origin: DeploymentPlan, switch: Switch, view: WorkerView, now_s: float) -> list[Command]:
-    """Ranks that still have to let go. Only their word counts, since a report may be older than
-    the start of what it does not show; a worker that is gone holds nothing."""
-    going = set(parts(leaving(origin, switch.target)))
-    going.update(_strangers(wanted_by_worker(switch.target), view, now_s))
-    return [
-        StopReplica(epoch=switch.epoch, worker_id=worker_id, replica_id=replica_id)
-        for worker_id, replica_id in sorted(going)
-        if not view.gone(worker_id, now_s)
-        and not view.stopped((worker_id, replica_id), epoch=switch.epoch)
-    ]
-
-
-def starts(
-    origin: DeploymentPlan, switch: Switch, view: WorkerView, now_s: float
-) -> tuple[list[Command], str]:
-    """Ranks that still have to start, or why the switch cannot succeed any more."""
-    pending: list[Command] = []
-    for spec in arriving(origin, switch.target):
-        for worker_id in spec.gpus:
-            part = (worker_id, spec.replica_id)
-            held = view.held(part)
-            if view.gone(worker_id, now_s) or view.leaving(worker_id):
-                return [], f"worker {worker_id} of {spec.replica_id} is gone"
-            current = held is not None and held.epoch >= switch.epoch
-            if held is not None and current and held.phase == "failed":
-                return [], f"{spec.replica_id} failed on {worker_id}: {held.detail}"
-            if held is not None and current and held.phase == "serving":
-                continue
-            others = [r for r in view.hosted(worker_id) if r != spec.replica_id]
-            if others:
-                pending += [
-                    StopReplica(epoch=switch.epoch, worker_id=worker_id, replica_id=other)
-                    for other in sorted(others)
-                ]
-            else:
-                pending.append(StartReplica(epoch=switch.epoch, worker_id=worker_id, replica=spec))
-    return pending, ""
+def _then(after: State, commands: list[Command]) -> Next:
+    return Next(commands=commands, after=None if commands else after)
 
 
 def repairs(
     plan: DeploymentPlan, view: WorkerView, now_s: float, *, epoch: int, fence: bool = False
 ) -> list[Command]:
     """What differs between ``plan`` and what live workers hold. A broken replica is stopped
-    first and started when it is gone. With ``fence`` each replica is started again under
-    ``epoch`` even if it serves, which it answers at once, so that it refuses older commands."""
+    first, all of it, and started when it is gone. With ``fence`` each replica is started again
+    under ``epoch`` even if it serves, which it answers at once, so that it refuses older commands.
+    """
     wanted = wanted_by_worker(plan)
+    out = sorted({*strangers(wanted, view, now_s), *in_halves(plan.replicas, view, now_s)})
     pending: list[Command] = [
         StopReplica(epoch=epoch, worker_id=worker_id, replica_id=replica_id)
-        for worker_id, replica_id in _strangers(wanted, view, now_s)
+        for worker_id, replica_id in out
     ]
-    busy = {command.worker_id for command in pending}
+    busy, ending = {worker_id for worker_id, _ in out}, {replica_id for _, replica_id in out}
     for worker_id, want in sorted(wanted.items()):
-        if worker_id in busy or not view.reported(worker_id) or view.gone(worker_id, now_s):
+        spec = want.spec
+        part = (worker_id, spec.replica_id)
+        if part in out or not view.reported(worker_id) or view.gone(worker_id, now_s):
             continue
         if view.leaving(worker_id):
             continue
-        held = view.held((worker_id, want.spec.replica_id))
-        if held is not None and held.phase == "draining":
+        held = view.held(part)
+        if held is not None and held.phase in {"draining", "paused"}:
             pending.append(
                 ResumeReplica(epoch=epoch, worker_id=worker_id, replica_id=held.replica_id)
             )
-        elif held is None or (fence and held.epoch < epoch):
-            pending.append(StartReplica(epoch=epoch, worker_id=worker_id, replica=want.spec))
+            continue
+        if held is None:
+            late = worker_id in busy or spec.replica_id in ending
+            wrong = not late and _can_gather(spec, view, now_s)
+        else:
+            wrong = _waits(held) or (fence and held.epoch < epoch)
+        if wrong:
+            pending.append(
+                StartReplica(
+                    epoch=epoch, worker_id=worker_id, replica=spec, peers=view.peers(spec.gpus)
+                )
+            )
     return pending
+
+
+def _waits(held: HostedReplica) -> bool:
+    """Whether it only waits to be told to serve, or to go on with requests that it took."""
+    return held.phase == "prepared" or held.taken > 0
+
+
+def _can_gather(spec: ReplicaSpec, view: WorkerView, now_s: float) -> bool:
+    """Whether none of the ranks is known to be away: the others would wait for it."""
+    return not any(view.gone(gpu, now_s) or view.leaving(gpu) for gpu in spec.gpus)
 
 
 def upkeep(
@@ -245,10 +173,11 @@ def restored(
     switch: Switch, view: WorkerView, now_s: float, *, epoch: int
 ) -> tuple[list[Command], bool]:
     """What a rollback still has to command, and whether it is done: every live worker holds
-    what the plan says under the new epoch, and none holds a part of the failed target."""
+    what the plan says under the new epoch, and none holds a part of the failed target. A replica
+    of which a rank is away can only be planned anew."""
     pending = repairs(switch.target, view, now_s, epoch=epoch, fence=True)
     mine = {part_of(command) for command in pending}
-    wanted = wanted_by_worker(switch.target)
+    wanted: dict[str, Wanted] = wanted_by_worker(switch.target)
     kept = {(worker_id, want.spec.replica_id) for worker_id, want in wanted.items()}
     if switch.failed is not None:
         pending += [
@@ -260,22 +189,11 @@ def restored(
         ]
     waiting = [
         part
-        for part in sorted(kept)
-        if not view.gone(part[0], now_s)
-        and not view.leaving(part[0])
-        and ((held := view.held(part)) is None or held.phase != "serving")
+        for worker_id, want in sorted(wanted.items())
+        if _can_gather(want.spec, view, now_s)
+        and (
+            (held := view.held(part := (worker_id, want.spec.replica_id))) is None
+            or held.phase != "serving"
+        )
     ]
     return pending, not pending and not waiting
-
-
-def _strangers(wanted: dict[str, Wanted], view: WorkerView, now_s: float) -> list[Part]:
-    """Parts that live workers hold and should not, or hold broken."""
-    found: list[Part] = []
-    for worker_id in view.known():
-        if view.gone(worker_id, now_s):
-            continue
-        want = wanted.get(worker_id)
-        for replica_id, held in sorted(view.hosted(worker_id).items()):
-            if want is None or not want.matches(held) or held.phase == "failed":
-                found.append((worker_id, replica_id))
-    return found

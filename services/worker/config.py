@@ -18,12 +18,19 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ack_delay_s: float = 0.02  # acknowledgements wait at most this for chunks to travel with
     inbox_max: int = 8192
     settled_max: int = 16384  # ended attempts remembered, so that a late submit is not run again
+    moved_max: int = 16384  # attempts remembered that went on elsewhere, so that aborts follow
     replicas_max: int = 4
+    pause_patience_s: float = 10.0  # a replica that is paused longer sends no heartbeats
+    ahead_s: float = 0.1  # between copies of KV cache ahead of a pause
+    take_timeout_s: float = 5.0  # for the old leaders to stand still and answer
+    peer_host: str = "127.0.0.1"  # where other workers reach this one for bulk data
+    peer_port: int = 0  # 0: any
 
     def checked(self) -> "WorkerConfig":
         """Self, if the periods fit together; raises ConfigInvalid."""
         for field in (
             "report_s", "report_keepalive_s", "worker_report_s", "heartbeat_s", "step_stall_s",
+            "pause_patience_s", "ahead_s", "take_timeout_s",
         ):  # fmt: skip
             value: float = getattr(self, field)
             if value <= 0:

@@ -1,18 +1,20 @@
 """Worker core: hosts replicas, admits requests, reports. Pure: no IO, no clock, no randomness.
 
     (absent) -> starting -> serving -> draining -> (absent)
-                    |          |  <- resume - |
-                    +-> failed <-+------------+
+                    |        | | ^ <- resume - |
+                    |        | | |
+       preparing -> prepared + | + resume - paused -> (absent)
+                               +--- pause --> |
 
-Messages may be late, lost, repeated or out of order. Commands carry an epoch, and one lower than
-the highest seen for its replica is ignored; a command that is already done repeats its event. Each
-attempt at a request that is admitted ends exactly once here: by the engine's last chunk, by a last
-chunk of ours (failed, refused), or in silence when its ingress aborted it. Tokens do not pass
-through: the core knows which attempts are live, the engine knows what they say.
+From anywhere to failed when the engine breaks. Messages may be late, lost, repeated or out of
+order. Commands carry an epoch, and one lower than the highest seen for its replica is ignored; a
+command that is already done repeats its event. Each attempt at a request that is admitted ends
+exactly once here, or moves to another replica: it ends by the engine's last chunk, by a last chunk
+of ours (failed, refused), or in silence when its ingress aborted it. Tokens do not pass through:
+the core knows which attempts are live, the engine knows what they say.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import assert_never
 
 from services.worker.config import WorkerConfig
 from services.worker.events import (
@@ -24,35 +26,45 @@ from services.worker.events import (
     EngineAbort,
     EngineBroken,
     EngineLoads,
+    EnginePaused,
     EngineReady,
+    EngineReleased,
+    EngineStaged,
     EngineStopped,
+    EngineTook,
     ReplicaReportTick,
     RequestRefused,
     RequestsEnded,
     WorkerReportTick,
 )  # fmt: skip
-from services.worker.hosting import Hosting
+from services.worker.hosting import Command, Hosting
 from services.worker.identity import WorkerIdentity
-from services.worker.replica import Ending, Hosted, LiveRequest, Settled
-from services.worker.reporting import noticeable
+from services.worker.replica import Ending, Hosted, LiveRequest
+from services.worker.reports import Reports
+from services.worker.roster import Moved, Roster, Settled
 from shared.core import Draining, Effect, Publish, SetTimer, Start, Started
-from shared.messages.replicas import DrainReplica, ResumeReplica, StartReplica, StopReplica
 from shared.messages.requests import AbortRequest, SubmitRequest, TokenChunk
 from shared.subjects import (
     ABORT_REQUEST,
+    ADVANCE_STAGE,
     DRAIN_REPLICA,
-    REPLICA_REPORT,
+    PAUSE_REPLICA,
+    PREPARE_REPLICA,
     RESUME_REPLICA,
     START_REPLICA,
     STOP_REPLICA,
     SUBMIT_REQUEST,
+    TAKE_REQUESTS,
 )  # fmt: skip
 
 INPUTS = (
     SUBMIT_REQUEST, ABORT_REQUEST, START_REPLICA, DRAIN_REPLICA, STOP_REPLICA, RESUME_REPLICA,
+    PREPARE_REPLICA, PAUSE_REPLICA, TAKE_REQUESTS, ADVANCE_STAGE,
 )  # fmt: skip
-Command = StartReplica | DrainReplica | StopReplica | ResumeReplica
-EngineEvent = EngineReady | EngineBroken | EngineStopped
+EngineEvent = (
+    EngineReady | EngineBroken | EngineStopped
+    | EnginePaused | EngineTook | EngineReleased | EngineStaged
+)  # fmt: skip
 Tick = ReplicaReportTick | WorkerReportTick | DrainDeadline
 WorkerEvent = (
     SubmitRequest | AbortRequest | RequestRefused | RequestsEnded | EngineLoads
@@ -69,7 +81,15 @@ class WorkerCore:
         self._config = config
         self._identity = identity
         self._settled = Settled(config.settled_max)
-        self._hosting = Hosting(identity, settled=self._settled, replicas_max=config.replicas_max)
+        self._moved = Moved(config.moved_max)
+        self._roster = Roster(identity=identity, settled=self._settled, moved=self._moved)
+        self._hosting = Hosting(
+            self._roster,
+            replicas_max=config.replicas_max,
+            pause_patience_s=config.pause_patience_s,
+        )
+        self._moving = self._hosting.moving
+        self._reports = Reports(config, self._roster)
 
     def step(self, event: WorkerEvent, now_s: float) -> list[Effect]:
         match event:  # the two of the hot path come first
@@ -82,7 +102,7 @@ class WorkerCore:
             case AbortRequest():
                 effects = self._on_abort(event)
             case EngineLoads():
-                effects = self._on_engine_loads(event, now_s)
+                effects = self._reports.on_engine_loads(event, now_s)
             case ReplicaReportTick():
                 effects = self._on_replica_report_tick(now_s)
             case WorkerReportTick():
@@ -95,32 +115,41 @@ class WorkerCore:
             case _:
                 effects = self._on_hosting(event, now_s)
         done = list(effects)
-        if self._hosting.changed:
-            done.extend(self._report_changes(now_s))
+        if self._roster.changed:
+            done.extend(self._reports.changes(now_s))
         return done
 
     def check(self) -> None:
         self._hosting.check()
         assert len(self._settled) <= self._config.settled_max
-        seen: set[str] = set()
-        for hosted in self._hosting.replicas.values():
+        assert len(self._moved) <= self._config.moved_max
+        live: dict[str, Hosted] = {}
+        held: set[str] = set()
+        for hosted in self._roster.replicas.values():
             for request in hosted.live.values():
-                assert request.request_id not in seen, f"{request} is live twice"
-                assert not self._settled.covers(request.request_id, request.attempt), request
-                seen.add(request.request_id)
+                assert request.request_id not in live, f"{request} is live twice"
+                assert not self._gone(request.request_id, request.attempt), request
+                live[request.request_id] = hosted
+            assert not hosted.moves.held.keys() & held, "held by two replicas"
+            held |= hosted.moves.held.keys()
 
     @property
     def drained(self) -> bool:
         """Told to leave, and nothing is hosted any more: the process may end."""
-        return self._hosting.leaving and not self._hosting.replicas
+        return self._roster.leaving and not self._roster.replicas
 
     @property
     def live(self) -> list[LiveRequest]:
         """The attempts that run here, for tests and for the simulator's checks."""
-        return [r for hosted in self._hosting.replicas.values() for r in hosted.live.values()]
+        return [r for hosted in self._roster.replicas.values() for r in hosted.live.values()]
+
+    @property
+    def held(self) -> list[LiveRequest]:
+        """The attempts that were taken over and wait for their replica's start, for the same."""
+        return [r for h in self._roster.replicas.values() for r in h.moves.held.values()]
 
     def _on_submit(self, submit: SubmitRequest) -> list[Effect]:
-        if self._settled.covers(submit.request_id, submit.attempt):
+        if self._gone(submit.request_id, submit.attempt):
             return []
         effects: list[Effect] = []
         older = self._find(submit.request_id)
@@ -129,9 +158,12 @@ class WorkerCore:
                 return []
             if older.attempt == submit.attempt:
                 return [self._to_ingress(submit)]
-            effects.append(self._abort(older))
-        hosted = self._hosting.replicas.get(submit.replica_id)
-        refusal = _refusal(hosted)
+            effects.extend(self._abort(older))
+        if older is None and self._moving.holds(submit.request_id, submit.attempt):
+            return []  # a late copy: its replica has gone, and it is about to go on here
+        effects.extend(self._moving.drop_held(submit.request_id, submit.attempt - 1))
+        hosted = self._roster.replicas.get(submit.replica_id)
+        refusal = self._refusal(hosted)
         if refusal is not None or hosted is None:
             self._settled.add(submit.request_id, submit.attempt)
             effects.append(self._to_ingress(submit, refusal))
@@ -169,20 +201,14 @@ class WorkerCore:
     def _on_abort(self, abort: AbortRequest) -> Iterable[Effect]:
         live = self._find(abort.request_id)
         if live is not None and live.attempt <= abort.attempt:
-            yield self._abort(live)
+            yield from self._abort(live)
             yield from self._settle(live.replica_id)
+        yield from self._moving.drop_held(abort.request_id, abort.attempt)
+        leader = self._moved.leader_of(abort.request_id, abort.attempt)
+        if leader:
+            yield ABORT_REQUEST.send(abort, worker_id=leader)
         # It may have overtaken the submission, which must then not be run.
         self._settled.add(abort.request_id, abort.attempt)
-
-    def _on_engine_loads(self, event: EngineLoads, now_s: float) -> Iterable[Effect]:
-        for engine in event.engines:
-            hosted = self._hosting.replicas.get(engine.replica_id)
-            if hosted is not None and hosted.generation == engine.generation:
-                hosted.measured = engine
-        for hosted in self._hosting.replicas.values():
-            if hosted.leads:
-                yield from self._replica_report(hosted, now_s)
-            yield from self._heartbeats(hosted, now_s)
 
     def _on_replica_report_tick(self, now_s: float) -> Iterable[Effect]:
         yield SetTimer(now_s + self._config.report_s, ReplicaReportTick())
@@ -190,55 +216,61 @@ class WorkerCore:
 
     def _on_worker_report_tick(self, now_s: float) -> Iterable[Effect]:
         yield SetTimer(now_s + self._config.worker_report_s, WorkerReportTick())
-        yield self._worker_report()
+        yield self._reports.worker_report()
 
     def _on_hosting(
         self, event: Command | EngineEvent | DrainDeadline | Draining, now_s: float
     ) -> Iterable[Effect]:
         match event:
-            case StartReplica():
-                effects = self._hosting.start(event)
-            case DrainReplica():
-                effects = self._hosting.drain(event, now_s)
-            case StopReplica():
-                effects = self._hosting.stop(event)
-            case ResumeReplica():
-                effects = self._hosting.resume(event)
             case EngineReady():
                 effects = self._hosting.engine_ready(event)
             case EngineBroken():
                 effects = self._hosting.engine_broken(event)
             case EngineStopped():
                 effects = self._hosting.engine_stopped(event)
+            case EnginePaused() | EngineTook() | EngineReleased() | EngineStaged():
+                effects = self._hosting.moves_on(event, now_s)
             case DrainDeadline():
                 effects = self._hosting.deadline(event)
             case Draining():
                 effects = self._on_draining(now_s)
             case _:
-                assert_never(event)
+                effects = self._hosting.obey(event, now_s)
         return effects
 
     def _on_draining(self, now_s: float) -> Iterable[Effect]:
-        yield from self._hosting.leave(deadline_s=now_s + self._config.drain_timeout_s)
-        yield self._worker_report()
+        yield from self._hosting.leave(now_s, timeout_s=self._config.drain_timeout_s)
+        yield self._reports.worker_report()
+
+    def _gone(self, request_id: str, attempt: int) -> bool:
+        """Whether the attempt must not run here any more: ended, aborted, or moved away."""
+        return self._settled.covers(request_id, attempt) or self._moved.covers(request_id, attempt)
 
     def _find(self, request_id: str) -> LiveRequest | None:
-        for hosted in self._hosting.replicas.values():  # one or two
+        for hosted in self._roster.replicas.values():  # one or two
             live = hosted.live.get(request_id)
             if live is not None:
                 return live
         return None
 
     def _forget(self, live: LiveRequest) -> None:
-        self._hosting.replicas[live.replica_id].forget(live)
+        self._roster.replicas[live.replica_id].forget(live)
         self._settled.add(live.request_id, live.attempt)
 
-    def _abort(self, live: LiveRequest) -> Effect:
+    def _abort(self, live: LiveRequest) -> Iterator[Effect]:
+        """Whoever is taking the attempt over hears of it, too."""
+        moving = self._roster.replicas[live.replica_id].moves.moving
+        leader = moving.get(live.request_id, self._identity.worker_id)
         self._forget(live)
-        return Start(ABORT, EngineAbort(live.replica_id, live.key))
+        yield Start(ABORT, EngineAbort(live.replica_id, live.key))
+        if leader != self._identity.worker_id:
+            abort = AbortRequest(
+                request_id=live.request_id, attempt=live.attempt, replica_id=live.replica_id
+            )
+            yield ABORT_REQUEST.send(abort, worker_id=leader)
 
     def _settle(self, replica_id: str) -> Iterator[Effect]:
-        return self._hosting.settle(self._hosting.replicas[replica_id])
+        return self._hosting.settle(self._roster.replicas[replica_id])
 
     def _to_ingress(self, submit: SubmitRequest, refusal: Ending | None = None) -> Publish:
         """The acknowledgement of a submission, or its refusal."""
@@ -251,49 +283,17 @@ class WorkerCore:
             submit.ingress_id, replica_id=submit.replica_id, chunks=(chunk,)
         )
 
-    def _heartbeats(self, hosted: Hosted, now_s: float) -> Iterator[Effect]:
-        """Tell each ingress that waits that its requests are alive, while they are: an engine
-        stuck in a step sends none, and the ingress moves on."""
-        measured = hosted.measured
-        if measured is None or measured.stalled or not hosted.ingresses:
-            return
-        if now_s + self._config.report_s <= hosted.heartbeat_s + self._config.heartbeat_s:
-            return  # the next report is still in time
-        hosted.heartbeat_s = now_s
-        for ingress_id in hosted.ingresses:
-            yield self._identity.chunks(ingress_id, replica_id=hosted.spec.replica_id)
-
-    def _replica_report(self, hosted: Hosted, now_s: float) -> Iterator[Effect]:
-        """Its load, if that is news, or nobody has heard of it for long."""
-        report = self._identity.replica_report(hosted)
-        news = hosted.told is None or noticeable(report, hosted.told)
-        # Waiting for the next measurement would be too long.
-        due = now_s + self._config.report_s > hosted.told_s + self._config.report_keepalive_s
-        if news or due:
-            hosted.told, hosted.told_s = report, now_s
-            yield REPLICA_REPORT.send(report, replica_id=report.replica_id)
-
-    def _report_changes(self, now_s: float) -> Iterator[Effect]:
-        for replica_id in sorted(self._hosting.changed):
-            hosted = self._hosting.replicas.get(replica_id)
-            if hosted is not None and hosted.leads:
-                yield from self._replica_report(hosted, now_s)
-        self._hosting.changed.clear()
-        yield self._worker_report()
-
-    def _worker_report(self) -> Publish:
-        hosting = self._hosting
-        return self._identity.worker_report(hosting.replicas.values(), leaving=hosting.leaving)
-
-
-def _refusal(hosted: Hosted | None) -> Ending | None:
-    """Why the replica takes no request; None if it does."""
-    if hosted is None or not hosted.leads:
-        return ABSENT
-    match hosted.phase:
-        case "serving":
-            return None
-        case "draining":
-            return DRAINS
-        case "starting" | "failed":
-            return NOT_SERVING
+    def _refusal(self, hosted: Hosted | None) -> Ending | None:
+        """Why the replica takes no request; None if it does. A paused one keeps it until it is
+        resumed, or hands it back when it is stopped."""
+        if hosted is None or not hosted.leads:
+            return ABSENT
+        match hosted.phase:
+            case "serving":
+                return None
+            case "paused":
+                return DRAINS if self._roster.leaving else None
+            case "draining":
+                return DRAINS
+            case "starting" | "preparing" | "prepared" | "failed":
+                return NOT_SERVING

@@ -1,7 +1,7 @@
 """The life of the replicas that a worker hosts: the half of its core that follows commands.
 
-Each method answers one event with its effects. ``changed`` collects the replicas whose state
-others should hear of at once; the core reports and clears it.
+Each method answers one event with its effects. life.py holds what several of them do, moving.py
+what is particular to a live switch.
 """
 
 from collections import OrderedDict
@@ -10,171 +10,166 @@ from collections.abc import Iterable, Iterator
 from services.worker.announce import Announcer
 from services.worker.events import (
     ABORT,
-    START_ENGINE,
-    STOP_ENGINE,
     DrainDeadline,
     EngineAbort,
     EngineBroken,
+    EnginePaused,
     EngineReady,
-    EngineStart,
-    EngineStop,
+    EngineReleased,
+    EngineStaged,
     EngineStopped,
+    EngineTook,
 )  # fmt: skip
 from services.worker.identity import WorkerIdentity
-from services.worker.replica import Ending, Hosted, Settled
-from shared.core import Effect, Log, SetTimer, Start
+from services.worker.life import HANDED_BACK, Life
+from services.worker.moving import Moving
+from services.worker.replica import Ending, Hosted, Moves
+from services.worker.roster import Roster
+from shared.core import Effect, Start
 from shared.errors import ConfigInvalid
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
-from shared.messages.replicas import DrainReplica, ResumeReplica, StartReplica, StopReplica
+from shared.messages.replicas import (
+    AdvanceStage,
+    DrainReplica,
+    PauseReplica,
+    PrepareReplica,
+    ResumeReplica,
+    StartReplica,
+    StopReplica,
+    TakeRequests,
+)
 
 EPOCHS_MAX = 1024  # replicas whose highest epoch is remembered
-HANDED_BACK = Ending(finish="failed", failure="draining", detail="handed back: replica drains")
+LEAVING, GONE = "the worker is leaving", "not hosted here any more"
+
+Command = (
+    StartReplica | DrainReplica | StopReplica | ResumeReplica
+    | PrepareReplica | PauseReplica | TakeRequests | AdvanceStage
+)  # fmt: skip
 
 
 class Hosting:
-    def __init__(self, identity: WorkerIdentity, *, settled: Settled, replicas_max: int) -> None:
-        self._identity = identity
-        self._announce = Announcer(identity.worker_id)
-        self._settled = settled
-        self._replicas_max = replicas_max
+    def __init__(self, roster: Roster, *, replicas_max: int, pause_patience_s: float) -> None:
+        self._roster = roster
+        self._announce = Announcer(roster.identity.worker_id)
+        self._replicas_max, self._patience_s = replicas_max, pause_patience_s
         self._epochs: OrderedDict[str, int] = OrderedDict()
-        self._generation = 0
-        self.replicas: dict[str, Hosted] = {}
-        self.changed: set[str] = set()
-        self.leaving = False
+        self.moving = Moving(roster)
+        self._life = Life(roster, self.moving)
 
     def check(self) -> None:
-        assert len(self.replicas) <= self._replicas_max
+        assert len(self._roster.replicas) <= self._replicas_max
         assert len(self._epochs) <= EPOCHS_MAX
-        for replica_id, hosted in self.replicas.items():
-            assert replica_id == hosted.spec.replica_id
-            assert not self.leaving or hosted.phase != "serving", hosted
+        for replica_id, hosted in self._roster.replicas.items():
+            assert replica_id == hosted.replica_id
+            assert not self._roster.leaving or hosted.phase != "serving", hosted
             hosted.check()
 
-    def start(self, command: StartReplica) -> Iterable[Effect]:
-        spec = command.replica
-        if self._outdated(spec.replica_id, command.epoch):
-            return
-        hosted = self.replicas.get(spec.replica_id)
-        if hosted is not None and hosted.engine == "stopping":
-            return  # The command is repeated until done: it comes again once this has ended.
-        fault = self._fault(spec, hosted)
-        if fault:
-            yield from self._announce.failed(spec.replica_id, command.epoch, fault)
-            return
+    def obey(self, command: Command, now_s: float) -> Iterable[Effect]:
+        """A command of an epoch lower than the highest seen for its replica is a late one."""
+        replica_id = _replica_id(command)
+        if self._outdated(replica_id, command.epoch):
+            return ()
+        hosted = self._roster.replicas.get(replica_id)
+        stopping = hosted is not None and hosted.engine == "stopping"
+        if stopping and not isinstance(command, StopReplica | DrainReplica):
+            return ()  # It is repeated until done: it comes again once this has ended.
+        if isinstance(command, StartReplica | PrepareReplica):
+            return self._host(command, hosted)
         if hosted is None:
-            hosted = self.replicas[spec.replica_id] = Hosted(
-                spec=spec,
-                rank=spec.gpus.index(self._identity.worker_id),
-                epoch=command.epoch,
-                serve_epoch=command.epoch,
-            )
-        hosted.epoch = command.epoch
-        yield from self._serve(hosted)
-
-    def resume(self, command: ResumeReplica) -> Iterable[Effect]:
-        if self._outdated(command.replica_id, command.epoch):
-            return
-        hosted = self.replicas.get(command.replica_id)
-        if hosted is not None and hosted.engine == "stopping":
-            return
-        if hosted is None or self.leaving:
-            detail = "the worker is leaving" if self.leaving else "not hosted here any more"
-            yield from self._announce.failed(command.replica_id, command.epoch, detail)
-            return
-        hosted.epoch = command.epoch
-        yield from self._serve(hosted)
-
-    def drain(self, command: DrainReplica, now_s: float) -> Iterable[Effect]:
-        if self._outdated(command.replica_id, command.epoch):
-            return
-        hosted = self.replicas.get(command.replica_id)
-        if hosted is None:
-            yield self._announce.drained(command.replica_id, command.epoch)
-            return
-        if command.epoch == hosted.serve_epoch and hosted.phase != "draining":
-            return
-        hosted.epoch = command.epoch
-        yield from self._drain(hosted, now_s + command.timeout_s)
-
-    def stop(self, command: StopReplica) -> Iterable[Effect]:
-        if self._outdated(command.replica_id, command.epoch):
-            return
-        hosted = self.replicas.get(command.replica_id)
-        if hosted is None:
-            yield self._announce.stopped(command.replica_id, command.epoch)
-            return
-        hosted.epoch = command.epoch
-        yield from self._stop(hosted)
+            return self._answer_absent(command, replica_id)
+        return self._obey_hosted(command, hosted, now_s)
 
     def engine_ready(self, event: EngineReady) -> Iterable[Effect]:
-        hosted = self._of_generation(event.replica_id, event.generation)
+        hosted = self._roster.of_generation(event.replica_id, event.generation)
         if hosted is None or hosted.engine != "starting":
             return
-        hosted.engine = "ready"
-        self.changed.add(event.replica_id)
+        hosted.engine, hosted.cache_bytes = "ready", event.cache_bytes
+        moves = hosted.moves
+        moves.bytes_by_source, moves.took_s = dict(event.bytes_by_source), event.took_s
+        self._roster.changed.add(event.replica_id)
         if hosted.phase == "starting":
             hosted.phase = "serving"
-            yield self._announce.started(hosted.spec.replica_id, hosted.epoch)
+            yield self._announce.started(hosted)
+        elif hosted.phase == "preparing":
+            assert moves.order is not None
+            hosted.phase = "prepared"
+            yield from self.moving.expect(hosted, moves.order)
 
     def engine_broken(self, event: EngineBroken) -> Iterable[Effect]:
-        hosted = self._of_generation(event.replica_id, event.generation)
+        hosted = self._roster.of_generation(event.replica_id, event.generation)
         if hosted is None or hosted.engine == "none":
             return
         if hosted.engine == "stopping":
-            yield from self._remove(hosted)
+            yield from self._life.remove(hosted)
             return
         was_draining = hosted.phase == "draining" and not hosted.drained
         ending = Ending(finish="failed", failure="engine", detail=event.detail)
         lost = len(hosted.live)
-        yield from self._end_all(hosted, ending)
+        yield from self._life.end_all(hosted, ending)
         hosted.phase, hosted.engine, hosted.detail = "failed", "none", event.detail
         hosted.drained, hosted.drain_deadline_s, hosted.measured = False, None, None
+        hosted.moves = Moves()
         yield from self._announce.failed(
             event.replica_id, hosted.epoch, event.detail, requests_lost=lost
         )
-        self.changed.add(event.replica_id)
+        self._roster.changed.add(event.replica_id)
         if was_draining:
             yield self._announce.drained(event.replica_id, hosted.epoch, handed_back=lost)
-        if self.leaving:
-            yield from self._stop(hosted)
+        if self._roster.leaving:
+            yield from self._life.stop(hosted)
 
     def engine_stopped(self, event: EngineStopped) -> Iterable[Effect]:
-        hosted = self._of_generation(event.replica_id, event.generation)
+        hosted = self._roster.of_generation(event.replica_id, event.generation)
         if hosted is not None and hosted.engine == "stopping":
-            yield from self._remove(hosted)
+            yield from self._life.remove(hosted)
+
+    def settle(self, hosted: Hosted) -> Iterator[Effect]:
+        """One of its requests has ended or moved: perhaps the last that it waited for."""
+        return self._life.settle(hosted)
+
+    def moves_on(
+        self, event: EnginePaused | EngineTook | EngineReleased | EngineStaged, now_s: float
+    ) -> Iterable[Effect]:
+        """What an engine says of the switch that its replica takes part in."""
+        hosted = self._roster.of_generation(event.replica_id, event.generation)
+        if hosted is None or hosted.engine != "ready":
+            return ()
+        match event:
+            case EnginePaused():
+                return self.moving.paused(hosted, event, now_s)
+            case EngineTook():
+                return self.moving.took(hosted, event)
+            case EngineReleased():
+                return self.moving.released(hosted, event)
+            case EngineStaged():
+                return self.moving.staged(hosted, event)
 
     def deadline(self, event: DrainDeadline) -> Iterable[Effect]:
         """Hand back what outlived the drain: its ingress resubmits it elsewhere."""
-        hosted = self._of_generation(event.replica_id, event.generation)
+        hosted = self._roster.of_generation(event.replica_id, event.generation)
         if hosted is None or hosted.drain_deadline_s != event.at_s:
+            return
+        if hosted.phase == "paused":  # of a worker that leaves, and nobody has decided for long
+            yield from self._life.stop(hosted)
             return
         for request in hosted.live.values():
             yield Start(ABORT, EngineAbort(event.replica_id, request.key))
         hosted.handed_back += len(hosted.live)
-        yield from self._end_all(hosted, HANDED_BACK)
-        yield from self.settle(hosted)
+        yield from self._life.end_all(hosted, HANDED_BACK)
+        yield from self._life.settle(hosted)
 
-    def leave(self, *, deadline_s: float) -> Iterable[Effect]:
-        """The process ends: drain everything, then stop it."""
-        self.leaving = True
-        self.changed.update(self.replicas)
-        for hosted in list(self.replicas.values()):
-            if hosted.engine != "stopping":
-                yield from self._drain(hosted, deadline_s)
-
-    def settle(self, hosted: Hosted) -> Iterator[Effect]:
-        """A draining replica whose last request has ended is drained, once."""
-        if hosted.phase != "draining" or hosted.live or hosted.drained:
-            return
-        hosted.drained, hosted.drain_deadline_s = True, None
-        self.changed.add(hosted.spec.replica_id)
-        yield self._announce.drained(
-            hosted.spec.replica_id, hosted.epoch, handed_back=hosted.handed_back
-        )
-        if self.leaving:
-            yield from self._stop(hosted)
+    def leave(self, now_s: float, *, timeout_s: float) -> Iterable[Effect]:
+        """The process ends: drain everything, then stop it. What is paused waits a while for the
+        end of its switch: its requests may be taken over already."""
+        self._roster.leaving = True
+        self._roster.changed.update(self._roster.replicas)
+        for hosted in list(self._roster.replicas.values()):
+            if hosted.phase == "paused":
+                yield self._life.set_deadline(hosted, now_s + min(timeout_s, self._patience_s))
+            elif hosted.engine != "stopping":
+                yield from self._life.drain(hosted, now_s + timeout_s)
 
     def _outdated(self, replica_id: str, epoch: int) -> bool:
         seen = self._epochs.get(replica_id, -1)
@@ -186,88 +181,86 @@ class Hosting:
             self._epochs.popitem(last=False)
         return False
 
-    def _of_generation(self, replica_id: str, generation: int) -> Hosted | None:
-        hosted = self.replicas.get(replica_id)
-        return hosted if hosted is not None and hosted.generation == generation else None
+    def _host(
+        self, command: StartReplica | PrepareReplica, hosted: Hosted | None
+    ) -> Iterator[Effect]:
+        spec = command.replica
+        fault = self._fault(spec, hosted)
+        if fault:
+            yield from self._announce.failed(spec.replica_id, command.epoch, fault)
+            return
+        if hosted is None:
+            rank = spec.gpus.index(self._roster.identity.worker_id)
+            hosted = self._roster.replicas[spec.replica_id] = Hosted(
+                spec=spec,
+                rank=rank,
+                works=rank == 0 or self._roster.identity.followers,
+                epoch=command.epoch,
+            )
+        hosted.epoch = command.epoch
+        hosted.peers = command.peers or hosted.peers
+        if isinstance(command, PrepareReplica):
+            yield from self._life.prepare(hosted, command)
+        else:
+            yield from self._life.serve(hosted, keep=True)
+
+    def _answer_absent(self, command: Command, replica_id: str) -> Iterator[Effect]:
+        """What is not hosted has drained and stopped; it can do nothing else."""
+        match command:
+            case DrainReplica():
+                yield self._announce.drained(replica_id, command.epoch)
+            case StopReplica():
+                yield self._announce.stopped(replica_id, command.epoch)
+            case _:
+                detail = LEAVING if self._roster.leaving else GONE
+                yield from self._announce.failed(replica_id, command.epoch, detail)
+
+    def _obey_hosted(self, command: Command, hosted: Hosted, now_s: float) -> Iterator[Effect]:
+        match command:
+            case DrainReplica():
+                late = command.epoch == hosted.serve_epoch and hosted.phase != "draining"
+                if not late:
+                    hosted.epoch = command.epoch
+                    yield from self._life.drain(hosted, now_s + command.timeout_s)
+            case StopReplica():
+                hosted.epoch = command.epoch
+                self.moving.leave_behind(hosted)
+                yield from self._life.stop(hosted)
+            case ResumeReplica():
+                yield from self._resume(hosted, command, now_s)
+            case PauseReplica():
+                yield from self.moving.pause(hosted, command)
+            case TakeRequests():
+                yield from self.moving.take(hosted, command)
+            case AdvanceStage():
+                yield from self.moving.advance(hosted, command)
+            case StartReplica() | PrepareReplica():
+                raise AssertionError(command)
+
+    def _resume(self, hosted: Hosted, command: ResumeReplica, now_s: float) -> Iterator[Effect]:
+        if not self._roster.leaving:
+            hosted.epoch = command.epoch
+            yield from self._life.serve(hosted, keep=False)
+            return
+        yield from self._announce.failed(hosted.replica_id, command.epoch, LEAVING)
+        if hosted.phase == "paused":
+            yield from self._life.drain(hosted, hosted.drain_deadline_s or now_s)
 
     def _fault(self, spec: ReplicaSpec, hosted: Hosted | None) -> str:
         """Why this replica cannot be hosted; "" if it can."""
-        if self.leaving:
-            return "the worker is leaving"
+        if self._roster.leaving:
+            return LEAVING
         if hosted is not None:
             return "" if hosted.spec == spec else "hosted otherwise: stop it first"
-        if len(self.replicas) >= self._replicas_max:
+        if len(self._roster.replicas) >= self._replicas_max:
             return f"the worker hosts replicas_max = {self._replicas_max} replicas already"
-        return _misfit(spec, self._identity)
-
-    def _serve(self, hosted: Hosted) -> Iterator[Effect]:
-        """Bring a hosted replica to serving, from whatever phase it is in."""
-        hosted.serve_epoch = hosted.epoch
-        hosted.drained, hosted.drain_deadline_s, hosted.handed_back = False, None, 0
-        self.changed.add(hosted.spec.replica_id)
-        if not hosted.leads or hosted.engine == "ready":
-            hosted.phase = "serving"
-            yield self._announce.started(hosted.spec.replica_id, hosted.epoch)
-            return
-        hosted.phase = "starting"
-        if hosted.engine == "none":
-            self._generation += 1
-            hosted.generation, hosted.engine, hosted.detail = self._generation, "starting", ""
-            hosted.measured = None
-            yield Start(START_ENGINE, EngineStart(hosted.spec, hosted.generation))
-            yield _log("replica.starting", hosted)
-
-    def _drain(self, hosted: Hosted, deadline_s: float) -> Iterator[Effect]:
-        replica_id = hosted.spec.replica_id
-        if hosted.drained or hosted.phase == "failed":
-            yield self._announce.drained(replica_id, hosted.epoch, handed_back=hosted.handed_back)
-            if self.leaving:
-                yield from self._stop(hosted)
-            return
-        if hosted.phase != "draining":
-            hosted.phase = "draining"
-            self.changed.add(replica_id)
-            yield _log("replica.draining", hosted)
-        # Commands are repeated: only a deadline earlier than the known one counts.
-        known_s = hosted.drain_deadline_s
-        if hosted.live and (known_s is None or deadline_s < known_s):
-            hosted.drain_deadline_s = deadline_s
-            timer = DrainDeadline(
-                replica_id=replica_id, generation=hosted.generation, at_s=deadline_s
-            )
-            yield SetTimer(deadline_s, timer)
-        yield from self.settle(hosted)
-
-    def _stop(self, hosted: Hosted) -> Iterator[Effect]:
-        if hosted.engine == "stopping":
-            return
-        yield from self._end_all(hosted, HANDED_BACK)
-        if hosted.engine == "none":
-            yield from self._remove(hosted)
-            return
-        self.changed.add(hosted.spec.replica_id)
-        hosted.phase, hosted.engine, hosted.measured = "draining", "stopping", None
-        hosted.drained, hosted.drain_deadline_s = True, None
-        yield Start(STOP_ENGINE, EngineStop(hosted.spec.replica_id, hosted.generation))
-
-    def _remove(self, hosted: Hosted) -> Iterator[Effect]:
-        replica_id = hosted.spec.replica_id
-        del self.replicas[replica_id]
-        self.changed.add(replica_id)
-        yield self._announce.stopped(replica_id, hosted.epoch)
-        yield _log("replica.stopped", hosted)
-
-    def _end_all(self, hosted: Hosted, ending: Ending) -> Iterator[Effect]:
-        live = list(hosted.live.values())
-        for request in live:
-            self._settled.add(request.request_id, request.attempt)
-        hosted.live.clear()
-        hosted.ingresses.clear()
-        yield from self._identity.endings(live, ending, replica_id=hosted.spec.replica_id)
+        return _misfit(spec, self._roster.identity)
 
 
-def _log(event: str, hosted: Hosted) -> Log:
-    return Log(event, {"replica_id": hosted.spec.replica_id, "epoch": hosted.epoch})
+def _replica_id(command: Command) -> str:
+    if isinstance(command, StartReplica | PrepareReplica):
+        return command.replica.replica_id
+    return command.replica_id
 
 
 def _misfit(spec: ReplicaSpec, identity: WorkerIdentity) -> str:

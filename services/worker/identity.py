@@ -10,6 +10,7 @@ from shared.core import Publish
 from shared.hardware import GpuSpec
 from shared.messages.replicas import ReplicaReport, WorkerReport
 from shared.messages.requests import TokenChunk, TokenChunks
+from shared.placement.sheets import ModelShape
 from shared.subjects import TOKEN_CHUNKS, WORKER_REPORT
 
 NOT_MEASURED = MeasuredEngine(replica_id="", generation=0, load=EngineLoad())
@@ -18,22 +19,51 @@ NOT_MEASURED = MeasuredEngine(replica_id="", generation=0, load=EngineLoad())
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerIdentity:
     """``incarnation`` is new in each run of the process: what a former run had accepted is lost,
-    and whoever sees the change knows."""
+    and whoever sees the change knows. ``peer`` and ``shapes`` as in WorkerReport. ``followers``:
+    ranks other than the leading one have a part of the engine, too."""
 
     worker_id: str
     incarnation: str
     node_id: str
     gpu: GpuSpec
     models: tuple[str, ...]
+    peer: str = ""
+    shapes: tuple[ModelShape, ...] = ()
+    followers: bool = False
 
     def chunks(
-        self, ingress_id: str, *, replica_id: str, chunks: Iterable[TokenChunk] = ()
+        self,
+        ingress_id: str,
+        *,
+        replica_id: str,
+        chunks: Iterable[TokenChunk] = (),
+        signed: bool = False,
     ) -> Publish:
-        """One message to an ingress; without chunks it is a heartbeat."""
+        """One message to an ingress. ``signed``: it says at which worker the chunks' attempts are
+        aborted, which an ingress does not know of those that were taken over."""
         message = TokenChunks(
-            replica_id=replica_id, incarnation=self.incarnation, chunks=list(chunks)
+            replica_id=replica_id,
+            incarnation=self.incarnation,
+            chunks=list(chunks),
+            worker_id=self.worker_id if signed else "",
         )
         return TOKEN_CHUNKS.send(message, ingress_id=ingress_id)
+
+    def heartbeat(self, ingress_id: str, *, replica_id: str) -> Publish:
+        """A sign of life without chunks. Signed, in case that the acknowledgement of a request
+        that was taken over is lost."""
+        return self.chunks(ingress_id, replica_id=replica_id, signed=True)
+
+    def acknowledgements(
+        self, requests: Iterable[LiveRequest], *, replica_id: str
+    ) -> Iterator[Publish]:
+        """Tells the ingresses of ``requests`` that these run here now."""
+        by_ingress: dict[str, list[TokenChunk]] = {}
+        for request in requests:
+            chunk = TokenChunk(request_id=request.request_id, attempt=request.attempt)
+            by_ingress.setdefault(request.ingress_id, []).append(chunk)
+        for ingress_id, chunks in by_ingress.items():
+            yield self.chunks(ingress_id, replica_id=replica_id, chunks=chunks, signed=True)
 
     def endings(
         self, requests: Iterable[LiveRequest], ending: Ending, *, replica_id: str
@@ -55,6 +85,8 @@ class WorkerIdentity:
             models=self.models,
             replicas=tuple(replica.snapshot() for replica in hosted),
             leaving=leaving,
+            peer=self.peer,
+            shapes=self.shapes,
         )
         return WORKER_REPORT.send(report, worker_id=self.worker_id)
 

@@ -48,16 +48,29 @@ async def served(url: str, model_id: str) -> tuple[int, str]:
             return answer.status, await answer.text()
 
 
+@pytest.mark.parametrize("under_way", [False, True])
 @pytest.mark.parametrize("node_id", ["n0", "elsewhere"])
 @pytest.mark.parametrize("model_id", ["gone", "modelled"])
 async def test_a_topology_that_was_edited_is_walked_to(
-    nats_server: Broker, model_id: str, node_id: str
+    nats_server: Broker, model_id: str, node_id: str, under_way: bool
 ) -> None:
     mesh_config = modelled_mesh(gpus=2)
     plan = of_another(mesh_config, model_id=model_id, node_id=node_id)
-    await store(nats_server.url, StoredPlan(epoch=7, in_force=plan))
+    target = None
+    if under_way:
+        target = msgspec.structs.replace(
+            plan,
+            plan_id="plan-next",
+            replicas=tuple(
+                msgspec.structs.replace(spec, replica_id=f"next-{spec.replica_id}")
+                for spec in plan.replicas
+            ),
+            weights={},
+        )
+    stored = StoredPlan(epoch=7, in_force=plan, target=target, target_epoch=8 if under_way else 0)
+    await store(nats_server.url, stored)
     async with inprocess_mesh(nats_server.url, mesh_config) as mesh:
         import time; t=time.time()
         status, text = await served(mesh.url, "modelled")
-        print(model_id, node_id, status, time.time()-t)
+        print(model_id, node_id, under_way, status, time.time()-t)
         assert status == 200, text

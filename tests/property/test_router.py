@@ -66,9 +66,11 @@ def requests() -> st.SearchStrategy[RouteRequest]:
     )
 
 
-def available(report: ReplicaReport | None, age_s: float) -> bool:
+def available(
+    report: ReplicaReport | None, age_s: float, *, phase: ReplicaPhase = "serving"
+) -> bool:
     """The rule of the README in plain words, written without the router's own code."""
-    if report is None or age_s > 3.0 or report.phase != "serving":
+    if report is None or age_s > 3.0 or report.phase != phase:
         return False
     return report.waiting_max == 0 or report.waiting < report.waiting_max
 
@@ -88,10 +90,11 @@ def test_chooses_an_available_replica_exactly_when_there_is_one(
     weights: dict[str, float],
 ) -> None:
     """Requests would go to a replica that drains, is dead, or just failed them, while another
-    could serve; or be refused although one could."""
+    could serve; or be refused although one could, or although one keeps them in a switch."""
     router = Router(RouterConfig(policy=policy), models=("m",), instance_id="x")
     router.step(PlanInForce(epoch=1, plan=plan_of(IDS, {"*": weights})), 0.0)
     open_: set[str] = set()
+    keeping: set[str] = set()
     for id_, (report, age_s) in reports.items():
         changed = ReplicaReport(
             replica_id=id_,
@@ -107,16 +110,18 @@ def test_chooses_an_available_replica_exactly_when_there_is_one(
         router.step(changed, NOW_S - age_s)
         if available(changed, NOW_S - (NOW_S - age_s)):
             open_.add(id_)
+        if available(changed, NOW_S - (NOW_S - age_s), phase="paused"):
+            keeping.add(id_)
     router.step(HoldDeadline(), NOW_S)
     if request.model_id == "other":
         assert route(router, request).failure == "unknown_model"
         return
     reply = route(router, request)
-    preferred = open_ - set(request.excluded)
+    excluded = set(request.excluded)
+    tiers = (open_ - excluded, keeping - excluded, open_, keeping)
+    preferred = next(filter(None, tiers), None)
     if preferred:
         assert reply.replica_id in preferred
-    elif open_:
-        assert reply.replica_id in open_
     else:
         assert reply.failure in ("no_replica", "overloaded")
         assert reply.retry_after_s > 0.0

@@ -230,8 +230,19 @@ class DrivenGateway:
         )
         self.gateway.on_route(Delivery("route", encode(reply)))
 
-    def chunks(self, *chunks: TokenChunk, replica_id: str = "r0", incarnation: str = "i0") -> None:
-        batch = TokenChunks(replica_id=replica_id, incarnation=incarnation, chunks=list(chunks))
+    def chunks(
+        self,
+        *chunks: TokenChunk,
+        replica_id: str = "r0",
+        incarnation: str = "i0",
+        worker_id: str = "",
+    ) -> None:
+        batch = TokenChunks(
+            replica_id=replica_id,
+            incarnation=incarnation,
+            chunks=list(chunks),
+            worker_id=worker_id,
+        )
         self.gateway.on_chunks(Delivery("chunks", encode(batch)))
 
     def streaming(self, request_id: str = "a", **options: Any) -> tuple[Journey, SeenChoice]:

@@ -16,6 +16,8 @@ from shared.messages.requests import FinishReason, SamplingParams, TokenLogprobs
 from shared.text import Tokenizer
 
 _STEPS_MAX = 5000
+SOURCE = "source"
+"""The replica that a pair's first engine is to its second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +34,12 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineCase:
+    """``pair``: two engines with these limits, of which the second can take over what the first
+    runs as replica ``SOURCE``, and the first what the second runs; None where no engine can."""
+
     make: Callable[[EngineLimits], Engine]
     tokenizer: Tokenizer
+    pair: Callable[[EngineLimits, EngineLimits], tuple[Engine, Engine]] | None = None
 
 
 @dataclass(slots=True)
@@ -194,7 +200,7 @@ class EngineContract:
     def test_stop_string_ends_the_request(self, case: EngineCase, engine: Engine) -> None:
         """Otherwise generation would run on past the client's stop, and be paid for."""
         whole = run(engine, request(temperature=1.0, output_tokens_max=60))["a"]
-        end, stop = next(_stop_strings(case.tokenizer, whole.tokens))
+        end, stop = next(stop_strings(case.tokenizer, whole.tokens))
         stopped = run(engine, request(temperature=1.0, output_tokens_max=60, stop=(stop,)))["a"]
         assert stopped.tokens == whole.tokens[:end]
         assert stopped.finish == "stop"
@@ -202,7 +208,7 @@ class EngineContract:
     def test_stop_string_may_span_a_resume(self, case: EngineCase, engine: Engine) -> None:
         """Otherwise a stop string cut in two by a dying replica would be missed."""
         whole = run(engine, request(temperature=1.0, output_tokens_max=60))["a"]
-        end, stop = next(_stop_strings(case.tokenizer, whole.tokens))
+        end, stop = next(stop_strings(case.tokenizer, whole.tokens))
         made = whole.tokens[: end - 1]
         resumed = request(temperature=1.0, output_tokens_max=60, stop=(stop,), output_tokens=made)
         output = run(engine, resumed)["a"]
@@ -336,7 +342,7 @@ class EngineContract:
         assert engine.step().chunks == []
 
 
-def _stop_strings(tokenizer: Tokenizer, tokens: list[int]) -> Iterator[tuple[int, str]]:
+def stop_strings(tokenizer: Tokenizer, tokens: list[int]) -> Iterator[tuple[int, str]]:
     """Two-character texts that tokens complete, with the number of tokens at which each first
     shows."""
     detokenizer = tokenizer.detokenizer()

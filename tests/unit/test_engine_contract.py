@@ -14,6 +14,7 @@ from services.worker.engine.modelled import ModelledEngine
 from shared.mesh import ModelledEngineSettings
 from shared.text import byte_tokenizer, load_tokenizer
 from tests.unit.engine_contract import EngineCase, EngineContract, EngineLimits
+from tests.unit.takeover_contract import TakeoverContract
 
 
 def torch_case(folder: Path) -> EngineCase:
@@ -52,7 +53,10 @@ def modelled_case(_: Path, *, prefix_caching: bool = False) -> EngineCase:
         )
         return ModelledEngine(settings, context_tokens_max=limits.context_tokens_max)
 
-    return EngineCase(make, byte_tokenizer())
+    def pair(one: EngineLimits, other: EngineLimits) -> tuple[Engine, Engine]:
+        return make(one), make(other)
+
+    return EngineCase(make, byte_tokenizer(), pair)
 
 
 CASES: dict[str, Callable[[Path], EngineCase]] = {
@@ -74,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EngineCase
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.torch] * (name == "torch")) for name in CASES]
 )
-class TestEngineContract(EngineContract):
+class TestEngineContract(EngineContract, TakeoverContract):
     @pytest.fixture
     def case(self, made: Callable[[str], EngineCase], name: str) -> EngineCase:
         return made(name)

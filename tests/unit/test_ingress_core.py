@@ -485,7 +485,7 @@ class TestEnd:
 
 def test_known_leaders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replica ids that come and go would fill the memory, or displace those in use."""
-    monkeypatch.setattr("services.ingress.core.LEADERS_MAX", 2)
+    monkeypatch.setattr("services.ingress.handover.LEADERS_MAX", 2)
     ingress = DrivenIngress()
     for number, replica_id in enumerate(("r0", "r1", "r1", "r1", "r2")):
         ingress.route(ingress.arrive(f"a{number}"), replica_id=replica_id)

@@ -139,11 +139,36 @@ def test_parked_questions_are_bounded() -> None:
     assert reply_of(router, ask("q3")).failure == "no_replica"
 
 
-@pytest.mark.parametrize("phase", ["starting", "draining", "failed"])
+@pytest.mark.parametrize("phase", ["starting", "preparing", "prepared", "draining", "failed"])
 def test_a_replica_that_does_not_serve_gets_nothing(phase: ReplicaPhase) -> None:
     """Requests would be refused by a replica on its way out, and lose their time."""
     router = router_of(plan_of("a", "b"), report("a", phase=phase), report("b"))
     assert {reply_of(router, ask(f"q{i}")).replica_id for i in range(4)} == {"b"}
+
+
+def test_a_paused_replica_keeps_requests_when_nobody_serves() -> None:
+    """In a live switch of all replicas, new requests would be refused for as long as it takes."""
+    router = router_of(plan_of("a", "b"), report("a", phase="paused"), report("b"))
+    assert {reply_of(router, ask(f"q{i}")).replica_id for i in range(4)} == {"b"}
+    router.step(report("b", phase="paused"), 0.0)
+    assert {reply_of(router, ask(f"p{i}")).replica_id for i in range(4)} == {"a", "b"}
+    router.step(report("b"), 0.0)
+    assert {reply_of(router, ask(f"s{i}")).replica_id for i in range(4)} == {"b"}
+    full: dict[str, Any] = {"running": 8, "waiting": 4}
+    router.step(report("a", phase="paused", **full), 0.0)
+    router.step(report("b", phase="prepared"), 0.0)
+    reply = reply_of(router, ask())
+    assert (reply.failure, reply.reason) == ("overloaded", "2 replicas in plan: 1 full, 1 prepared")
+
+
+def test_after_the_flip_nothing_goes_to_old_replicas() -> None:
+    """A request would wait on a replica that is about to be stopped, paused or not."""
+    router = router_of(plan_of("a", "b"), report("a", phase="paused"), report("b", phase="paused"))
+    router.step(report("c"), 0.0)
+    router.step(PlanInForce(epoch=2, plan=plan_of("c")), 0.0)
+    assert {reply_of(router, ask(f"q{i}")).replica_id for i in range(4)} == {"c"}
+    router.step(report("c", phase="failed"), 0.0)
+    assert reply_of(router, ask()).failure == "no_replica"
 
 
 def test_a_silent_replica_fades_and_is_then_left_out() -> None:

@@ -289,3 +289,24 @@ def test_moves_are_measured_in_parts_of_a_models_requests() -> None:
     move = largest_move(before, later, specs)
     assert (move.before, move.size) == pytest.approx((0.5, 0.1))
     assert largest_move(before, {**before, "0": later["*"]}, specs).size == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("phase", ["preparing", "prepared", "paused", "draining", "starting"])
+def test_a_replica_in_a_switch_has_not_failed(phase: ReplicaPhase) -> None:
+    """A live switch would be taken for a broken replica, and its requests be sent to others."""
+    specs = replicas("m", "m", "m")
+    rows = {"0": {"r0": 0.5, "r1": 0.5}, "1": {"r2": 1.0}}
+    still = (load(0, 40, 300, phase=phase), load(1, 40, 300, phase=phase))
+    bias = after(100, rows, specs, *still, load(2, 5))
+    assert corrected(rows, specs, bias) == rows
+
+
+def test_a_pause_forgets_nothing() -> None:
+    """What was learnt of a slow replica would be lost whenever another one is switched."""
+    specs = replicas("m", "m")
+    rows = {"*": {"r0": 0.5, "r1": 0.5}}
+    learnt = after(100, rows, specs, load(0, 40, 300), load(1, 40))
+    assert corrected(rows, specs, learnt)["*"]["r0"] < 0.5
+    still = (load(0, 40, phase="paused"), load(1, 40, phase="paused"))
+    paused = after(1, rows, specs, *still, bias=learnt)
+    assert corrected(rows, specs, paused) == corrected(rows, specs, learnt)

@@ -48,8 +48,8 @@ class Links:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A GPU now, its weights apart: those follow from the replica. ``cache_bytes``: of the KV cache,
-    used or not; ``cache_used_bytes`` of them by live requests."""
+    """A GPU now; its weights follow from its replica. ``cache_bytes``: of the KV cache, used or
+    not; ``cache_used_bytes`` of them by live requests."""
 
     cache_bytes: int = 0
     cache_used_bytes: int = 0
@@ -93,8 +93,8 @@ class TransferProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferPlan:
-    """``copies[worker_id][replica_id]``: what a rank fetches of every sheet, the cache included. Each
-    cell that it needs is in exactly one of them, those in place too (``source`` is the worker
+    """``copies[worker_id][replica_id]``: what a rank fetches of every sheet, the cache included.
+    Each cell that it needs is in exactly one of them, those in place too (``source`` is the worker
     itself), so that a rank needs to know nothing else. Copies of the cache are of stage 0; they
     are made when requests are taken over.
 
@@ -103,11 +103,11 @@ class TransferPlan:
     A rank's memory for a layer is counted from the stage in which it is fetched.
 
     ``bytes_by_link``: "<source>><target>" of workers, "disk" as a source. ``bytes_bound``: the
-    least that any plan moves between workers. ``seconds``: of the busiest link, stages and the KV
-    cache one after the other; ``seconds_bound``: what no plan of these stages can do better than.
-    ``cache_bytes_max``: of each arriving rank, as long as the old replicas are there; 0 for as
-    configured. ``replayed``: moves without KV cache, as (source, target). ``infeasible``: why there
-    is no plan; all else is empty then."""
+    least that any plan moves: what is not in place, from disks too. ``seconds``: of the busiest
+    link, stages and the KV cache one after the other; ``seconds_bound``: no plan of these stages
+    does better. ``cache_bytes_max``: of each arriving rank, as long as the old replicas are there;
+    0 for as configured. ``replayed``: moves without KV cache, as (source, target).
+    ``infeasible``: why there is no plan; all else is empty then."""
 
     copies: dict[str, dict[str, tuple[Copy, ...]]] = field(
         default_factory=dict[str, dict[str, tuple[Copy, ...]]]

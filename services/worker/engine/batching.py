@@ -49,7 +49,7 @@ class Batch(TakeoverState):
         super().__init__(limits, kv_blocks=kv_blocks, prefix_caching=prefix_caching)
         self._times = step_times
 
-    def add(  # noqa: PLR0913  # what makes a request
+    def add(  # what makes a request
         self,
         key: str,
         *,

@@ -53,8 +53,9 @@ class BatchState:
         self.taken_total = 0  # let go on after they had been held
         self.ends: list[tuple[int, int, Sequence]] = []  # heap: step, serial, sequence
         self._plan: Plan | None = None
-        self._arrivals = self._serials = self._admissions = 0
-        self._pending = 0  # tokens to prefill and to make
+        self._arrivals = self._serials = 0
+        self._admissions: int = 0
+        self._pending: int = 0  # tokens to prefill and to make
 
     def computed(self, sequence: Sequence) -> int:
         """How many of its tokens are in the KV cache, by the steps performed so far."""

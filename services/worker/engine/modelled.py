@@ -6,7 +6,7 @@ request resumed elsewhere goes on as if undisturbed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from services.worker.engine.batching_types import ENDED, PREFILL
 from services.worker.engine.batching_types import Sequence as Running
@@ -25,11 +25,10 @@ from services.worker.engine.made_up import (
     letter_tokens,
     made_up_logprobs,
     mix,
-    root_of,
 )
 from services.worker.engine.modelled_settings import check_settings
 from services.worker.engine.modelled_timing import ModelledReplica, replica_by_settings
-from services.worker.engine.stopping import StopCheck
+from services.worker.engine.modelled_writer import Ended, Writer, begin
 from services.worker.engine.validation import check_request
 from shared.cost.step import PS_PER_S
 from shared.errors import Rejected
@@ -37,29 +36,6 @@ from shared.mesh import ModelledEngineSettings
 from shared.messages.requests import FinishReason
 from shared.placement.copies import Copy
 from shared.text import Tokenizer, byte_tokenizer
-
-
-class _Writer:
-    """What a live request's tokens depend on."""
-
-    __slots__ = ("ignore_eos", "logprobs", "position", "request", "root", "stop")
-
-    def __init__(self, request: EngineRequest, stop: StopCheck | None) -> None:
-        sampling = request.sampling
-        self.request = request
-        self.root = root_of(request.prompt_tokens, seed=sampling.seed)
-        self.position = len(request.output_tokens)  # of its next token
-        self.stop = stop  # only with stop strings: it costs per token
-        self.ignore_eos = sampling.ignore_eos
-        self.logprobs = sampling.logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """Ended by what it brought along; told in the next step."""
-
-    request: EngineRequest
-    chunk: EngineChunk
 
 
 class ModelledEngine:
@@ -87,9 +63,9 @@ class ModelledEngine:
         self._eos_id = min(self._tokenizer.eos_ids, default=None)
         eos = settings.eos_probability if self._eos_id is not None else 0.0
         self._eos_below = round(eos * (1 << EOS_BITS))
-        self._writers: dict[str, _Writer] = {}
-        self._ended: dict[str, _Ended] = {}
-        self._held: dict[str, _Writer | _Ended] = {}  # taken over, and not yet let go on
+        self._writers: dict[str, Writer] = {}
+        self._ended: dict[str, Ended] = {}
+        self._held: dict[str, Writer | Ended] = {}  # taken over, and not yet let go on
 
     @property
     def block_tokens(self) -> int:
@@ -127,8 +103,8 @@ class ModelledEngine:
         )
         if key in self._writers or key in self._ended or key in self._held:
             raise Rejected("invalid", f"request {key} is live already")
-        begun = self._begin(request)
-        if isinstance(begun, _Ended):
+        begun = begin(request, self._tokenizer)
+        if isinstance(begun, Ended):
             self._ended[key] = begun
             return
         hashes: list[int] = []
@@ -145,10 +121,10 @@ class ModelledEngine:
         self._writers[key] = begun
 
     def abort(self, key: str) -> bool:
-        self._batch.abort(key)
-        places: tuple[dict[str, _Writer] | dict[str, _Ended] | dict[str, _Writer | _Ended], ...]
-        places = (self._writers, self._ended, self._held)
-        return any([place.pop(key, None) is not None for place in places])
+        known = key in self._ended or self._batch.abort(key) or key in self._held
+        for place in (self._writers, self._ended, self._held):
+            place.pop(key, None)
+        return known
 
     def states(self) -> list[LiveState]:
         """Blocks have no numbers here."""
@@ -180,7 +156,7 @@ class ModelledEngine:
                 continue  # it runs here already
             held = self._held[key] = self._hold(state)
             again = (
-                isinstance(held, _Writer) and state.computed and not self._batch.held[key].computed
+                isinstance(held, Writer) and state.computed and not self._batch.held[key].computed
             )
             (taken.replayed if again else taken.moved).append(key)
         if taken.replayed:
@@ -191,7 +167,7 @@ class ModelledEngine:
     def release(self, *, keep: bool) -> None:
         self._batch.release(keep=keep)
         for key, held in self._held.items() if keep else ():
-            if isinstance(held, _Ended):
+            if isinstance(held, Ended):
                 self._ended[key] = held
             else:
                 self._writers[key] = held
@@ -227,7 +203,7 @@ class ModelledEngine:
         self._batch.check()
         live = {**self._batch.sequences, **self._batch.entering}
         assert self._writers.keys() == live.keys(), "requests out of step"
-        held = {key for key, held in self._held.items() if isinstance(held, _Writer)}
+        held = {key for key, held in self._held.items() if isinstance(held, Writer)}
         assert held == self._batch.held.keys(), "held requests out of step"
         for key, sequence in live.items():
             assert self._writers[key].position == self._batch.made(sequence), key
@@ -236,22 +212,11 @@ class ModelledEngine:
     def close(self) -> None:
         self.drop_all()
 
-    def _begin(self, request: EngineRequest) -> _Writer | _Ended:
-        """Go on after the output that the request brings along, or find its end there."""
-        sampling, made = request.sampling, request.output_tokens
-        if not sampling.stop and not made:
-            return _Writer(request, None)
-        stop = StopCheck(request, self._tokenizer)
-        finish = stop.feed_earlier(made)
-        if finish is not None:
-            return _Ended(request, EngineChunk(request.key, len(made), [], finish))
-        return _Writer(request, stop if sampling.stop else None)
-
-    def _hold(self, state: LiveState) -> _Writer | _Ended:
+    def _hold(self, state: LiveState) -> Writer | Ended:
         """One that never fits here ends as failed, so that its ingress tries elsewhere."""
         request = replace(state.request, output_tokens=state.output_tokens)
-        begun = self._begin(request)
-        if isinstance(begun, _Ended):
+        begun = begin(request, self._tokenizer)
+        if isinstance(begun, Ended):
             return begun
         try:
             check_request(
@@ -267,10 +232,10 @@ class ModelledEngine:
         except Rejected as error:
             position = len(request.output_tokens)
             chunk = EngineChunk(request.key, position, [], "failed", detail=error.detail)
-            return _Ended(request, chunk)
+            return Ended(request, chunk)
         return begun
 
-    def _output(self, writer: _Writer) -> list[int]:
+    def _output(self, writer: Writer) -> list[int]:
         """All that it has made: what was made here is made up once more."""
         earlier = writer.request.output_tokens
         return earlier + [

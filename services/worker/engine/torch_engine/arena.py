@@ -61,7 +61,7 @@ class Arena:
         if segment is None:
             segment = self._segments[group] = MemorySegment.create(f"{self._label}-{group}")
         offset = segment.extend(size)
-        memory = segment.map(offset=offset, size=size)
+        memory = segment.map(offset=offset, size=size, writable=True)
         strides = torch.empty(shape, dtype=dtype, device="meta").stride()
         tensor = viewed(memory, dtype, offset=0, shape=shape, strides=strides)
         return self._keep(name, tensor, segment, offset)
@@ -80,7 +80,7 @@ class Arena:
         if found is None:
             return None
         group, block = found
-        inner = tensor.storage_offset() * tensor.element_size()
+        inner = int(tensor.storage_offset()) * tensor.element_size()
         return Place(block, group, block.offset + inner)
 
     @property

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.worker.engine.torch_engine.step_plan import BlockTable, StepPlan
+from services.worker.engine.torch_engine.kv_cache import BlockTable
+from services.worker.engine.torch_engine.step_plan import StepPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -116,7 +117,7 @@ class BatchBuilder:
         counts: Ints = np.array([tile.count for tile in tiles])[:, None]
         starts = np.array([tile.start for tile in tiles])[:, None]
         offsets = np.array([tile.offset for tile in tiles])[:, None]
-        blocks = -(-max(tile.keys for tile in tiles) // kv.block_tokens)
+        blocks = kv.blocks_for(max(tile.keys for tile in tiles))
         steps: Ints = np.arange(max(tile.count for tile in tiles))[None, :]
         real: npt.NDArray[np.bool_] = steps < counts
         queries = np.where(real, offsets + steps, 0)

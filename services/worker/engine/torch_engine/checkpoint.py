@@ -4,6 +4,7 @@ Every tensor is checked for presence and shape before the first byte is read, so
 fails at once and says which file and tensor is at fault.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -52,14 +53,14 @@ class Checkpoint:
                 ) from error
             self._files.update((name, (path, opened)) for name in opened.keys())  # noqa: SIM118  # not a dict
 
-    def load(self, shards: list[TensorShard], into: dict[str, Tensor]) -> None:
-        """Fill ``into`` by name with the shards' slices; raises ConfigInvalid."""
-        slices = [self._slice(shard) for shard in shards]
+    def load(self, parts: Iterable[tuple[TensorShard, Tensor]]) -> int:
+        """Fill each tensor with its shard's slice; the bytes read. Raises ConfigInvalid."""
+        found = [(shard, target, self._slice(shard)) for shard, target in parts]
         with torch.inference_mode():
-            for shard, part in zip(shards, slices, strict=True):
-                target = into[shard.name]
+            for shard, target, part in found:
                 assert tuple(target.shape) == shard.shape, (shard, target.shape)
                 target.copy_(part[shard.index])
+        return sum(target.nbytes for _, target, _ in found)
 
     def refuse_unknown(self, shards: list[TensorShard], *, tied_embeddings: bool) -> None:
         """Raises ConfigInvalid if a file holds weights that the whole model would not use: the

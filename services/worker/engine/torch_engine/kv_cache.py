@@ -8,15 +8,27 @@ import numpy as np
 import numpy.typing as npt
 
 
-class KvBlocks:
-    """A pool of equal blocks and the rows that own them."""
+class BlockTable:
+    """Which blocks each row has, in order: ``table`` [rows, blocks of the longest row]."""
 
     def __init__(self, *, blocks: int, block_tokens: int, rows: int, row_tokens_max: int) -> None:
-        self.total = blocks
         self.block_tokens = block_tokens
         # int64 is what torch indexes with; a narrower table would be converted every step.
         width = min(blocks, self.blocks_for(row_tokens_max))
         self.table: npt.NDArray[np.int64] = np.zeros((rows, width), dtype=np.int64)
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+
+class KvBlocks(BlockTable):
+    """A pool of equal blocks and the rows that own them."""
+
+    def __init__(self, *, blocks: int, block_tokens: int, rows: int, row_tokens_max: int) -> None:
+        super().__init__(
+            blocks=blocks, block_tokens=block_tokens, rows=rows, row_tokens_max=row_tokens_max
+        )
+        self.total = blocks
         self._counts = [0] * rows
         self._free = list(range(blocks - 1, -1, -1))
         self._free_rows = list(range(rows - 1, -1, -1))
@@ -32,9 +44,6 @@ class KvBlocks:
     @property
     def used(self) -> int:
         return self.total - len(self._free)
-
-    def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
 
     def count(self, row: int) -> int:
         """How many blocks ``row`` has."""

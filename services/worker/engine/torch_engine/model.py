@@ -1,4 +1,11 @@
-"""The decoder: one pipeline stage of a Llama-family model over a paged KV cache."""
+"""The decoder: one rank's part of a Llama-family model over a paged KV cache.
+
+Tensor parallelism as in Megatron-LM (Shoeybi et al., 2019): a rank has some heads, some columns of
+the MLP and some rows of the vocabulary, and partial results are summed over the ranks of its stage.
+A stage of one rank sums nothing.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -6,25 +13,53 @@ from torch.nn import functional
 
 from services.worker.engine.torch_engine.batch import AttentionGroup, Batch
 from services.worker.engine.torch_engine.model_config import ModelConfig
+from services.worker.engine.torch_engine.ranks.group import RankGroup
 from services.worker.engine.torch_engine.rope import rotary_table, rotate
-from services.worker.engine.torch_engine.sharding import Rank, kv_heads, kv_shards, query_heads
-from services.worker.engine.torch_engine.weights import LayerWeights, StageWeights
+from services.worker.engine.torch_engine.sharding import RankCut, kv_shards
+from services.worker.engine.torch_engine.weights import (
+    Allocate,
+    LayerWeights,
+    StageWeights,
+    zeros,
+)
+from shared.placement.sheets import Rank, Span
+
+
+def _nothing() -> None:
+    pass
 
 
 class DecoderStage:
-    """The layers of one rank. ``kv_named`` holds its part of the KV cache under shard names."""
+    """The layers of one rank. ``kv_named`` holds its part of the KV cache under shard names.
+    ``on_layer`` is called after each layer, so that whoever watches sees that work goes on."""
 
     def __init__(
-        self, model: ModelConfig, rank: Rank, weights: StageWeights, *, context_tokens: int
+        self,
+        model: ModelConfig,
+        rank: Rank,
+        weights: StageWeights,
+        *,
+        context_tokens: int,
+        group: RankGroup | None = None,
+        on_layer: Callable[[], None] = _nothing,
     ) -> None:
-        self._weights = weights
+        """``group``: the ranks of the stage; None where there is one."""
+        cut = RankCut(model, rank)
+        self.weights = weights
+        self.heads_per_kv_head = cut.heads_per_kv_head
         self._epsilon = model.norm_epsilon
         self._head_dim = model.head_dim
-        self._heads = _size(query_heads(model, rank))
-        self._kv_heads = _size(kv_heads(model, rank))
+        self._heads, self._kv_heads = cut.heads, cut.kv_heads
+        self._vocabulary = cut.vocabulary
+        self._vocabulary_parts = [
+            _size(RankCut(model, Rank(tp_rank=part, tp=rank.tp)).vocabulary)
+            for part in range(rank.tp)
+        ]
         self._scale = model.head_dim**-0.5
-        self._model, self._rank = model, rank
-        sample = weights.layers[0].input_norm
+        self._model, self.rank = model, rank
+        self._group = group
+        self._on_layer = on_layer
+        sample = next(iter(weights.layers.values())).input_norm
         self.dtype, self.device = sample.dtype, sample.device
         self._cosines, self._sines = rotary_table(
             model.rope,
@@ -36,44 +71,86 @@ class DecoderStage:
         self.kv_named: dict[str, Tensor] = {}
         self._caches: list[tuple[Tensor, Tensor]] = []
 
-    def allocate_kv(self, *, blocks: int, block_tokens: int) -> None:
+    @property
+    def hidden(self) -> int:
+        """Elements of a token's hidden state."""
+        return self._model.hidden
+
+    @property
+    def vocabulary(self) -> int:
+        return self._model.vocabulary
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.kv_named.values())
+
+    def allocate_kv(self, *, blocks: int, block_tokens: int, allocate: Allocate = zeros) -> None:
         """Zeros, not garbage: padded keys are masked, but a NaN would come through."""
-        shards = kv_shards(self._model, self._rank, blocks=blocks, block_tokens=block_tokens)
+        shards = kv_shards(self._model, self.rank, blocks=blocks, block_tokens=block_tokens)
         self.kv_named = {
-            shard.name: torch.zeros(shard.shape, dtype=self.dtype, device=self.device)
+            shard.name: allocate(shard.shape, self.dtype, self.device, shard.name)
             for shard in shards
         }
         tensors = list(self.kv_named.values())
+        if self.device.type != "cpu":
+            for tensor in tensors:
+                tensor.zero_()
         self._caches = list(zip(tensors[::2], tensors[1::2], strict=True))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [sampled, vocabulary] of a replica of one rank; fills the KV cache."""
-        hidden = self.run_layers(self.embed(batch), batch)
-        return self.logits(hidden, batch)
-
     def embed(self, batch: Batch) -> Tensor:
-        assert self._weights.embedding is not None, "the first stage embeds"
-        return functional.embedding(batch.tokens, self._weights.embedding)
+        """Hidden states [tokens, hidden] of the first stage."""
+        embedding = self.weights.embedding
+        assert embedding is not None, "the first stage embeds"
+        if self._group is None:
+            return functional.embedding(batch.tokens, embedding)
+        start, stop = self._vocabulary
+        elsewhere = (batch.tokens < start) | (batch.tokens >= stop)
+        if start == stop:  # more ranks than rows
+            found = embedding.new_zeros((len(batch.tokens), self.hidden))
+        else:
+            found = functional.embedding(
+                (batch.tokens - start).clamp_(0, stop - start - 1), embedding
+            )
+            found.masked_fill_(elsewhere[:, None], 0.0)
+        self._group.all_reduce(found)
+        return found
 
     def run_layers(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states after the stage's last layer; fills the KV cache."""
         cosines = self._cosines[batch.positions].unsqueeze(1)
         sines = self._sines[batch.positions].unsqueeze(1)
-        for layer, cache in zip(self._weights.layers, self._caches, strict=True):
+        for layer, cache in zip(self.weights.layers.values(), self._caches, strict=True):
             queries, keys, values = self._project(layer, self._norm(hidden, layer.input_norm))
             queries, keys = self._positioned(layer, queries, keys, (cosines, sines))
             _store(cache, batch.slots, keys, values)
             attended = self._attend(queries, cache, batch.groups)
-            hidden = hidden + functional.linear(attended, layer.output, layer.output_bias)
-            hidden = hidden + _mlp(layer, self._norm(hidden, layer.mlp_norm))
+            hidden = hidden + self._summed(attended, layer.output, layer.output_bias)
+            inner = _gated(layer, self._norm(hidden, layer.mlp_norm))
+            hidden = hidden + self._summed(inner, layer.down, layer.down_bias)
+            self._on_layer()
         return hidden
 
-    def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Only of the tokens that are sampled: the vocabulary is the widest matrix."""
-        final_norm, output = self._weights.final_norm, self._weights.output
+    def logits(self, hidden: Tensor, batch: Batch) -> Tensor | None:
+        """[sampled, vocabulary] in float32, at the last stage's rank 0; None at its others. Only
+        of the tokens that are sampled: the vocabulary is the widest matrix."""
+        final_norm, output = self.weights.final_norm, self.weights.output
         assert final_norm is not None, "the last stage makes logits"
         assert output is not None, "the last stage makes logits"
         normed = self._norm(hidden.index_select(0, batch.sampled), final_norm)
-        return functional.linear(normed, output).float()
+        part = functional.linear(normed, output).float()
+        if self._group is None:
+            return part
+        shapes = [(len(part), size) for size in self._vocabulary_parts]
+        parts = self._group.gather(part, to=0, shapes=shapes)
+        return None if parts is None else torch.cat(parts, dim=1)
+
+    def _summed(self, inner: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A product whose inner dimension is spread over the ranks; the bias is added once."""
+        if self._group is None:
+            return functional.linear(inner, weight, bias)
+        product = functional.linear(inner, weight)
+        self._group.all_reduce(product)
+        return product if bias is None else product.add_(bias)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(hidden, (hidden.shape[-1],), weight, self._epsilon)
@@ -136,10 +213,10 @@ def _store(cache: tuple[Tensor, Tensor], slots: Tensor, keys: Tensor, values: Te
         part.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
 
 
-def _mlp(layer: LayerWeights, hidden: Tensor) -> Tensor:
+def _gated(layer: LayerWeights, hidden: Tensor) -> Tensor:
     gate, up = functional.linear(hidden, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, layer.down, layer.down_bias)
+    return functional.silu(gate) * up
 
 
-def _size(part: tuple[int, int]) -> int:
+def _size(part: Span) -> int:
     return part[1] - part[0]

@@ -108,9 +108,7 @@ def _layer_shards(
     width = model.head_dim
 
     def whole(name: str, size: int) -> TensorShard:
-        return TensorShard(
-            name=f"{prefix}.{name}", full_shape=(size,), sheet="layer", layer=layer
-        )
+        return TensorShard(name=f"{prefix}.{name}", full_shape=(size,), sheet="layer", layer=layer)
 
     shards = [
         whole("input_layernorm.weight", model.hidden),

@@ -55,11 +55,12 @@ class MemorySegment:
         os.ftruncate(self.fd, self.size)
         return offset
 
-    def map(self, *, offset: int, size: int) -> Tensor:
+    def map(self, *, offset: int, size: int, writable: bool) -> Tensor:
         """``size`` bytes from ``offset``, the begin of a page, as a tensor of bytes; unmapped with
         the last tensor over it. Raises EngineFailed if the address space is exhausted."""
         assert size > 0, "nothing to map"
-        address = _libc.mmap(None, size, _PROT_READ | _PROT_WRITE, _MAP_SHARED, self.fd, offset)
+        protection = _PROT_READ | (_PROT_WRITE if writable else 0)
+        address = _libc.mmap(None, size, protection, _MAP_SHARED, self.fd, offset)
         if address == _FAILED:
             reason = os.strerror(ctypes.get_errno())
             raise EngineFailed(f"{size} bytes of a memory segment cannot be mapped: {reason}")

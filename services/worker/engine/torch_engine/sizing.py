@@ -55,18 +55,27 @@ def device(name: str) -> torch.device:
 
 
 def kv_blocks(
-    model: ModelConfig, config: TorchEngineConfig, *, context_tokens: int, dtype: torch.dtype
+    model: ModelConfig,
+    config: TorchEngineConfig,
+    rank: Rank,
+    *,
+    context_tokens: int,
+    dtype: torch.dtype,
+    bytes_max: int = 0,
 ) -> int:
-    """Never more than all rows could fill."""
+    """As many as ``rank`` has memory for, never more than all rows could fill. ``bytes_max``: of
+    the rank's cache for now; 0 as configured. Raises ConfigInvalid if that is not one."""
+    shards = kv_shards(model, rank, blocks=1, block_tokens=config.block_tokens)
+    block_bytes = sum(torch.Size(shard.shape).numel() for shard in shards) * dtype.itemsize
+    limit = min(bytes_max or config.kv_memory_bytes, config.kv_memory_bytes) // block_bytes
     if config.kv_blocks:
-        return config.kv_blocks
-    one = kv_shards(model, Rank(), blocks=1, block_tokens=config.block_tokens)
-    block_bytes = sum(torch.Size(shard.shape).numel() for shard in one) * dtype.itemsize
-    blocks = config.kv_memory_bytes // block_bytes
-    if not blocks:
+        limit = min(config.kv_blocks, bytes_max // block_bytes if bytes_max else config.kv_blocks)
+    if not limit:
         raise ConfigInvalid(
             field="kv_memory_bytes",
-            value=config.kv_memory_bytes,
+            value=bytes_max or config.kv_memory_bytes,
             remedy=f"one block of {config.block_tokens} tokens takes {block_bytes} bytes: raise it",
         )
-    return min(blocks, config.running_max * -(-context_tokens // config.block_tokens))
+    if config.kv_blocks:
+        return limit
+    return min(limit, config.running_max * -(-context_tokens // config.block_tokens))

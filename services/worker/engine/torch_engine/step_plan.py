@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.worker.engine.torch_engine.batch_scheduler import Chunk
-from services.worker.engine.torch_engine.kv_cache import KvBlocks
+from services.worker.engine.torch_engine.kv_cache import BlockTable, KvBlocks
 
 Ints = npt.NDArray[np.int64]
 _WIRE = np.dtype("<i4")
@@ -29,14 +29,6 @@ class StepPlan:
     counts: Ints
     samples: Ints
     tokens: Ints
-
-
-class BlockTable:
-    """Which KV blocks each row has, in order: [rows, blocks of the longest]."""
-
-    def __init__(self, *, rows: int, width: int, block_tokens: int) -> None:
-        self.table: Ints = np.zeros((rows, width), dtype=np.int64)
-        self.block_tokens = block_tokens
 
 
 class PlanWriter:
@@ -108,7 +100,7 @@ class PlanReader:
         )
 
 
-def plan_bytes_max(*, running_max: int, batch_tokens_max: int, width: int) -> int:
-    """No plan is longer: each chunk may tell all ``width`` blocks of its row."""
-    chunks = _CHUNK_FIELDS * running_max + running_max * width
-    return _WIRE.itemsize * (_HEADER + chunks + batch_tokens_max)
+def plan_bytes_max(table: BlockTable, *, batch_tokens_max: int) -> int:
+    """No plan is longer: at most each row has a chunk, which tells all its blocks."""
+    rows, width = table.table.shape
+    return _WIRE.itemsize * (_HEADER + rows * (_CHUNK_FIELDS + width) + batch_tokens_max)

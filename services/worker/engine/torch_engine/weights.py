@@ -22,7 +22,8 @@ from services.worker.engine.torch_engine.sharding import (
 from shared.placement.sheets import Rank
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device, str], Tensor]
-"""Memory for a tensor of this shape, uninitialised; named after the first shard that it holds."""
+"""Memory for a tensor of this shape, named after the first shard that it holds: zeros on a CPU,
+anything on a GPU."""
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -65,11 +66,9 @@ class StageWeights:
             del self.named[shard.name]
 
 
-def uninitialised(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: str
-) -> Tensor:
-    """Torch's own memory, for an engine whose weights nobody else reads."""
-    return torch.empty(shape, dtype=dtype, device=device)
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: str) -> Tensor:
+    """Torch's own memory, for an engine whose memory nobody else reads."""
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def allocate_weights(
@@ -78,7 +77,7 @@ def allocate_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    allocate: Allocate = uninitialised,
+    allocate: Allocate = zeros,
 ) -> StageWeights:
     """Uninitialised weights of ``rank``, to be filled by name."""
     shards = weight_shards(model, rank)

@@ -7,20 +7,60 @@ import torch
 
 
 class RankGroup(Protocol):
-    """``rank`` and all ranks named are numbers within this group. One thread calls. Raises RankLost."""
+    """Ranks are numbers within the group. Tensors are contiguous. One thread calls; all ranks make
+    the same calls in the same order, but for send and recv, which only two take part in. Whatever
+    waits raises RankLost once a rank, or the session, is lost."""
 
     @property
     def rank(self) -> int: ...
+
     @property
     def size(self) -> int: ...
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum in place; contiguous. Every rank gets the same bits."""
+        """Sum in place; every rank gets the same bits."""
+        ...
+
     def gather(
         self, tensor: torch.Tensor, to: int = 0, *, shapes: Sequence[Sequence[int]] | None = None
     ) -> list[torch.Tensor] | None:
-        """All ranks' tensors at ``to``, None elsewhere. ``shapes``: of each rank's, where unequal."""
+        """All ranks' tensors at ``to``, None elsewhere. ``shapes``, by rank, where they differ."""
+        ...
+
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Does not wait for the receiver while some MiB are under way. The tensor may be reused."""
+        """Does not wait for the receiver while no more than some MiB are under way; then the tensor
+        may be used again at once."""
+        ...
+
     def recv(self, tensor: torch.Tensor, source: int) -> None:
-        """Fill ``tensor`` (contiguous) with the next that ``source`` sent to this rank."""
-    def close(self) -> None: ...
+        """Fill ``tensor`` by the next one that ``source`` has sent to this rank."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+class LoneGroup:
+    """The group of a rank that is alone."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """It is the sum already."""
+
+    def gather(
+        self, tensor: torch.Tensor, to: int = 0, *, shapes: Sequence[Sequence[int]] | None = None
+    ) -> list[torch.Tensor] | None:
+        assert to == 0, to
+        assert shapes is None or [*shapes[0]] == [*tensor.shape], (shapes, tensor.shape)
+        return [tensor]
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:  # noqa: ARG002  # the protocol's
+        raise AssertionError(f"there is no rank {to}")
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:  # noqa: ARG002  # the protocol's
+        raise AssertionError(f"there is no rank {source}")
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,42 +1,185 @@
-"""The control channel of one replica's ranks (signatures; see leader and follower)."""
+"""Both ends of a replica's control channel: rank 0 leads, each other rank has a link to it."""
 
-from collections.abc import Callable
-from typing import Protocol, Self
+import threading
+import time
+from typing import Self
 
+import msgspec
+
+from services.worker.engine.torch_engine.ranks.channel import RankChannel
 from services.worker.engine.torch_engine.ranks.lost import RankLost
+from services.worker.engine.torch_engine.ranks.membership import STALL_S, RankSession
+from services.worker.peers.link import PeerLink, connect
 from services.worker.peers.server import PeerServer
+from shared.errors import PeerLost
+
+JOIN_RETRY_S = 0.05
 
 
-class RankSession(Protocol):
-    """What both ends have. All blocking calls raise RankLost once the session is lost."""
+class Join(msgspec.Struct, frozen=True, array_like=True):
+    """A follower's hello."""
 
-    @property
-    def lost(self) -> RankLost | None: ...
-    def progress(self) -> None:
-        """The caller's work goes on; call it per layer. Costs an addition."""
-    def busy(self, busy: bool) -> None:
-        """While busy, progress is expected within progress_s."""
-    def on_lost(self, callback: Callable[[RankLost], None]) -> None: ...
-    def close(self) -> None: ...
+    rank: int
+
+
+def name_of(replica_id: str, epoch: int) -> str:
+    return f"{replica_id}/{epoch}"
 
 
 class LeaderSession(RankSession):
+    """Rank 0's end. Followers may join from now on, the latest join of a rank counts."""
+
     def __init__(
-        self, server: PeerServer, *, replica_id: str, epoch: int, size: int,
-        stall_s: float = 2.0, progress_s: float = 2.0,
-    ) -> None: ...
-    def gather(self, timeout_s: float) -> None: ...
-    def broadcast(self, payload: bytes) -> None: ...
-    def send(self, rank: int, payload: bytes) -> None: ...
-    def recv(self, rank: int, timeout_s: float) -> bytes: ...
+        self,
+        server: PeerServer,
+        *,
+        replica_id: str,
+        epoch: int,
+        size: int,
+        stall_s: float = STALL_S,
+        progress_s: float = STALL_S,
+    ) -> None:
+        name = name_of(replica_id, epoch)
+        super().__init__(name, 0, stall_s=stall_s, progress_s=progress_s)
+        self._server, self._topic = server, f"join/{name}"
+        self.size = size
+        self._complete = False
+        server.offer(self._topic, self._on_join)
+        self._watching.start()
+
+    def gather(self, timeout_s: float) -> None:
+        """Wait until all ranks have joined; later joins are refused. RankLost names the first that
+        has not."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._state:
+            while missing := [rank for rank in range(1, self.size) if rank not in self._channels]:
+                if self.lost is not None or self._closing.is_set():
+                    raise self._lost_or(missing[0], "has not joined")
+                if (wait_s := deadline_s - time.monotonic()) <= 0:
+                    raise RankLost(missing[0], f"has not joined within {timeout_s:g} s")
+                self._state.wait(wait_s)
+            self._complete = True
+        self._server.withdraw(self._topic, self._on_join)
+
+    def broadcast(self, payload: bytes) -> None:
+        """To all followers, in the order of their ranks."""
+        for rank in range(1, self.size):
+            self.send(rank, payload)
+
+    def send(self, rank: int, payload: bytes) -> None:
+        channel = self._channel(rank)
+        with self._with(channel):
+            channel.send(payload)
+
+    def recv(self, rank: int, timeout_s: float) -> bytes:
+        """The next message of ``rank``; one that does not come in time loses the session."""
+        channel = self._channel(rank)
+        with self._with(channel):
+            payload = channel.recv(time.monotonic() + timeout_s)
+            if payload is None:
+                raise PeerLost("has left")
+            return payload
+
+    def close(self) -> None:
+        self._server.withdraw(self._topic, self._on_join)
+        super().close()
+
+    def _channel(self, rank: int) -> RankChannel:
+        if (lost := self.lost) is not None:
+            raise lost
+        assert self._complete, "gather first"
+        return self._channels[rank]
+
+    def _on_join(self, link: PeerLink, hello: bytes) -> None:
+        """In the connection's thread, which holds the link open for the session."""
+        rank = msgspec.msgpack.decode(hello, type=Join).rank
+        channel = RankChannel(rank, link, stall_s=self._stall_s, progress_s=self._progress_s)
+        former: RankChannel | None = None
+        with self._state:
+            welcome = 0 < rank < self.size and not (
+                self._complete or self._closing.is_set() or self._loss is not None
+            )
+            if welcome:
+                former = self._channels.get(rank)
+                link.send(b"")
+                self._channels[rank] = channel
+                self._state.notify_all()
+        if not welcome:
+            link.refuse(f"rank {rank} cannot join {self._topic}: it is complete, or closed")
+            return
+        if former is not None:
+            former.end()
+        channel.gone.wait()
+
+    def _ended(self, channel: RankChannel) -> None:
+        self._troubled(channel, "has left")
+
+    def _troubled(self, channel: RankChannel, trouble: str) -> None:
+        """Before the ranks are complete, one that is gone may come again."""
+        with self._state:
+            if self._channels.get(channel.rank) is not channel:
+                return
+            if not self._complete:
+                del self._channels[channel.rank]
+        if self._complete:
+            self.lose(channel.rank, trouble)
+        else:
+            channel.end()
 
 
 class FollowerSession(RankSession):
+    """Any other rank's end; made by ``join``."""
+
+    def __init__(
+        self, link: PeerLink, name: str, rank: int, *, stall_s: float, progress_s: float
+    ) -> None:
+        super().__init__(name, rank, stall_s=stall_s, progress_s=progress_s)
+        self.local = link.local  # on one host with the leader
+        self._leader = RankChannel(0, link, stall_s=stall_s, progress_s=progress_s)
+        self._channels[0] = self._leader
+        self._watching.start()
+
     @classmethod
-    def join(
-        cls, address: str, *, replica_id: str, epoch: int, rank: int, timeout_s: float,
-        stall_s: float = 2.0, progress_s: float = 2.0,
-    ) -> Self: ...
+    def join(  # noqa: PLR0913  # the leader's, and who asks
+        cls,
+        address: str,
+        *,
+        replica_id: str,
+        epoch: int,
+        rank: int,
+        timeout_s: float,
+        stall_s: float = STALL_S,
+        progress_s: float = STALL_S,
+    ) -> Self:
+        """Ask the leader until it lets this rank in; RankLost after ``timeout_s``."""
+        deadline_s, hello = time.monotonic() + timeout_s, msgspec.msgpack.encode(Join(rank))
+        name = name_of(replica_id, epoch)
+        while True:
+            wait_s = max(0.0, deadline_s - time.monotonic())
+            try:
+                link = connect(address, f"join/{name}", hello, timeout_s=wait_s)
+                link.recv(wait_s)  # let in, or PeerRefused
+            except PeerLost as error:
+                if time.monotonic() + JOIN_RETRY_S > deadline_s:
+                    raise RankLost(0, f"cannot join it within {timeout_s:g} s: {error}") from error
+                time.sleep(JOIN_RETRY_S)
+            else:
+                return cls(link, name, rank, stall_s=stall_s, progress_s=progress_s)
+
     def recv(self) -> bytes | None:
-        """None: the leader has closed the session cleanly."""
-    def send(self, payload: bytes) -> None: ...
+        """The leader's next message, however long it takes; None once either end is closed."""
+        if (lost := self.lost) is not None:
+            raise lost
+        try:
+            with self._with(self._leader):
+                return self._leader.recv(None)
+        except RankLost:
+            if self._closing.is_set() and self._loss is None:
+                return None
+            raise
+
+    def send(self, payload: bytes) -> None:
+        if (lost := self.lost) is not None:
+            raise lost
+        with self._with(self._leader):
+            self._leader.send(payload)

@@ -1,0 +1,125 @@
+"""The start of a rank of a simulated engine, and what happens when another rank is lost."""
+
+import random
+from collections.abc import Iterator
+from typing import Protocol
+
+from loadgen.simulator.engine import Engine
+from loadgen.simulator.peers import PATIENCE_S, Peers
+from loadgen.simulator.process import Port
+from loadgen.simulator.workshop import Workshop
+from services.worker.events import EngineReady
+from shared.placement.copies import DISK
+
+JOIN_S = 3.0
+"""How long a rank that has its weights waits for the others."""
+LOOK_S = 0.1
+
+
+class Hosts(Protocol):
+    """Of the process's engines, what ranks need."""
+
+    engines: dict[str, Engine]
+
+    @property
+    def port(self) -> Port: ...
+
+    def break_down(self, engine: Engine, detail: str) -> None: ...
+
+
+class Ranks:
+    def __init__(self, hosts: Hosts, peers: Peers, workshop: Workshop, rng: random.Random) -> None:
+        self._hosts, self._peers = hosts, peers
+        self._workshop, self._rng = workshop, rng
+
+    def start(self, engine: Engine) -> None:
+        """Load its weights from where ``copies`` say, or from disk; then meet the other ranks."""
+        start, memory = engine.start, self._workshop.memory(engine.spec.model_id)
+        sources = memory.by_source(start.copies, stage=0)
+        if start.copies:
+            took_s, engine.weight_bytes = self._workshop.copy_s(sources), sum(sources.values())
+        else:
+            took_s = self._workshop.start_s(engine.spec)
+            engine.weight_bytes = memory.weights(engine.spec, start.rank)
+            sources = {DISK: engine.weight_bytes}
+        engine.fetched = sources
+        tokens = engine.batch.kv.total * engine.batch.kv.block_tokens
+        engine.cache_bytes = tokens * memory.token(engine.spec, start.rank)
+        faults = self._workshop.faults
+        if self._rng.random() < faults.start_hangs:
+            return
+        fails = self._rng.random() < faults.start_fails
+
+        def loaded() -> None:
+            if self._gone(engine):
+                return
+            lost = next(self._lost_sources(engine), "")
+            if fails:
+                lost = "out of memory while loading weights (injected)"
+            if lost:
+                self._hosts.break_down(engine, lost)
+            else:
+                self._meet(engine, took_s, until_s=self._hosts.port.now_s + JOIN_S)
+
+        self._hosts.port.later(took_s, loaded)
+
+    def _meet(self, engine: Engine, took_s: float, *, until_s: float) -> None:
+        if self._gone(engine):
+            return
+        port = self._hosts.port
+        missing = self.missing(engine)
+        if not missing:
+            engine.ready = True
+            if len(engine.spec.gpus) > 1:
+                port.later(PATIENCE_S / 2, lambda: self._watch(engine, None))
+            port.feed(
+                EngineReady(
+                    replica_id=engine.replica_id,
+                    generation=engine.generation,
+                    bytes_by_source=engine.fetched,
+                    took_s=took_s,
+                    cache_bytes=engine.cache_bytes,
+                )
+            )
+        elif port.now_s >= until_s:
+            self._hosts.break_down(engine, f"no sign of {missing}")
+        else:
+            port.later(LOOK_S, lambda: self._meet(engine, took_s, until_s=until_s))
+
+    def _watch(self, engine: Engine, since_s: float | None) -> None:
+        """Whoever is not heard of for PATIENCE_S is lost, and all of the replica with it."""
+        if self._gone(engine):
+            return
+        port = self._hosts.port
+        missing = self.missing(engine)
+        if not missing:
+            since_s = None
+        elif since_s is None:
+            since_s = port.now_s
+        elif port.now_s - since_s >= PATIENCE_S:
+            self._hosts.break_down(engine, f"{missing} is lost")
+            return
+        port.later(PATIENCE_S / 2, lambda: self._watch(engine, since_s))
+
+    def missing(self, engine: Engine) -> str:
+        """A rank of the replica that is not to be seen; "" if all are. Ranks whose addresses are
+        not known take no part."""
+        for rank, worker_id in enumerate(engine.spec.gpus):
+            address = engine.start.peers.get(worker_id, "")
+            if rank == engine.start.rank or not address:
+                continue
+            place = self._peers.at(address)
+            other = None if place is None else place.engines.get(engine.replica_id)
+            there = other is not None and other.spec == engine.spec and not other.broken
+            if not there or self._peers.silence_s(self._hosts.port, address):
+                return f"rank {rank} on {worker_id}"
+        return ""
+
+    def _lost_sources(self, engine: Engine) -> Iterator[str]:
+        for source in sorted({copy.source for copy in engine.start.copies} - {DISK}):
+            address = engine.start.peers.get(source, "")
+            if self._peers.silence_s(self._hosts.port, address) >= PATIENCE_S:
+                yield f"{source} does not answer"
+
+    def _gone(self, engine: Engine) -> bool:
+        return engine.broken or self._hosts.engines.get(engine.replica_id) is not engine

@@ -1,0 +1,94 @@
+"""What has to be known of workers and replicas before the copies of a switch can be planned. Pure.
+
+A switcher started anew asks the same question again. What may have changed by then is how many
+tokens are in the KV cache; ranks that are prepared keep the copies that they were told.
+"""
+
+from collections.abc import Iterable
+
+from services.switcher.differences import leaving, staying
+from services.switcher.events import HeldCache, RequestMove, TransferWanted
+from services.switcher.live import STANDS_OR_RUNS, Live
+from shared.hardware import Parallelism
+from shared.messages.plans import ReplicaSpec
+from shared.placement.sheets import Rank, cache_token_bytes
+from shared.placement.spread import ANY_TYPE
+
+
+def nothing_to_copy(live: Live) -> bool:
+    return not live.targets
+
+
+def wanted(live: Live) -> TransferWanted | None:
+    """The question; None while workers that it needs have neither reported nor fallen silent."""
+    switch, view = live.switch, live.view
+    models = {spec.model_id for spec in live.targets}
+    gone = [s for s in leaving(switch.origin, switch.target) if s.model_id in models]
+    kept = [s for s in staying(switch.origin, switch.target) if s.model_id in models]
+    workers = sorted({gpu for spec in (*gone, *kept, *live.arriving) for gpu in spec.gpus})
+    if any(not view.reported(w) and not live.gone(w) for w in workers):
+        return None
+    shapes = {
+        model_id: shape
+        for worker_id in workers
+        for model_id in sorted(models)
+        if (shape := view.shape(worker_id, model_id))
+    }
+    going = tuple(spec for spec in gone if _whole(live, spec))
+    stays = tuple(spec for spec in kept if _whole(live, spec))
+    return TransferWanted(
+        epoch=switch.epoch,
+        shapes=shapes,
+        nodes={w: view.node(w) for w in workers},
+        gpus={w: view.gpu(w) for w in workers},
+        leaving=going,
+        staying=stays,
+        arriving=live.arriving,
+        dead=tuple(w for w in workers if live.gone(w)),
+        moves=tuple(_moves(live, going)),
+        held=_held(live, (*going, *stays)),
+    )
+
+
+def _whole(live: Live, spec: ReplicaSpec) -> bool:
+    """Whether all its ranks are there, with their weights."""
+    return all(
+        not live.gone(worker_id)
+        and (held := live.view.held((worker_id, spec.replica_id))) is not None
+        and held.phase in STANDS_OR_RUNS
+        for worker_id in spec.gpus
+    )
+
+
+def _moves(live: Live, going: tuple[ReplicaSpec, ...]) -> Iterable[RequestMove]:
+    """Tokens are spread over takers as their weights are on the whole: what type each request is
+    of is for the workers to know."""
+    for takeover in live.takeovers:
+        row = takeover.shares.rows[ANY_TYPE]
+        for source in takeover.sources:
+            held = live.leader(source)
+            if held is None or source not in going:
+                continue
+            for taker in takeover.takers:
+                tokens = round(held.cache_tokens * row.get(taker.replica_id, 0.0))
+                yield RequestMove(source.replica_id, taker.replica_id, tokens)
+
+
+def _held(live: Live, specs: tuple[ReplicaSpec, ...]) -> dict[str, HeldCache]:
+    found: dict[str, HeldCache] = {}
+    for spec in specs:
+        leader = live.leader(spec)
+        tokens = leader.cache_tokens if leader else 0
+        shape = Parallelism.parse(spec.parallelism)
+        for number, worker_id in enumerate(spec.gpus):
+            held = live.view.held((worker_id, spec.replica_id))
+            model = live.view.shape(worker_id, spec.model_id)
+            if held is None or model is None:
+                continue
+            used = tokens * cache_token_bytes(model, Rank.of(number, shape))
+            before = found.get(worker_id, HeldCache(0, 0))
+            found[worker_id] = HeldCache(
+                before.cache_bytes + held.cache_bytes,
+                before.used_bytes + min(used, held.cache_bytes or used),
+            )
+    return found

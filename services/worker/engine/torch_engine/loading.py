@@ -1,0 +1,104 @@
+"""Fills a rank's weights: from the checkpoint, or from the ranks of other replicas.
+
+Stage by stage, where old and new weights do not fit into memory at once; what a copy has as its
+source decides where each part comes from.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.worker.engine.torch_engine.arena import Arena
+from services.worker.engine.torch_engine.checkpoint import Checkpoint
+from services.worker.engine.torch_engine.model_config import ModelConfig
+from services.worker.engine.torch_engine.sharding import weight_shards
+from services.worker.engine.torch_engine.transfer import (
+    adopting,
+    check_covered,
+    disk_parts,
+    fetch_weights,
+    no_pause,
+)
+from services.worker.engine.torch_engine.weights import StageWeights, allocate_weights
+from shared.placement.copies import DISK, Copy
+from shared.placement.sheets import Rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where the weights of worker ``worker_id`` come from: along ``copies`` from ``peers``, and
+    without any from the checkpoint in ``folder``. ``between`` is called every few MiB, and raises
+    to stop."""
+
+    folder: Path
+    worker_id: str = ""
+    copies: Sequence[Copy] = ()
+    peers: Mapping[str, str]
+    verify: bool = False
+    between: Callable[[], None] = no_pause
+
+
+class WeightLoader:
+    """``weights`` of ``rank``, allocated in ``arena`` and filled by ``load``."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        rank: Rank,
+        arena: Arena,
+        origin: Origin,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Raises ConfigInvalid, and EngineFailed if the copies do not bring all weights."""
+        self._origin = origin
+        self._copies = [copy for copy in origin.copies if copy.sheet != "cache"]
+        self._checkpoint: Checkpoint | None = None
+        self.fetched: dict[str, int] = {}
+        if not self._copies or any(copy.source == DISK for copy in self._copies):
+            self._checkpoint = _checked(origin.folder, model)
+        allocate = arena.allocate
+        if self._copies:
+            shards = weight_shards(model, rank)
+            check_covered(shards, self._copies)
+            allocate = adopting(
+                arena, shards, self._copies, origin.peers, worker_id=origin.worker_id
+            )
+        self.weights: StageWeights = allocate_weights(
+            model, rank, dtype=dtype, device=device, allocate=allocate
+        )
+
+    def load(self, stage: int) -> dict[str, int]:
+        """Fill what the copies of ``stage`` bring; bytes by source, DISK for the checkpoint.
+        Raises ConfigInvalid, PeerLost, EngineFailed, and what ``between`` raises."""
+        origin, weights = self._origin, self.weights
+        found: dict[str, int] = {}
+        if self._copies:
+            found = fetch_weights(
+                weights,
+                self._copies,
+                origin.peers,
+                worker_id=origin.worker_id,
+                stage=stage,
+                verify=origin.verify,
+                between=origin.between,
+            )
+            parts = disk_parts(weights, self._copies, stage=stage)
+        else:
+            parts = [(shard, weights.named[shard.name]) for shard in weights.shards]
+        if parts:
+            assert self._checkpoint is not None, "what comes from the disk was checked before"
+            found[DISK] = self._checkpoint.load(parts)
+        for source, count in found.items():
+            self.fetched[source] = self.fetched.get(source, 0) + count
+        return found
+
+
+def _checked(folder: Path, model: ModelConfig) -> Checkpoint:
+    checkpoint = Checkpoint(folder)
+    whole = weight_shards(model, Rank())
+    checkpoint.refuse_unknown(whole, tied_embeddings=model.tied_embeddings)
+    return checkpoint

@@ -1,0 +1,261 @@
+"""Puts one rank together, leader or follower, whatever connects it to the others.
+
+When all ranks have their weights they agree on the size of the KV cache, which the smallest of them
+decides, and are ready.
+"""
+
+import contextlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from services.worker.engine.torch_engine import sizing
+from services.worker.engine.torch_engine.arena import Arena
+from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler
+from services.worker.engine.torch_engine.config import TorchEngineConfig
+from services.worker.engine.torch_engine.exports import Exports
+from services.worker.engine.torch_engine.follower import FollowerParts, TorchFollower
+from services.worker.engine.torch_engine.kv_cache import BlockTable, KvBlocks
+from services.worker.engine.torch_engine.leader import EngineParts, TorchEngine
+from services.worker.engine.torch_engine.loading import Origin, WeightLoader
+from services.worker.engine.torch_engine.model import DecoderStage
+from services.worker.engine.torch_engine.model_config import ModelConfig, read_model_config
+from services.worker.engine.torch_engine.pipeline import Pipeline
+from services.worker.engine.torch_engine.rank_runner import RankRunner
+from services.worker.engine.torch_engine.ranks.group import RankGroup
+from services.worker.engine.torch_engine.sharding import kv_shards
+from services.worker.engine.torch_engine.step_plan import PlanReader, PlanWriter
+from services.worker.engine.torch_engine.transfer import no_pause
+from services.worker.events import EngineStart
+from services.worker.peers.server import PeerServer
+from shared.errors import EngineFailed
+from shared.hardware import Parallelism
+from shared.placement.sheets import Rank
+from shared.text import load_tokenizer
+
+_LOAD_S = 900.0  # within which each must have its weights; a dead one is noticed earlier
+_BLOCKS = struct.Struct("<q")
+
+
+class RankLink(Protocol):
+    """The part of a session that both ends have."""
+
+    def progress(self) -> None: ...
+    def busy(self, busy: bool) -> None: ...
+
+
+class LeaderLink(RankLink, Protocol):
+    """The part of a LeaderSession that an engine uses."""
+
+    def broadcast(self, payload: bytes) -> None: ...
+    def recv(self, rank: int, timeout_s: float) -> bytes: ...
+
+
+class FollowerLink(RankLink, Protocol):
+    """The part of a FollowerSession that a follower uses."""
+
+    def recv(self) -> bytes | None: ...
+    def send(self, payload: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class RankGroups(Protocol):
+    """The part of ranks.connect.Groups that a rank computes with."""
+
+    @property
+    def tp(self) -> RankGroup: ...
+    @property
+    def pipe(self) -> RankGroup: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """A checkpoint's facts, as the engine's settings want them computed."""
+
+    folder: Path
+    facts: ModelConfig
+    config: TorchEngineConfig
+    context_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def open(cls, path: str | Path, config: TorchEngineConfig) -> "OpenedModel":
+        """Raises ConfigInvalid for a bad folder or setting."""
+        config.validate()
+        folder = Path(path)
+        facts = read_model_config(folder)
+        context_tokens = sizing.context_tokens(facts, config)
+        device = sizing.device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return cls(
+            folder=folder,
+            facts=facts,
+            config=config,
+            context_tokens=context_tokens,
+            dtype=sizing.dtype(facts, config),
+            device=device,
+        )
+
+    def scheduler(self, blocks: int, stages: int) -> BatchScheduler:
+        config = self.config
+        kv = KvBlocks(
+            blocks=blocks,
+            block_tokens=config.block_tokens,
+            rows=config.running_max,
+            row_tokens_max=self.context_tokens,
+        )
+        return BatchScheduler(
+            kv,
+            batch_tokens_max=config.batch_tokens_max,
+            running_max=config.running_max,
+            waiting_max=config.waiting_max,
+            micro_batches=stages,
+        )
+
+    def block_table(self, blocks: int) -> BlockTable:
+        """As the leader's."""
+        return BlockTable(
+            blocks=blocks,
+            block_tokens=self.config.block_tokens,
+            rows=self.config.running_max,
+            row_tokens_max=self.context_tokens,
+        )
+
+
+class RankPart:
+    """One rank's weights and cache, offered to ``peers`` where there are any. ``undo`` ends it."""
+
+    def __init__(
+        self,
+        model: OpenedModel,
+        start: EngineStart | None = None,
+        peers: PeerServer | None = None,
+        between: Callable[[], None] = no_pause,
+    ) -> None:
+        """Without ``start`` it is a replica of its own. ``between`` as in Origin."""
+        self.model, self._start, self._peers, self._between = model, start, peers, between
+        self.rank = Rank()
+        if start is not None:
+            self.rank = Rank.of(start.rank, Parallelism.parse(start.spec.parallelism))
+        self.undo = contextlib.ExitStack()
+        self.arena = Arena("torch-engine" if start is None else start.spec.replica_id)
+        self.undo.callback(self.arena.close)
+        self.exports: Exports | None = None
+        self._groups: RankGroups | None = None
+        self._link: RankLink | None = None
+
+    def connect(self, link: RankLink, groups: RankGroups) -> None:
+        """To the replica's other ranks."""
+        self._link, self._groups = link, groups
+
+    def load(self) -> None:
+        """Allocate and fill the weights. Raises ConfigInvalid, PeerLost, EngineFailed."""
+        model, start, link = self.model, self._start, self._link
+        origin = Origin(folder=model.folder, peers={}, between=self._between)
+        if start is not None:
+            origin = Origin(
+                folder=model.folder,
+                worker_id=start.spec.gpus[start.rank],
+                copies=start.copies,
+                peers=start.peers,
+                verify=start.verify,
+                between=self._between,
+            )
+        self.loader = WeightLoader(
+            model.facts, self.rank, self.arena, origin, dtype=model.dtype, device=model.device
+        )
+        self.loader.load(0)
+        group = self._groups.tp if self._groups is not None and self.rank.tp > 1 else None
+        self.stage = DecoderStage(
+            model.facts,
+            self.rank,
+            self.loader.weights,
+            context_tokens=model.context_tokens,
+            group=group,
+            on_layer=(lambda: None) if link is None else link.progress,
+        )
+        self.blocks = sizing.kv_blocks(
+            model.facts,
+            model.config,
+            self.rank,
+            context_tokens=model.context_tokens,
+            dtype=model.dtype,
+            bytes_max=0 if start is None else start.cache_bytes_max,
+        )
+
+    def allocate_cache(self, blocks: int) -> None:
+        """The KV cache, of as many blocks as all ranks have room for; from here on peers may
+        read this rank's tensors."""
+        model = self.model
+        block_tokens = model.config.block_tokens
+        self.stage.allocate_kv(
+            blocks=blocks, block_tokens=block_tokens, allocate=self.arena.allocate
+        )
+        if self._peers is None or self._start is None:
+            return
+        replica_id = self._start.spec.replica_id
+        self.exports = Exports(self._peers, self.arena, replica_id=replica_id)
+        self.undo.callback(self.exports.close)
+        self.exports.add(self.stage.weights.shards, self.stage.weights.named)
+        cache = kv_shards(model.facts, self.rank, blocks=blocks, block_tokens=block_tokens)
+        self.exports.add(cache, self.stage.kv_named)
+
+    def runner(self, table: BlockTable) -> RankRunner:
+        if self._groups is None or self._link is None:
+            return RankRunner(self.stage, table)
+        return RankRunner(self.stage, table, pipe=self._groups.pipe, busy=self._link.busy)
+
+
+def lead(part: RankPart, link: LeaderLink | None = None) -> TorchEngine:
+    """Load the leading rank, or the only one (no ``link``), and make an engine of it. Raises
+    ConfigInvalid, PeerLost, EngineFailed; the caller then undoes ``part``."""
+    part.load()
+    model, blocks = part.model, part.blocks
+    if link is not None:
+        others = range(1, part.rank.tp * part.rank.pp)
+        told = [link.recv(rank, _LOAD_S) for rank in others]
+        blocks = min(blocks, *(_BLOCKS.unpack(answer)[0] for answer in told))
+        link.broadcast(_BLOCKS.pack(blocks))
+    part.allocate_cache(blocks)
+    scheduler = model.scheduler(blocks, part.rank.pp)
+    runner = part.runner(scheduler.kv)
+    return TorchEngine(
+        EngineParts(
+            stage=part.stage,
+            scheduler=scheduler,
+            pipeline=Pipeline(runner, PlanWriter(scheduler.kv), link),
+            tokenizer=load_tokenizer(str(model.folder)),
+            context_tokens=model.context_tokens,
+            fetched=part.loader.fetched,
+            close=part.undo.close,
+        )
+    )
+
+
+def follow(part: RankPart, link: FollowerLink) -> TorchFollower:
+    """Load another rank. Raises as ``lead``."""
+    part.load()
+    link.send(_BLOCKS.pack(part.blocks))
+    told = link.recv()
+    if told is None:
+        raise EngineFailed("the leader gave up before all ranks were ready")
+    blocks: int = _BLOCKS.unpack(told)[0]
+    part.allocate_cache(blocks)
+    table = part.model.block_table(blocks)
+    return TorchFollower(
+        FollowerParts(
+            runner=part.runner(table),
+            reader=PlanReader(table),
+            session=link,
+            fetched=part.loader.fetched,
+            cache_bytes=part.stage.cache_bytes,
+            stop=link.close,
+            close=part.undo.close,
+        )
+    )

@@ -1,0 +1,202 @@
+"""A rank group over memory that the ranks of one host share.
+
+Each rank has a segment that it alone writes and all map: two slots for collectives, and a ring of
+bytes for each other rank. Signals are words over Unix sockets, one for each pair. A word is sent
+after what it tells of has been written, and read before that is: the kernel orders the two, on
+every processor. Tensors on a GPU go through host memory.
+
+Why two slots are enough: whoever signals its part of chunk k+1 has read all of chunk k; so when all
+have signalled chunk k+1, the slot of chunk k may be overwritten by chunk k+2.
+"""
+
+import contextlib
+from collections.abc import Generator, Sequence
+
+import msgspec
+import torch
+
+from services.worker.engine.torch_engine.ranks.lost import RankLost
+from services.worker.engine.torch_engine.ranks.membership import RankSession
+from services.worker.engine.torch_engine.ranks.mesh import Members
+from services.worker.engine.torch_engine.ranks.ring import RING_BYTES, Receiving, Sending
+from services.worker.engine.torch_engine.ranks.signals import Signals
+from services.worker.peers.link import PeerLink
+from services.worker.peers.segment import Segment
+from services.worker.peers.wire import close_all
+from shared.errors import PeerLost
+
+SLOT_BYTES = 1 << 20
+SHARED_SUM_BYTES_MIN = 256 << 10  # from here on more than two ranks sum up a share each
+
+
+class SharedMemoryGroup:
+    """``links``: local ones to the other members, by number in the group; owned from here on. Its
+    calls, close included, are one thread's."""
+
+    def __init__(
+        self, session: RankSession, members: Members, links: dict[int, PeerLink], timeout_s: float
+    ) -> None:
+        self.rank, self.size = members.rank, members.size
+        self._session, self._members = session, members
+        self._segments: dict[int, Segment] = {}
+        self._signals: dict[int, Signals] = {}
+        try:
+            self._share(links, timeout_s)
+        except BaseException:
+            for link in links.values():
+                link.close()
+            self.close()
+            raise
+        memory = [_bytes_of(self._segments[number]) for number in range(self.size)]
+        self._slots = [
+            [part[start : start + SLOT_BYTES] for part in memory] for start in (0, SLOT_BYTES)
+        ]
+        self._typed: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._chunks, self._steps = 0, 0
+        self._sending = {
+            number: Sending(_ring(memory[self.rank], number), signals)
+            for number, signals in self._signals.items()
+        }
+        self._receiving = {
+            number: Receiving(_ring(memory[number], self.rank), signals)
+            for number, signals in self._signals.items()
+        }
+        session.on_lost(self._abort)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        flat = tensor.view(-1)
+        for chunk in flat.split(SLOT_BYTES // flat.element_size()):
+            slots = self._next_slots(chunk)
+            slots[self.rank].copy_(chunk)
+            self._meet()
+            if self.size > 2 and chunk.nbytes >= SHARED_SUM_BYTES_MIN:
+                self._sum_by_shares(chunk, slots)
+            else:
+                _sum_into(chunk, slots, self.rank)
+
+    def gather(
+        self, tensor: torch.Tensor, to: int = 0, *, shapes: Sequence[Sequence[int]] | None = None
+    ) -> list[torch.Tensor] | None:
+        if self.rank != to:
+            self.send(tensor, to)
+            return None
+        parts = parts_for(tensor, to, self.size, shapes)
+        for number, part in enumerate(parts):
+            if number != to:
+                self.recv(part, number)
+        return parts
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        with self._with(to):
+            self._sending[to].send(tensor.view(-1).view(torch.uint8))
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:
+        with self._with(source):
+            self._receiving[source].recv(tensor.view(-1).view(torch.uint8))
+
+    def close(self) -> None:
+        for signals in self._signals.values():
+            signals.close()
+        self._slots, self._typed = [], {}
+        self._sending, self._receiving = {}, {}
+        for segment in self._segments.values():
+            segment.close()
+
+    def _share(self, links: dict[int, PeerLink], timeout_s: float) -> None:
+        """Give all others this rank's memory, and take theirs."""
+        byte_count = 2 * SLOT_BYTES + self.size * RING_BYTES
+        own = Segment.create(byte_count, f"oserve-group-{self.rank}")
+        self._segments[self.rank] = own
+        for number, link in links.items():
+            with self._with(number):
+                link.send(msgspec.msgpack.encode(byte_count), [own.fd])
+        for number, link in links.items():
+            with self._with(number):
+                payload, fds = link.recv_fds(timeout_s)
+                if len(fds) != 1 or msgspec.msgpack.decode(payload) != byte_count:
+                    close_all(fds)
+                    raise PeerLost(f"sent {len(fds)} segments, not one of {byte_count} bytes")
+                # Only its maker writes there; but torch has no tensors over read-only memory.
+                self._segments[number] = Segment.map(fds[0], byte_count, writable=True)
+        for number, link in links.items():
+            self._signals[number] = Signals(link.detach())
+
+    def _next_slots(self, chunk: torch.Tensor) -> list[torch.Tensor]:
+        """All ranks' slots for ``chunk``, by number, in its type and length."""
+        self._chunks += 1
+        key = (self._chunks % 2, chunk.dtype)
+        typed = self._typed.get(key)
+        if typed is None:
+            typed = [slot.view(chunk.dtype) for slot in self._slots[key[0]]]
+            self._typed[key] = typed
+        return [slot[: chunk.numel()] for slot in typed]
+
+    def _meet(self) -> None:
+        """Until all ranks have written what they write in this step."""
+        self._steps += 1
+        for number, signals in self._signals.items():
+            with self._with(number):
+                signals.step()
+        for number, signals in self._signals.items():
+            with self._with(number):
+                signals.wait(lambda signals=signals: signals.steps >= self._steps)
+
+    def _sum_by_shares(self, chunk: torch.Tensor, slots: list[torch.Tensor]) -> None:
+        """Each rank sums a share for all. Its own slot has room for the sum: nobody else reads the
+        slot's share of that rank."""
+        share = -(-chunk.numel() // self.size)
+        parts = [slot.split(share) for slot in slots]  # [rank][share]; the last may be short
+        mine = parts[self.rank]
+        if self.rank < len(mine):
+            _sum_into(mine[self.rank], [part[self.rank] for part in parts], self.rank)
+        self._meet()
+        for number, into in enumerate(chunk.split(share)):
+            into.copy_(parts[number][number])
+
+    @contextlib.contextmanager
+    def _with(self, number: int) -> Generator[None]:
+        """Calls to one other rank, whose loss is the session's."""
+        try:
+            yield
+        except PeerLost as error:
+            rank = self._members.ranks[number]
+            self._session.lose(rank, str(error))
+            raise self._session.lost or RankLost(rank, str(error)) from error
+
+    def _abort(self, _: RankLost) -> None:
+        for signals in list(self._signals.values()):
+            signals.abort()
+
+
+def parts_for(
+    tensor: torch.Tensor, to: int, size: int, shapes: Sequence[Sequence[int]] | None
+) -> list[torch.Tensor]:
+    """Where ``to`` gathers all ranks' tensors: its own, and empty ones for the others'."""
+    return [
+        tensor
+        if number == to
+        else tensor.new_empty(tensor.shape if shapes is None else tuple(shapes[number]))
+        for number in range(size)
+    ]
+
+
+def _sum_into(into: torch.Tensor, parts: list[torch.Tensor], rank: int) -> None:
+    """In the order of ranks, so that all get the same bits. ``into`` may be ``parts[rank]``, and
+    holds the same values."""
+    if into.device.type != "cpu":
+        parts = [into.clone() if n == rank else p.to(into.device) for n, p in enumerate(parts)]
+    if rank >= 2:  # the first sum would overwrite what is added later
+        parts = [part.clone() if n == rank else part for n, part in enumerate(parts)]
+    torch.add(parts[0], parts[1], out=into)
+    for part in parts[2:]:
+        into.add_(part)
+
+
+def _bytes_of(segment: Segment) -> torch.Tensor:
+    return torch.frombuffer(segment.buffer, dtype=torch.uint8)
+
+
+def _ring(memory: torch.Tensor, to: int) -> torch.Tensor:
+    """Of ``memory``, a rank's segment, the ring to the rank ``to``."""
+    start = 2 * SLOT_BYTES + to * RING_BYTES
+    return memory[start : start + RING_BYTES]

@@ -1,0 +1,296 @@
+"""The other end of ``exports``: another rank's tensors, from which parts are copied.
+
+Three ways to the same bytes: tensors of this very process, memory of this host mapped through
+descriptors, and a stream from another host.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+
+from services.worker.engine.torch_engine import cuda_memory
+from services.worker.engine.torch_engine.exports import (
+    BULK_BYTES_MAX,
+    SEGMENTS_MAX,
+    Answer,
+    Exports,
+    Part,
+    TensorEntry,
+    TensorTable,
+    WantBytes,
+    WantChecksums,
+    WantSegments,
+    as_bytes,
+    checksum,
+    dtype_name,
+    exported_here,
+    topic_of,
+)
+from services.worker.engine.torch_engine.shared_memory import MemorySegment, viewed
+from services.worker.peers.link import PeerLink, connect
+from shared.errors import EngineFailed, PeerLost
+
+_ANSWER_S = 10.0
+"""How long a peer may take over one answer: 8 MiB at the slowest link that is of any use."""
+
+_UNDER_WAY_MAX = 3
+"""Questions asked ahead of their answers, so that the stream never waits for us."""
+
+_ROWS_BYTES_MAX = 2**20
+
+Between = Callable[[], None]
+"""Called between two pieces of work; raises to stop it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Copy ``part`` of the source to ``target``, of the same shape; or to these ``rows`` of it,
+    where the part has rows."""
+
+    part: Part
+    target: Tensor
+    rows: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.part.shape) * self.target.element_size()
+
+    def write(self, values: Tensor) -> None:
+        if self.rows:
+            index = torch.tensor(self.rows, device=self.target.device)
+            self.target.index_copy_(0, index, values.to(self.target.device))
+        else:
+            self.target.copy_(values)
+
+    def written(self) -> Tensor:
+        if not self.rows:
+            return self.target
+        index = torch.tensor(self.rows, device=self.target.device)
+        return self.target.index_select(0, index)
+
+
+class Source:
+    """What worker ``worker_id`` holds of ``replica_id``. Close it, also after an error."""
+
+    def __init__(
+        self,
+        link: PeerLink,
+        *,
+        worker_id: str,
+        replica_id: str,
+        same_process: bool = False,
+    ) -> None:
+        """Raises PeerLost. With ``same_process``, tensors that turn out to lie here are used as
+        they are."""
+        self.worker_id, self.replica_id = worker_id, replica_id
+        self._link = link
+        self._table = msgspec.msgpack.decode(link.recv(_ANSWER_S), type=TensorTable)
+        self.entries = {entry.name: entry for entry in self._table.entries}
+        self.exports: Exports | None = None
+        if same_process:
+            self.exports = exported_here(self._table.exporter)
+        self._memories: dict[int, Tensor] = {}  # mapped, as bytes
+
+    @classmethod
+    def connect(
+        cls, address: str, *, worker_id: str, replica_id: str, own: bool, force_tcp: bool = False
+    ) -> "Source":
+        """``own``: it is our own worker. Raises PeerLost."""
+        link = connect(address, topic_of(replica_id), timeout_s=_ANSWER_S, force_tcp=force_tcp)
+        try:
+            return cls(link, worker_id=worker_id, replica_id=replica_id, same_process=own)
+        except BaseException:
+            link.close()
+            raise
+
+    def close(self) -> None:
+        """Unmaps everything, too."""
+        self._memories.clear()
+        self.exports = None
+        self._link.close()
+
+    def pull(self, pieces: Sequence[Piece], *, verify: bool, between: Between) -> int:
+        """Copy them, and compare each with the source's own words if asked; the bytes copied.
+        Raises PeerLost, EngineFailed for a checksum that differs, and what ``between`` raises."""
+        small = [part for piece in pieces for part in _split(piece)]
+        if not small:
+            return 0
+        self._check_dtype(small[0].target.dtype)
+        if self.exports is not None or self._link.local:
+            for piece in small:
+                piece.write(piece.part.cut(self.view(piece.part.name)))
+                between()
+        else:
+            self._stream(small, between)
+        if small[0].target.is_cuda:  # the source may free it as soon as we say that we have it
+            torch.cuda.current_stream(small[0].target.device).synchronize()
+        if verify:
+            self._verify(small, between)
+        return sum(piece.size for piece in small)
+
+    def view(self, name: str) -> Tensor:
+        """The source's tensor itself, where it can be reached (``local``)."""
+        entry = self._entry(name)
+        if self.exports is not None:
+            tensor = self.exports.tensor(name)
+            if tensor is None:
+                raise self._lost(f"{name} is not there any more")
+            return tensor
+        if entry.segment not in self._memories:
+            self._map(entry.segment)
+        return viewed(
+            self._memories[entry.segment],
+            getattr(torch, self._table.dtype),
+            offset=entry.offset,
+            shape=entry.shape,
+            strides=entry.strides,
+        )
+
+    @property
+    def local(self) -> bool:
+        """Whether ``view`` works."""
+        return self.exports is not None or self._link.local
+
+    def _entry(self, name: str) -> TensorEntry:
+        found = self.entries.get(name)
+        if found is None:
+            raise self._lost(f"it has no {name}")
+        return found
+
+    def _map(self, number: int) -> None:
+        """Map segment ``number``, and those after it in the same message."""
+        wanted = tuple(
+            other
+            for other in range(number, min(number + SEGMENTS_MAX, self._table.segments))
+            if other not in self._memories
+        )
+        if self._table.device != "cpu":
+            wanted = (number,)  # a handle must be opened exactly once: ask for what is needed
+        answer, fds = self._ask(WantSegments(wanted))
+        for position, other in enumerate(wanted):
+            if answer.handles:
+                self._memories[other] = cuda_memory.open_handle(answer.handles[position])
+            else:
+                segment = MemorySegment(fds[position])
+                size = answer.sizes[position]
+                self._memories[other] = segment.map(offset=0, size=size, writable=False)
+
+    def _ask(self, question: WantSegments | WantChecksums) -> tuple[Answer, list[int]]:
+        self._link.send(msgspec.msgpack.encode(question))
+        payload, fds = self._link.recv_fds(_ANSWER_S)
+        try:
+            return self._checked(payload), fds
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _checked(self, payload: bytes) -> Answer:
+        answer = msgspec.msgpack.decode(payload, type=Answer)
+        if answer.refusal:
+            raise self._lost(answer.refusal)
+        return answer
+
+    def _stream(self, pieces: Sequence[Piece], between: Between) -> None:
+        """Ask ahead, so that bytes flow all the time."""
+        asked: deque[list[Piece]] = deque()
+        for group in _grouped(pieces):
+            question = WantBytes(tuple(piece.part for piece in group))
+            self._link.send(msgspec.msgpack.encode(question))
+            asked.append(group)
+            if len(asked) == _UNDER_WAY_MAX:
+                self._receive(asked.popleft())
+                between()
+        for group in asked:
+            self._receive(group)
+            between()
+
+    def _receive(self, group: Sequence[Piece]) -> None:
+        self._checked(self._link.recv(_ANSWER_S))
+        target = group[0].target
+        if (
+            len(group) == 1
+            and not group[0].rows
+            and target.is_contiguous()
+            and target.device.type == "cpu"
+        ):
+            self._fill(as_bytes(target))
+            return
+        staging = torch.empty(sum(piece.size for piece in group), dtype=torch.uint8)
+        self._fill(staging)
+        at = 0
+        for piece in group:
+            values = staging[at : at + piece.size].view(piece.target.dtype)
+            piece.write(values.view(piece.part.shape))
+            at += piece.size
+
+    def _fill(self, buffer: Tensor) -> None:
+        self._link.recv_bulk_into(buffer.numpy().data, _ANSWER_S)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
+
+    def _verify(self, pieces: Sequence[Piece], between: Between) -> None:
+        for group in _grouped(pieces):
+            if self.exports is not None:
+                words = [checksum(p.part.cut(self.view(p.part.name))) for p in group]
+            else:
+                answer, _ = self._ask(WantChecksums(tuple(piece.part for piece in group)))
+                words = list(answer.checksums)
+            for piece, word in zip(group, words, strict=True):
+                if checksum(piece.written()) != word:
+                    raise EngineFailed(
+                        f"{piece.part.name} differs from that of {self.replica_id} on worker "
+                        f"{self.worker_id} after the copy of {piece.part.begin} to "
+                        f"{piece.part.end}"
+                    )
+            between()
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype_name(dtype) != self._table.dtype:
+            raise EngineFailed(
+                f"{self.replica_id} on worker {self.worker_id} holds {self._table.dtype}, and "
+                f"{dtype_name(dtype)} is needed: give both the same engine settings"
+            )
+
+    def _lost(self, reason: str) -> PeerLost:
+        return PeerLost(f"{self.replica_id} on worker {self.worker_id}: {reason}")
+
+
+def _split(piece: Piece) -> Iterator[Piece]:
+    """Pieces of at most BULK_BYTES_MAX (of rows, which are gathered first, fewer: so that they stay
+    in the processor's cache) along the first dimension; one row may exceed it."""
+    part, size = piece.part, piece.size
+    if not size:
+        return
+    if size <= (_ROWS_BYTES_MAX if piece.rows else BULK_BYTES_MAX):
+        yield piece
+        return
+    count = part.shape[0]
+    step = max(1, (_ROWS_BYTES_MAX if piece.rows else BULK_BYTES_MAX) * count // size)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        if piece.rows:
+            rows = msgspec.structs.replace(part, rows=part.rows[first:last])
+            yield Piece(rows, piece.target, piece.rows[first:last])
+            continue
+        begin = (part.begin[0] + first, *part.begin[1:])
+        end = (part.begin[0] + last, *part.end[1:])
+        yield Piece(Part(part.name, begin, end), piece.target[first:last])
+
+
+def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Small ones together, up to BULK_BYTES_MAX."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and size + piece.size > BULK_BYTES_MAX:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece.size
+    if group:
+        yield group

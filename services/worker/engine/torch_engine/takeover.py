@@ -1,0 +1,253 @@
+"""Takes requests over from another replica, with their KV cache; and weights in stages.
+
+The leader decides which request gets which blocks and tells all ranks which of the old replica's
+blocks go there; each rank pulls its own part. While the old replica still runs, only blocks are
+copied that are full: nothing writes to them as long as the request keeps its admission. What was
+copied for another admission is copied again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from services.worker.engine.interface import LiveState, Taken
+from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler
+from services.worker.engine.torch_engine.commands import command
+from services.worker.engine.torch_engine.kv_transfer import KvTransfer, Pulled, PullOrder
+from services.worker.engine.torch_engine.stages import Staged, StageOrder, WeightStages
+from shared.errors import PeerLost
+from shared.placement.copies import Copy
+
+PULL, STAGE = 1, 2
+"""Tags of what the leader tells its followers."""
+
+AHEAD_BYTES_MAX = 64 * 2**20
+"""What one call copies on this rank while the old replica still runs, so that the caller's other
+work never waits for long."""
+
+_ANSWER_S = 60.0
+"""For a follower's answer; one that is gone or stuck is noticed long before by the session."""
+
+
+_NO_ROOM = "no KV blocks or no row free"
+_NOT_BEGUN = "nothing computed yet"
+
+_Answer = TypeVar("_Answer", Pulled, Staged)
+
+
+class Followers(Protocol):
+    """The part of a LeaderSession that a takeover needs."""
+
+    def broadcast(self, payload: bytes) -> None: ...
+    def recv(self, rank: int, timeout_s: float) -> bytes: ...
+
+
+class FollowerLink(Protocol):
+    """The part of a FollowerSession that it needs."""
+
+    def send(self, payload: bytes) -> None: ...
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A request whose KV cache is on its way: ``copied`` blocks are here, all of ``admission``."""
+
+    replica_id: str
+    admission: int = -1
+    copied: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Blocks ``[first, stop)`` of a request are to be copied, to ``own`` ones."""
+
+    state: LiveState
+    own: list[int]
+    first: int
+    stop: int
+
+
+class Takeover:
+    """The leader's side. ``followers`` are the other ranks, ``size`` - 1 of them."""
+
+    def __init__(
+        self,
+        scheduler: BatchScheduler,
+        kv: KvTransfer,
+        stages: WeightStages,
+        *,
+        followers: Followers | None = None,
+        size: int = 1,
+    ) -> None:
+        self._scheduler = scheduler
+        self._kv, self._stages = kv, stages
+        self._followers, self._size = followers, size
+        self._arrivals: dict[str, _Arrival] = {}
+        self._confirmed: set[str] = set()
+
+    def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
+        """See Engine; each rank is told its own."""
+        self._kv.expect(copies, peers, verify=verify)
+
+    def take(self, replica_id: str, states: Sequence[LiveState], *, final: bool) -> Taken:
+        """See Engine. A request that this replica can never run, for want of KV cache, is named in
+        ``detail`` and neither moved nor replayed. With ``final``, what cannot be copied is
+        replayed; without, PeerLost is raised, and what was copied ahead is forgotten."""
+        self._drop(replica_id, keep={state.request.key for state in states})
+        fitting = [state for state in states if self._can_run(state)]
+        wanted, replayed, reasons = self._reserve(replica_id, fitting, final=final)
+        if len(fitting) < len(states):
+            reasons.add(f"{len(states) - len(fitting)} requests are too long for this KV cache")
+        if not final:
+            wanted = self._bite(wanted)
+        answers = self._pull(replica_id, wanted, last=final)
+        failures = sorted({answer.failure for answer in answers if answer.failure})
+        if failures and not final:
+            self._drop(replica_id, keep=set())
+            raise PeerLost(failures[0])
+        reasons.update(failures)
+        for one in wanted:
+            if failures and one.first < one.stop:
+                replayed.append(one.state.request.key)
+                self._hold_without_cache(one.state)
+            else:
+                self._arrivals[one.state.request.key].copied = one.stop
+        if not final:
+            return Taken(bytes_by_source=_bytes(answers))
+        without = set(replayed)
+        moved = [key for one in wanted if (key := one.state.request.key) not in without]
+        self._confirmed.update(moved, replayed)
+        for key in (*moved, *replayed):
+            self._arrivals.pop(key, None)
+        detail = "; ".join(sorted(reasons))
+        return Taken(moved=moved, replayed=replayed, bytes_by_source=_bytes(answers), detail=detail)
+
+    def settle(self) -> None:
+        """Before held requests are released: forget those that no final call has confirmed."""
+        for key in set(self._scheduler.held) - self._confirmed:
+            self._scheduler.forget_held(key)
+        self._arrivals.clear()
+        self._confirmed.clear()
+
+    def advance_stage(self, stage: int, layers: tuple[int, int]) -> None:
+        """See Engine; of all ranks. Raises PeerLost and EngineFailed."""
+        order = StageOrder(stage, layers)
+        self._tell(STAGE, order)
+        try:
+            staged = [self._stages.advance(order)]
+        finally:
+            answers = self._answers(Staged)
+        for answer in (*staged, *answers):
+            if answer.failure:
+                raise PeerLost(answer.failure)
+
+    def close(self) -> None:
+        self._kv.close()
+
+    def _can_run(self, state: LiveState) -> bool:
+        kv = self._scheduler.kv
+        sampling = state.request.sampling
+        tokens_max = len(state.request.prompt_tokens) + sampling.output_tokens_max
+        return tokens_max - 1 <= kv.total * kv.block_tokens  # the last token is never computed
+
+    def _drop(self, replica_id: str, *, keep: set[str]) -> None:
+        """Forget what came from ``replica_id`` and is not to be kept."""
+        for key, arrival in list(self._arrivals.items()):
+            if arrival.replica_id == replica_id and key not in keep:
+                del self._arrivals[key]
+                self._scheduler.forget_held(key)
+
+    def _reserve(
+        self, replica_id: str, states: Iterable[LiveState], *, final: bool
+    ) -> tuple[list[_Wanted], list[str], set[str]]:
+        """Blocks for as many as fit, oldest first: what to copy, whom to replay, and why."""
+        wanted: list[_Wanted] = []
+        replayed: list[str] = []
+        reasons: set[str] = set()
+        for state in states:
+            key = state.request.key
+            own = self._scheduler.take(state) if state.computed else None
+            if own is None:
+                self._arrivals.pop(key, None)
+                self._scheduler.forget_held(key)
+                if final:
+                    replayed.append(key)
+                    self._hold_without_cache(state)
+                    reasons.add(_NO_ROOM if state.computed else _NOT_BEGUN)
+                continue
+            arrival = self._arrivals.setdefault(key, _Arrival(replica_id))
+            if arrival.admission != state.admission:
+                arrival.admission, arrival.copied = state.admission, 0
+            tokens = self._scheduler.kv.block_tokens
+            stop = -(-state.computed // tokens) if final else state.computed // tokens
+            # A block that was full, and copied, does not change; the one after it may have.
+            wanted.append(_Wanted(state, own, min(arrival.copied, stop), stop))
+        return wanted, replayed, reasons
+
+    def _bite(self, wanted: Iterable[_Wanted]) -> list[_Wanted]:
+        """As much of it as one call copies ahead."""
+        room = max(1, AHEAD_BYTES_MAX // max(1, self._kv.block_bytes))
+        bite: list[_Wanted] = []
+        for one in wanted:
+            stop = min(one.stop, one.first + room)
+            room -= stop - one.first
+            bite.append(replace(one, stop=stop))
+        return bite
+
+    def _pull(self, replica_id: str, wanted: Iterable[_Wanted], *, last: bool) -> list[Pulled]:
+        """All ranks at once. Raises RankLost."""
+        theirs: list[int] = []
+        own: list[int] = []
+        for one in wanted:
+            theirs += one.state.blocks[one.first : one.stop]
+            own += one.own[one.first : one.stop]
+        assert len(theirs) == len(own), "a request has fewer blocks than tokens computed"
+        order = PullOrder(replica_id, theirs, own, last)
+        if not own and not last:
+            return []
+        self._tell(PULL, order)
+        try:
+            pulled = self._kv.pull(order)
+        finally:
+            answers = self._answers(Pulled)
+        return [pulled, *answers]
+
+    def _hold_without_cache(self, state: LiveState) -> None:
+        held = self._scheduler.take(replace(state, computed=0, blocks=[]))
+        assert held is not None, "a request without blocks always fits"
+
+    def _tell(self, tag: int, order: msgspec.Struct) -> None:
+        if self._followers is not None:
+            self._followers.broadcast(command(tag, msgspec.msgpack.encode(order)))
+
+    def _answers(self, kind: type[_Answer]) -> list[_Answer]:
+        """Of all followers: whoever was told is heard, or the next answer would be mistaken."""
+        if self._followers is None:
+            return []
+        return [
+            msgspec.msgpack.decode(self._followers.recv(rank, _ANSWER_S), type=kind)
+            for rank in range(1, self._size)
+        ]
+
+
+def takeover_handlers(
+    kv: KvTransfer, stages: WeightStages, leader: FollowerLink
+) -> dict[int, Callable[[bytes], None]]:
+    """What a follower does when its leader says PULL or STAGE, by tag."""
+
+    def pull(body: bytes) -> None:
+        leader.send(msgspec.msgpack.encode(kv.pull(msgspec.msgpack.decode(body, type=PullOrder))))
+
+    def advance(body: bytes) -> None:
+        order = msgspec.msgpack.decode(body, type=StageOrder)
+        leader.send(msgspec.msgpack.encode(stages.advance(order)))
+
+    return {PULL: pull, STAGE: advance}
+
+
+def _bytes(answers: Iterable[Pulled]) -> dict[str, dict[str, int]]:
+    return {
+        answer.worker_id: answer.bytes_by_source for answer in answers if answer.bytes_by_source
+    }
