@@ -1,4 +1,4 @@
-"""``oserve why``, ``adopt``, ``switch`` and ``release``: why a mesh is as it is, and a person's word in it."""
+"""``oserve why``, ``adopt``, ``switch``, ``release``: why a mesh is as it is, and a word in it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +75,7 @@ def adopt(
     raise typer.Exit(run_adopt(file, which, wait_s=wait_s))
 
 
-def switch(
+def switch(  # noqa: PLR0913, PLR0917  # its options
     to: Annotated[
         str, typer.Option(help='Shapes, such as "tp2*1" or "tp2pp1*1,tp1*2", or a plan file.')
     ],

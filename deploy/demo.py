@@ -1,9 +1,10 @@
-"""``make demo``: a mesh, two minutes of a real trace, and a worker killed in the middle of it.
+"""``make demo``: a mesh, two minutes of a real trace, two changes of shape, and a killed worker.
 
-Ends with 0 only if every request completed. The load is fitted to the machine: first a batch of
-the trace's requests all at once tells how many per second the mesh can finish, then the trace is
-replayed at a third of that rate, so that its bursts, and the loss of one of two replicas, hurt but
-are bearable.
+While the trace runs, two single-GPU replicas become one of two GPUs, then two again, as
+``oserve switch`` does it; later a worker is killed. Ends with 0 only if every request completed and
+both switches were live. The load is fitted to the machine: first a batch of the trace's requests
+all at once tells how many per second the mesh can finish, then the trace is replayed at a third of
+that rate, so that its bursts, and the loss of one of two replicas, hurt but are bearable.
 """
 
 import argparse
@@ -17,6 +18,10 @@ import msgspec
 from rich.console import Console
 
 from deploy.local import LocalMesh
+from deploy.status import LISTEN_S
+from deploy.switch import switch
+from deploy.switch_view import in_short
+from deploy.switch_watch import SwitchOutcome
 from loadgen.client import Progress
 from loadgen.replay import write_outputs
 from loadgen.report import Mark, Report
@@ -24,6 +29,7 @@ from loadgen.report_table import report_tables
 from loadgen.run import GENERATOR, ReplayOptions, load_arrivals, replay_arrivals
 from loadgen.workload.arrivals import Selection
 from loadgen.workload.records import TraceRecord
+from shared.bus import NatsBus
 from shared.errors import OServeError
 
 TOPOLOGY = Path(__file__).with_name("topologies") / "laptop.toml"
@@ -39,6 +45,9 @@ UTILISATION = 0.3  # on average: the trace has bursts of three times its mean
 RATE_SCALE_MAX = 8.0  # beyond, two minutes would show the load generator rather than the mesh
 PROGRESS_S = 10.0
 VICTIM = "worker-n0-g0"
+SWITCHES = (("tp2*1", 0.25), ("tp1*2", 0.5))  # to what, after which part of the trace
+KILL_AT = 0.75  # of the trace: by then both GPUs have a replica of their own again
+SWITCH_TIMEOUT_S = 60.0
 
 console = Console(highlight=False)
 
@@ -71,14 +80,34 @@ async def _demo(duration_s: float, out: Path) -> bool:
             f"replaying {len(arrivals)} requests in {duration_s:g} s (rate x {scale:.2f})"
         )
         started_s = time.time()
-        report = await _replay_and_kill(mesh, options, arrivals, duration_s)
-        moved = _moved(mesh.log_dir / "ingress-0.log", since_s=started_s)
+        report, story = await _replay(mesh, options, arrivals, duration_s)
+        retried = _retried(mesh.log_dir / "ingress-0.log", since_s=started_s)
     console.print(report_tables(report))
     for path in write_outputs(report, report=out / "report.json", picture=out / "report.png"):
         say(f"written: {path}")
+    return _verdict(report, story, retried)
+
+
+class Story(msgspec.Struct):
+    """What was done to the mesh while the trace ran."""
+
+    marks: list[Mark] = msgspec.field(default_factory=list[Mark])
+    switches: list[SwitchOutcome] = msgspec.field(default_factory=list[SwitchOutcome])
+
+
+def _verdict(report: Report, story: Story, retried: int) -> bool:
+    """Say how it went; whether all of it went well."""
+    for outcome in story.switches:
+        say(in_short(outcome))
+    live = [outcome for outcome in story.switches if outcome.succeeded and outcome.way == "live"]
+    told = [outcome.report for outcome in live if outcome.report is not None]
+    say(
+        f"{len(live)} of {len(SWITCHES)} switches were live: {sum(t.moved for t in told)} requests "
+        f"moved live, {sum(t.replayed for t in told)} replayed"
+    )
     verdict = "every" if report.all_completed else "not every"
-    say(f"{verdict} request completed; {VICTIM} was killed half way through, under {moved} of them")
-    return report.all_completed
+    say(f"{verdict} request completed; {retried} took another attempt, {VICTIM} having been killed")
+    return report.all_completed and len(live) == len(SWITCHES)
 
 
 def _options(url: str, duration_s: float) -> ReplayOptions:
@@ -119,24 +148,41 @@ def _fitted(
     return load_arrivals(msgspec.structs.replace(options, selection=selection)), scale
 
 
-async def _replay_and_kill(
+async def _replay(
     mesh: LocalMesh, options: ReplayOptions, arrivals: list[TraceRecord], duration_s: float
-) -> Report:
-    progress = Progress()
-    async with asyncio.TaskGroup() as tasks:
-        shown = tasks.create_task(_show(progress, len(arrivals)))
-        murder = tasks.create_task(_kill(mesh, after_s=duration_s / 2))
-        report = await replay_arrivals(arrivals, options, progress=progress)
-        shown.cancel()
-        murder.cancel()
-    mark = Mark(duration_s / 2, f"SIGKILL {VICTIM}")
-    return msgspec.structs.replace(report, marks=(mark,))
+) -> tuple[Report, Story]:
+    progress, story = Progress(), Story()
+    bus = NatsBus(msgspec.structs.replace(mesh.topology.bus, url=mesh.bus_url))
+    await bus.connect(name="oserve-demo")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            shown = tasks.create_task(_show(progress, len(arrivals)))
+            told = tasks.create_task(_tell(mesh, bus, story, duration_s))
+            report = await replay_arrivals(arrivals, options, progress=progress)
+            await told
+            shown.cancel()
+    finally:
+        await bus.close()
+    return msgspec.structs.replace(report, marks=tuple(story.marks)), story
 
 
-async def _kill(mesh: LocalMesh, *, after_s: float) -> None:
-    await asyncio.sleep(after_s)
+async def _tell(mesh: LocalMesh, bus: NatsBus, story: Story, duration_s: float) -> None:
+    """Switch there and back, then kill: each when its part of the trace is over."""
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    for to, part in SWITCHES:
+        # It listens to the mesh before it asks: that is no part of the switch.
+        await asyncio.sleep(max(0.0, began_s + part * duration_s - LISTEN_S - loop.time()))
+        say(f"switching to {to}")
+        outcome = await switch(bus, to, timeout_s=SWITCH_TIMEOUT_S)
+        story.switches.append(outcome)
+        say(in_short(outcome))
+        at_s = loop.time() - began_s - outcome.took_s
+        story.marks.append(Mark(at_s, f"switch to {outcome.plan or to}", "switch"))
+    await asyncio.sleep(max(0.0, began_s + KILL_AT * duration_s - loop.time()))
     say(f"SIGKILL to {VICTIM} (pid {mesh.pids()[VICTIM]})")
     mesh.kill(VICTIM)
+    story.marks.append(Mark(loop.time() - began_s, f"SIGKILL {VICTIM}"))
 
 
 class _Line(msgspec.Struct):
@@ -147,8 +193,8 @@ class _Line(msgspec.Struct):
     attempts: int = 0
 
 
-def _moved(log: Path, *, since_s: float) -> int:
-    """Requests that another replica finished, as the ingress says in its line for each request."""
+def _retried(log: Path, *, since_s: float) -> int:
+    """Requests with more than one attempt, as the ingress says in its line for each request."""
     lines = [line for line in log.read_bytes().splitlines() if line.startswith(b"{")]
     ended = [msgspec.json.decode(line, type=_Line) for line in lines]
     return sum(line.attempts > 1 and line.time_s >= since_s for line in ended)

@@ -14,6 +14,8 @@ _ENDINGS = (".png", ".svg")
 # Okabe and Ito's palette: told apart by readers with any colour vision.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 _FAILED = "#C00000"
+_MARK_COLOURS = {"loss": _FAILED, "switch": "#6A3D9A"}
+_MARK_STYLES = ("-.", ":", "--", "-")
 _MARKS_NAMED = 4  # more would fill the legend
 _TYPES_MAX = 7  # more lines cannot be told apart; the rest is drawn as one
 
@@ -141,7 +143,9 @@ def _finish(axes: Axes, report: Report, *, ylabel: str, title: str) -> None:
         axes.set_ylim(bottom=0)
     for number, mark in enumerate(report.marks):
         label = mark.text if number == 0 or len(report.marks) <= _MARKS_NAMED else None
-        axes.axvline(mark.at_s, color=_FAILED, linewidth=1.0, linestyle="-.", label=label)
+        style = _MARK_STYLES[number % len(_MARK_STYLES)]
+        colour = _MARK_COLOURS[mark.kind]
+        axes.axvline(mark.at_s, color=colour, linewidth=1.2, linestyle=style, label=label)
     axes.set_xlim(0, report.timeline.buckets * report.timeline.bucket_s)
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(visible=True, which="major", alpha=0.25)

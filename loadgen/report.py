@@ -17,6 +17,7 @@ Definitions, so that numbers can be compared with others':
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -74,6 +75,7 @@ class Mark(msgspec.Struct, frozen=True):
 
     at_s: float
     text: str
+    kind: Literal["loss", "switch"] = "loss"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -200,12 +200,6 @@ def _check_wish(
             remedy=f"name a model of mesh.model or [[mesh.more_models]]: {names}",
         )
     shape = Parallelism.parse(wish.parallelism)
-    if mesh.engine.kind == "torch" and shape.gpus > 1:
-        raise ConfigInvalid(
-            field=f"{field}.parallelism",
-            value=wish.parallelism,
-            remedy="the torch engine runs on one device: use tp1pp1, or the modelled engine",
-        )
     if wish.gpus and len(wish.gpus) != shape.gpus:
         raise ConfigInvalid(
             field=f"{field}.gpus", value=wish.gpus, remedy=f"{shape} needs {shape.gpus} GPUs"

@@ -14,6 +14,7 @@ from loadgen.simulator import source as ingress
 from loadgen.simulator.engines import Engines
 from loadgen.simulator.faults import Weather
 from loadgen.simulator.jobs import slow_job
+from loadgen.simulator.memory import Memory
 from loadgen.simulator.migration import Migrator
 from loadgen.simulator.observer import INPUTS as OBSERVED
 from loadgen.simulator.observer import Observer
@@ -21,8 +22,10 @@ from loadgen.simulator.oracle import INPUTS as FORESEEN
 from loadgen.simulator.oracle import Oracle
 from loadgen.simulator.outcome import SimulationSpec, Traffic
 from loadgen.simulator.paces import paces
+from loadgen.simulator.peers import Peers
 from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.pulse import Pulse
+from loadgen.simulator.shapes import links_of, model_shapes, with_memory
 from loadgen.simulator.source import Arrival, Source
 from loadgen.simulator.streaming import Streaming
 from loadgen.simulator.workshop import NO_FAULTS, Facts
@@ -34,6 +37,8 @@ from services.scheduler import core as scheduler
 from services.scheduler.policies.registry import make_policy
 from services.scheduler.solving import solve
 from services.switcher import core as switcher
+from services.switcher.events import PLAN_TRANSFER
+from services.switcher.planning import plan as plan_transfer
 from services.worker.core import INPUTS as WORKER_INPUTS
 from services.worker.core import WorkerCore
 from services.worker.engine.batching import Batch
@@ -81,6 +86,11 @@ class Cluster:
         if spec.policy.migration == "llumnix":
             self.migrator = Migrator(self.world, self.fleet)
         self._booted = False
+        self._peers = Peers()
+        shapes = model_shapes(self.mesh) if spec.policy.live else {}
+        self._shapes = tuple(shapes.values())
+        self._memory = {name: Memory(shapes.get(name)) for name in self._model_ids}
+        self._links = links_of(self.mesh)
         self._add_services()
         for host in self.mesh.nodes:
             for gpu in host.gpu_specs():
@@ -123,8 +133,14 @@ class Cluster:
 
     # What engines are made of
 
-    def batch(self, spec: ReplicaSpec) -> Batch:
-        return modelled_replica(self.mesh, spec).new_batch()
+    def batch(self, spec: ReplicaSpec, *, rank: int, cache_bytes_max: int) -> Batch:
+        """With the KV cache that the old replicas leave room for, as long as it lives."""
+        replica = modelled_replica(self.mesh, spec)
+        block_bytes = replica.limits.block_tokens * self.memory(spec.model_id).token(spec, rank)
+        if cache_bytes_max and block_bytes:
+            blocks = max(1, min(replica.kv_blocks, cache_bytes_max // block_bytes))
+            replica = dataclasses.replace(replica, kv_blocks=blocks)
+        return replica.new_batch()
 
     def start_s(self, spec: ReplicaSpec) -> float:
         """The first replicas are there when the trace begins."""
@@ -132,6 +148,13 @@ class Cluster:
             return BOOT_START_S
         start_s = self.spec.policy.start_s
         return modelled_replica(self.mesh, spec).start_s if start_s is None else start_s
+
+    def memory(self, model_id: str) -> Memory:
+        return self._memory[model_id]
+
+    def copy_s(self, byte_counts: Mapping[str, int]) -> float:
+        """Sources send side by side; all of it goes in by one link."""
+        return sum(byte_counts.values()) / self._links.peer
 
     def facts(self, request: SubmitRequest) -> Facts:
         return self.source.facts(request.request_id)
@@ -169,7 +192,7 @@ class Cluster:
         )
         add(self._forecaster())
         add(NodeSpec(name="scheduler", make=self._scheduler, inputs=self._scheduler_inputs()))
-        add(self._simple("switcher", lambda: switcher.Switcher(paces.switcher), switcher.INPUTS))
+        add(NodeSpec(name="switcher", make=self._switcher, inputs=switcher.INPUTS))
 
     def _simple(
         self, name: str, make: Callable[[], Core], inputs: Sequence[subjects.Subject[Any]]
@@ -190,6 +213,10 @@ class Cluster:
     def _scheduler_inputs(self) -> Sequence[subjects.Subject[Any]]:
         return scheduler.inputs(self.paces.scheduler.policy)
 
+    def _switcher(self, _number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
+        job = slow_job(plan_transfer, port, took_s=self.spec.slow_work_s)
+        return switcher.Switcher(self.paces.switcher), {PLAN_TRANSFER: job}
+
     def _scheduler(self, _number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
         config = self.paces.scheduler
         policy = make_policy(config)
@@ -206,8 +233,10 @@ class Cluster:
                 worker_id=worker_id,
                 incarnation=incarnation,
                 node_id=node_id,
-                gpu=gpu,
+                gpu=with_memory(self.mesh, gpu),
                 models=self._model_ids,
+                peer=incarnation,
+                shapes=self._shapes,
             )
             pulse = None
             if self.paces.pulse_s is not None:
@@ -217,6 +246,7 @@ class Cluster:
                 incarnation=incarnation,
                 workshop=self,
                 rng=random.Random(f"engine/{self.spec.seed}/{incarnation}"),
+                peers=self._peers,
                 pulse=pulse,
             )
             self.fleet.append(engines)

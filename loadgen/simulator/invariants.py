@@ -10,7 +10,7 @@ from services.switcher.core import KEY
 from services.switcher.walk import faults_of
 from shared.core import Publish
 from shared.hardware import GpuSpec
-from shared.messages.plans import AdoptPlan, PlanInForce, StoredPlan, SwitchEnded
+from shared.messages.plans import AdoptPlan, PlanInForce, StoredPlan, SwitchEnded, SwitchStarted
 from shared.messages.replicas import RequestsTaken, WorkerReport
 from shared.messages.requests import SubmitRequest
 
@@ -123,14 +123,15 @@ class MemoryWatch:
 
 
 class RequestWatch:
-    """Counts what switches do to requests. ``check`` is for worlds in which nothing goes wrong: there
-    each request runs in one engine at a time, engines that share a GPU do not compute at once, and
-    no request is begun again once it has tokens."""
+    """Counts what switches do to requests. ``check`` is for worlds in which nothing goes wrong:
+    there each request runs in one engine at a time, engines that share a GPU do not compute at
+    once, and until a switch has to reload no request is begun again once it has tokens."""
 
     def __init__(self, world: World, memory: MemoryWatch, *, strict: bool = False) -> None:
         self._memory, self._strict = memory, strict
         self.ways: Counter[str] = Counter()  # of switches that have succeeded, and "failed"
         self.moved = self.replayed = self.restarted = 0
+        self._reloaded = False
         world.taps.append(self._see)
         if strict:
             world.watches.append(self.check)
@@ -156,7 +157,10 @@ class RequestWatch:
                 self.moved += moved
                 self.replayed += replayed
             case SubmitRequest(attempt=attempt) as submit:
-                self.restarted += bool(attempt and submit.output_tokens)
-                assert not (self._strict and attempt and submit.output_tokens), submit
+                again = bool(attempt and submit.output_tokens)
+                self.restarted += again
+                assert not (self._strict and again) or self._reloaded, submit
+            case SwitchStarted(way=way):
+                self._reloaded |= way == "reload"
             case _:
                 pass

@@ -8,9 +8,12 @@ import msgspec
 
 from loadgen.simulator.process import Job, Port
 from services.scheduler.solving import Solved
+from services.switcher.events import TransferPlanned
 
 
-def slow_job(work: Callable[[Any], Solved], port: Port, *, took_s: float | None) -> Job:
+def slow_job(
+    work: Callable[[Any], Solved | TransferPlanned], port: Port, *, took_s: float | None
+) -> Job:
     """``took_s`` virtual seconds later, or as many as it takes this machine now."""
 
     def perform(argument: Any) -> None:  # noqa: ANN401  # the job's own type

@@ -322,9 +322,11 @@ def simulate(seed: int) -> Outcome:
     return Mesh(seed).run()
 
 
-def replay_command(seed: int) -> str:
+def replay_command(seed: int, world: str = "mesh") -> str:
     """What shows that run again, with its trace if it fails."""
-    return f"python -m loadgen.simulator --seed {seed}"
+    return f"python -m loadgen.simulator --seed {seed}" + (
+        "" if world == "mesh" else f" --world {world}"
+    )
 
 
 def _switcher(_number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
@@ -338,8 +340,8 @@ def _router(name: str) -> Core:
 
 
 def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...], edit: int) -> tuple[ReplicaWish, ...]:
-    """One to four replicas of any shape that fit when every worker is up; some are pinned. Most have
-    a name that none had before: one that changes under its old name is reloaded."""
+    """One to four replicas of any shape that fit when every worker is up; some are pinned.
+    Most have a name that none had before: one that changes under its old name is reloaded."""
     free = {host.node_id: [gpu.gpu_id for gpu in host.gpu_specs()] for host in hosts}
     wishes: list[ReplicaWish] = []
     for i in range(rng.randint(1, 4)):
@@ -351,5 +353,5 @@ def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...], edit: int) -> tupl
         taken = tuple(gpus.pop() for _ in range(shape.gpus))
         pinned = taken if rng.random() < 0.5 else ()  # noqa: PLR2004  # half of them
         named = edit if rng.random() < 0.8 else 0  # noqa: PLR2004  # most of them
-        wishes.append(ReplicaWish(replica_id=f"r{i}.{named}", parallelism=str(shape), gpus=pinned))
+        wishes.append(ReplicaWish(replica_id=f"r{i}-{named}", parallelism=str(shape), gpus=pinned))
     return tuple(wishes)

@@ -51,6 +51,7 @@ class Policy:
     begin: Begin = "topology"
     shape: str = ""
     start_s: float | None = None
+    live: bool = False  # new replicas take over weights, requests and KV cache of the old ones
     migration: Migration = "none"
     forecast: ForecastName = "ours"  # where its name does not say
     known: str = ""

@@ -76,7 +76,7 @@ class Ranks:
                 EngineReady(
                     replica_id=engine.replica_id,
                     generation=engine.generation,
-                    bytes_by_source=engine.fetched,
+                    bytes_by_source=dict(engine.fetched),
                     took_s=took_s,
                     cache_bytes=engine.cache_bytes,
                 )

@@ -1,8 +1,8 @@
-"""A mesh that switches all the time: the cores of switcher, workers, ingress and router in a world.
+"""A mesh that switches all the time: switcher, workers, ingress and router in a world.
 
-Smaller than mesh.py's, and quicker: plans are drawn instead of decided, two to five in a run, of any
-shapes that fit, some of them other weights alone. ``CalmSwitchMesh`` has nothing go wrong, and all is
-checked that must hold then.
+Smaller than mesh.py's, and quicker: plans are drawn instead of decided, two to five in a run, of
+any shapes that fit, some of them other weights alone. In ``CalmSwitchMesh`` nothing goes wrong, and
+all is checked that must hold then.
 """
 
 import random
@@ -51,10 +51,11 @@ class SwitchMesh(Mesh):
             host.node_id: [g.gpu_id for g in host.gpu_specs() if g.gpu_id not in self.world.lost]
             for host in self._hosts
         }
-        replicas: list[ReplicaSpec] = []
-        for spec in before.replicas if before is not None else ():
-            if rng.random() < SAME_SHARE and _take(free, spec.gpus):
-                replicas.append(spec)
+        replicas = [
+            spec
+            for spec in (before.replicas if before is not None else ())
+            if rng.random() < SAME_SHARE and _take(free, spec.gpus)
+        ]
         for i in range(rng.randint(0 if replicas else 1, 3)):
             shape = rng.choice(SHAPES)
             roomy = sorted(node_id for node_id, gpus in free.items() if len(gpus) >= shape.gpus)
@@ -64,7 +65,7 @@ class SwitchMesh(Mesh):
             rng.shuffle(gpus)
             replicas.append(
                 ReplicaSpec(
-                    replica_id=f"r{self._number}.{i}",
+                    replica_id=f"r{self._number}-{i}",
                     model_id=MODEL.model_id,
                     parallelism=str(shape),
                     gpus=tuple(gpus.pop() for _ in range(shape.gpus)),
@@ -74,7 +75,7 @@ class SwitchMesh(Mesh):
             worker_id = next(gpu for gpus in free.values() for gpu in gpus)
             replicas.append(
                 ReplicaSpec(
-                    replica_id=f"r{self._number}.0",
+                    replica_id=f"r{self._number}-0",
                     model_id=MODEL.model_id,
                     parallelism="tp1pp1",
                     gpus=(worker_id,),

@@ -272,7 +272,7 @@ class Takeovers:
         )
 
     def _stage(self, stage: EngineStage) -> None:
-        """The leader has all ranks do their part; one that cannot be reached is missed elsewhere."""
+        """The leader has all ranks do their part. Who cannot be reached is missed elsewhere."""
         engine = self._engine(stage.replica_id, stage.generation)
         if engine is None:
             return

@@ -1,5 +1,7 @@
 """The commands to workers: which there are, whom each is for, and how it is sent."""
 
+from typing import Any
+
 from services.switcher.view import Part
 from shared import subjects
 from shared.core import Publish
@@ -13,6 +15,7 @@ from shared.messages.replicas import (
     StopReplica,
     TakeRequests,
 )
+from shared.subjects import Subject
 
 Command = (
     StartReplica
@@ -26,25 +29,20 @@ Command = (
 )
 
 
+SUBJECTS: dict[type[Command], Subject[Any]] = {
+    StartReplica: subjects.START_REPLICA,
+    DrainReplica: subjects.DRAIN_REPLICA,
+    StopReplica: subjects.STOP_REPLICA,
+    ResumeReplica: subjects.RESUME_REPLICA,
+    PrepareReplica: subjects.PREPARE_REPLICA,
+    PauseReplica: subjects.PAUSE_REPLICA,
+    TakeRequests: subjects.TAKE_REQUESTS,
+    AdvanceStage: subjects.ADVANCE_STAGE,
+}
+
+
 def publish(command: Command) -> Publish:
-    worker_id = command.worker_id
-    match command:
-        case StartReplica():
-            return subjects.START_REPLICA.send(command, worker_id=worker_id)
-        case DrainReplica():
-            return subjects.DRAIN_REPLICA.send(command, worker_id=worker_id)
-        case StopReplica():
-            return subjects.STOP_REPLICA.send(command, worker_id=worker_id)
-        case ResumeReplica():
-            return subjects.RESUME_REPLICA.send(command, worker_id=worker_id)
-        case PrepareReplica():
-            return subjects.PREPARE_REPLICA.send(command, worker_id=worker_id)
-        case PauseReplica():
-            return subjects.PAUSE_REPLICA.send(command, worker_id=worker_id)
-        case TakeRequests():
-            return subjects.TAKE_REQUESTS.send(command, worker_id=worker_id)
-        case AdvanceStage():
-            return subjects.ADVANCE_STAGE.send(command, worker_id=worker_id)
+    return SUBJECTS[type(command)].send(command, worker_id=command.worker_id)
 
 
 def part_of(command: Command) -> Part:

@@ -15,10 +15,6 @@ from shared.placement.sheets import Rank, cache_token_bytes
 from shared.placement.spread import ANY_TYPE
 
 
-def nothing_to_copy(live: Live) -> bool:
-    return not live.targets
-
-
 def wanted(live: Live) -> TransferWanted | None:
     """The question; None while workers that it needs have neither reported nor fallen silent."""
     switch, view = live.switch, live.view

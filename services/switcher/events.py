@@ -72,10 +72,10 @@ class TransferWanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TransferPlanned(Message, frozen=True, kw_only=True):
-    """The copies of the switch of ``epoch``: ``copies[worker_id][replica_id]``. ``stages[k]``: layers
-    that replicas that go may free when the copies of stage k are done. ``cache_bytes_max`` by
-    worker. ``bytes_total``: of all copies between workers and from disks. ``failure``: why there
-    is no such plan; all else is empty then."""
+    """The copies of the switch of ``epoch``: ``copies[worker_id][replica_id]``. ``stages[k]``: the
+    layers that replicas that go may free when the copies of stage k are done. ``cache_bytes_max``
+    by worker. ``bytes_total``: of all copies of weights between workers and from disks.
+    ``failure``: why there is no such plan; all else is empty then."""
 
     epoch: int
     copies: dict[str, dict[str, tuple[Copy, ...]]] = msgspec.field(

@@ -79,6 +79,13 @@ BEYOND: frozenset[State] = frozenset({"activating", "retiring"})
 WALKING: frozenset[State] = TOWARDS | BEYOND
 """States in which workers are commanded, against a deadline."""
 
+GO_ON_LATE: dict[State, State] = {
+    "draining": "stopping",
+    "activating": "retiring",
+    "retiring": "settled",
+}
+"""Where a walk goes whose phase did not end in time, other than back."""
+
 
 def phase_timeout_s(state: State, config: SwitcherConfig) -> float:
     """How long the walk may stay in ``state``."""

@@ -114,17 +114,21 @@ class WorkerView:
                 if held is not None and held.epoch <= event.epoch:
                     del self._workers[part[0]].hosted[part[1]]
                     self._lose(part)
-            case ReplicaPrepared():
-                held = self.held(part)
-                if held is not None and held.prepared < event.epoch:
-                    phase = "prepared" if held.phase == "preparing" else held.phase
-                    self._note(part, phase=phase, prepared=event.epoch)
             case ReplicaPaused():
                 self._update(part, event.epoch, phase="paused")
-            case RequestsTaken():
-                held = self.held(part)
-                if held is not None and held.prepared <= event.epoch:
-                    self._note(part, taken=event.epoch)
+            case ReplicaPrepared() | RequestsTaken():
+                self._get_ready(part, event)
+
+    def _get_ready(self, part: Part, event: ReplicaPrepared | RequestsTaken) -> None:
+        """Neither changes the epoch of a replica that serves."""
+        held = self.held(part)
+        if held is None or held.prepared > event.epoch:
+            return
+        if isinstance(event, RequestsTaken):
+            self._note(part, taken=event.epoch)
+        elif held.prepared < event.epoch:
+            phase = "prepared" if held.phase == "preparing" else held.phase
+            self._note(part, phase=phase, prepared=event.epoch)
 
     def prune(self, *, epoch: int, now_s: float) -> None:
         """Forget what no longer matters once ``epoch`` is in force, to stay bounded."""
@@ -169,7 +173,9 @@ class WorkerView:
 
     def peers(self, worker_ids: Iterable[str]) -> dict[str, str]:
         """Where these workers are reached by others, as far as they have said so."""
-        found = {w: self._workers[w].report.peer for w in sorted(set(worker_ids) & set(self.known()))}
+        found = {
+            w: self._workers[w].report.peer for w in sorted(set(worker_ids) & set(self.known()))
+        }
         return {worker_id: peer for worker_id, peer in found.items() if peer}
 
     def shape(self, worker_id: str, model_id: str) -> ModelShape | None:

@@ -62,40 +62,38 @@ def next_step(state: State, now: Live, *, drain_timeout_s: float) -> Next:
     switch, view, now_s = now.switch, now.view, now.now_s
     match state:
         case "preparing" | "pausing" | "taking":
-            return _live_step(state, now)
+            failure = live.broken(now)
+            step = Next(commands=[], failure=failure) if failure else _live_step(state, now)
         case "activating":
-            return _then("retiring", live.activations(now))
+            step = _then("retiring", live.activations(now))
         case "retiring":
-            return _then("settled", reload.stops(switch, view, now_s))
+            step = _then("settled", reload.stops(switch, view, now_s))
         case "draining":
-            return _then("stopping", reload.drains(switch, view, now_s, timeout_s=drain_timeout_s))
+            step = _then("stopping", reload.drains(switch, view, now_s, timeout_s=drain_timeout_s))
         case "stopping":
-            return _then("starting", reload.stops(switch, view, now_s))
+            step = _then("starting", reload.stops(switch, view, now_s))
         case "starting":
             commands, failure = reload.starts(switch, view, now_s)
-            return Next(commands=[], failure=failure) if failure else _then("committing", commands)
-        case "rolling_back":
+            step = Next(commands=[], failure=failure) if failure else _then("committing", commands)
+        case _:  # rolling back
             commands, done = restored(switch, view, now_s, epoch=switch.epoch)
-            return Next(commands=commands, after="committing" if done else None)
-        case _:
-            return Next(commands=[])
+            step = Next(commands=commands, after="committing" if done else None)
+    return step
 
 
 def _live_step(state: State, now: Live) -> Next:
-    """Up to the commit: whatever breaks on the new side ends the attempt."""
-    if failure := live.broken(now):
-        return Next(commands=[], failure=failure)
+    """Up to the commit."""
     if state == "pausing":
         return _then("taking", live.pauses(now))
     if state == "taking":
         return _then("committing", live.takes(now))
-    if failure := live.too_late(now):
-        return Next(commands=[], failure=failure)
     planned = now.course.planned
     if now.targets and planned is None:
-        return Next(commands=[], plan=copying.wanted(now))
-    if planned is not None and planned.failure:
-        return Next(commands=[], failure=f"no plan of copies: {planned.failure}")
+        plan = None if now.course.planning else copying.wanted(now)
+        return Next(commands=[], plan=plan, failure=live.too_late(now))
+    failure = f"no plan of copies: {planned.failure}" if planned and planned.failure else ""
+    if failure := failure or live.too_late(now):
+        return Next(commands=[], failure=failure)
     return _then("pausing", live.in_the_way(now) or live.prepares(now))
 
 

@@ -56,11 +56,11 @@ def _workers_keep_from(specs: tuple[ReplicaSpec, ...], view: WorkerView, now_s: 
         for worker_id in spec.gpus:
             if view.gone(worker_id, now_s) or not view.reported(worker_id):
                 continue
-            if not view.peers((worker_id,)):
-                return f"other workers cannot reach {worker_id}"
             shape = view.shape(worker_id, spec.model_id)
             if shape is None:
                 return f"{worker_id} cannot move the weights of {spec.model_id}"
+            if not view.peers((worker_id,)):
+                return f"other workers cannot reach {worker_id}"
             try:
                 check_shape(shape, Parallelism.parse(spec.parallelism))
             except ConfigInvalid as error:

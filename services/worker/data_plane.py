@@ -1,52 +1,54 @@
 """Performs what the worker's core asks of its engines, and feeds back what becomes of it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from services.worker.config import WorkerConfig
 from services.worker.core import WorkerCore, WorkerEvent
-from services.worker.engine.factory import EngineFactory
-from services.worker.engine_host import EngineHost, Feed
+from services.worker.engine_host import EngineHost
 from services.worker.events import (
     ABORT,
     ADMIT,
+    EXPECT,
     MEASURE,
+    PAUSE_ENGINE,
+    RELEASE,
+    RESUME_ENGINE,
+    STAGE,
     START_ENGINE,
     STOP_ENGINE,
+    TAKE,
     Admission,
     EngineAbort,
+    EngineExpect,
     EngineLoads,
+    EnginePause,
+    EngineRelease,
+    EngineResume,
+    EngineStage,
     EngineStart,
     EngineStop,
+    EngineTake,
     MeasuredEngine,
     RequestRefused,
 )  # fmt: skip
+from services.worker.follower_host import FollowerHost
+from services.worker.host_context import HostContext
 from services.worker.outbox import Outbox
 from shared.core import Effect, Publish
 from shared.messages.requests import TokenChunks
 from shared.runtime import Job
-from shared.service import ServiceContext
 from shared.telemetry import Metrics
+
+Order = EnginePause | EngineResume | EngineTake | EngineRelease | EngineStage
 
 
 class DataPlane:
-    """``feed`` hands events to the core's runtime; ``tasks`` own the engines' loops."""
-
-    def __init__(
-        self,
-        config: WorkerConfig,
-        factory: EngineFactory,
-        *,
-        outbox: Outbox,
-        context: ServiceContext,
-        tasks: asyncio.TaskGroup,
-        feed: Feed,
-    ) -> None:
-        self._config, self._factory, self._outbox = config, factory, outbox
-        self._clock, self._tasks, self._feed = context.clock, tasks, feed
-        self._hosts: dict[str, EngineHost] = {}
+    def __init__(self, context: HostContext, metrics: Metrics) -> None:
+        self._context = context
+        self._hosts: dict[str, EngineHost | FollowerHost] = {}
         self._running: set[asyncio.Task[None]] = set()
-        self._meters = _Meters(context.metrics)
+        self._meters = _Meters(metrics)
 
     def jobs(self) -> Mapping[str, Job]:
         return {
@@ -55,6 +57,12 @@ class DataPlane:
             ADMIT: self._admit,
             ABORT: self._abort,
             MEASURE: self._measure,
+            EXPECT: self._expect,
+            PAUSE_ENGINE: self._ordered(_pause),
+            RESUME_ENGINE: self._ordered(_resume),
+            TAKE: self._ordered(_take),
+            RELEASE: self._ordered(_release),
+            STAGE: self._ordered(_stage),
         }
 
     def close(self) -> None:
@@ -63,15 +71,14 @@ class DataPlane:
             task.cancel()
 
     def _start_engine(self, start: EngineStart) -> None:
-        host = EngineHost(
-            start, self._factory, outbox=self._outbox, clock=self._clock, feed=self._feed
-        )
+        kind = FollowerHost if start.rank else EngineHost
+        host = kind(start, self._context)
         self._hosts[host.replica_id] = host
-        task = self._tasks.create_task(self._run(host))
+        task = self._context.tasks.create_task(self._run(host))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _run(self, host: EngineHost) -> None:
+    async def _run(self, host: EngineHost | FollowerHost) -> None:
         await host.run()
         if self._hosts.get(host.replica_id) is host:
             del self._hosts[host.replica_id]
@@ -85,18 +92,60 @@ class DataPlane:
     def _admit(self, admission: Admission) -> RequestRefused | None:
         """A host that has just broken takes nothing: the EngineBroken on its way ends it all."""
         host = self._hosts.get(admission.request.replica_id)
-        return host.admit(admission) if host is not None else None
+        return host.admit(admission) if isinstance(host, EngineHost) else None
 
     def _abort(self, abort: EngineAbort) -> None:
         host = self._hosts.get(abort.replica_id)
-        if host is not None:
+        if isinstance(host, EngineHost):
             host.abort(abort.key)
 
+    def _expect(self, order: EngineExpect) -> None:
+        host = self._hosts.get(order.replica_id)
+        if host is None or host.generation != order.generation:
+            return
+        if isinstance(host, EngineHost):
+            host.takeover.expect(order)
+        else:
+            host.expect(order)
+
+    def _ordered(self, give: Callable[[EngineHost, Any], None]) -> Job:
+        """A job for the leader's engine. One that has just broken hears nothing any more: the
+        EngineBroken on its way answers."""
+
+        def job(order: Order) -> None:
+            host = self._hosts.get(order.replica_id)
+            if isinstance(host, EngineHost) and host.generation == order.generation:
+                give(host, order)
+
+        return job
+
     def _measure(self, _: None) -> EngineLoads:
-        stall_s = self._config.step_stall_s
-        measured = tuple(host.measured(stall_s=stall_s) for host in self._hosts.values())
+        stall_s = self._context.config.step_stall_s
+        leading = [host for host in self._hosts.values() if isinstance(host, EngineHost)]
+        measured = tuple(host.measured(stall_s=stall_s) for host in leading)
         self._meters.show(measured)
-        return EngineLoads(engines=measured)
+        others = (host for host in self._hosts.values() if isinstance(host, FollowerHost))
+        return EngineLoads(engines=(*measured, *(host.measured() for host in others)))
+
+
+def _pause(host: EngineHost, order: EnginePause) -> None:
+    host.pause(order.shares)
+
+
+def _resume(host: EngineHost, _: EngineResume) -> None:
+    host.resume()
+
+
+def _take(host: EngineHost, order: EngineTake) -> None:
+    host.takeover.take(order)
+
+
+def _release(host: EngineHost, order: EngineRelease) -> None:
+    host.release(order)
+
+
+def _stage(host: EngineHost, order: EngineStage) -> None:
+    host.takeover.advance_stage(order)
 
 
 class ChunksApart:

@@ -6,92 +6,90 @@ only computes how long its step takes is called inline, and its chunks wait unti
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
-from services.worker.engine.factory import EngineFactory
-from services.worker.engine.interface import Engine, EngineChunk, EngineLoad, EngineRequest
+from services.worker.attempts import Attempt
+from services.worker.between import Between
+from services.worker.engine.interface import (
+    Engine,
+    EngineLoad,
+    EngineRequest,
+    LiveState,
+)
 from services.worker.engine_thread import EngineThread
 from services.worker.events import (
     Admission,
-    EndedAttempt,
     EngineBroken,
+    EnginePaused,
     EngineReady,
+    EngineRelease,
     EngineStart,
     EngineStopped,
     MeasuredEngine,
     RequestRefused,
-    RequestsEnded,
 )  # fmt: skip
-from services.worker.outbox import Outbox
-from shared.clock import Clock
+from services.worker.handover import Handover
+from services.worker.host_context import HostContext
+from services.worker.sending import Sender
+from services.worker.takeover import Takeover
 from shared.errors import Rejected
-from shared.messages.base import Message
-from shared.messages.requests import FailureCode, TokenChunk
-from shared.subjects import TOKEN_CHUNKS
+from shared.messages.replicas import Shares
+from shared.messages.requests import FailureCode
 
 log = logging.getLogger("oserve.worker")
 
 LAG_S_MAX = 0.1  # how far paced steps may fall behind and still catch up
 CHECK_PERIOD_S = 1.0  # an idle engine's invariants are checked at most this often
 STEP_WEIGHT = 0.1  # of the newest step in the mean step time
-Feed = Callable[[Message], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """Where an admitted request's chunks go."""
-
-    request_id: str
-    attempt: int
-    subject: str
+T = TypeVar("T")
 
 
 class EngineHost:
-    def __init__(
-        self,
-        start: EngineStart,
-        factory: EngineFactory,
-        *,
-        outbox: Outbox,
-        clock: Clock,
-        feed: Feed,
-    ) -> None:
+    def __init__(self, start: EngineStart, context: HostContext) -> None:
         self.replica_id, self.generation = start.spec.replica_id, start.generation
-        self._spec, self._factory = start.spec, factory
-        self._outbox, self._clock, self._feed = outbox, clock, feed
+        self._start, self._context, self._factory = start, context, context.factory
+        self._clock, self._feed = context.clock, context.feed
         self._engine: Engine | None = None
-        self._thread: EngineThread | None = None
-        self._live: dict[str, _Attempt] = {}
+        self._live: dict[str, Attempt] = {}  # by key; those held for another replica included
         self._adds: dict[str, EngineRequest] = {}  # to do between steps; the core bounds them
         self._aborts: list[str] = []
         self._wake = asyncio.Event()
+        self._between = Between(self._wake.set)
+        self._handover = Handover(self.replica_id, self._between, self._live, self._clock)
+        self.takeover = Takeover(
+            self.replica_id, self.generation, self._between, context, self._live
+        )
+        self._sender = Sender(self.replica_id, context, self._live)
         self._stopping = False
         self._stepping_since_s: float | None = None
         self._due_s = self._checked_s = 0.0
-        self._load = EngineLoad()
+        self._load, self._block_tokens = EngineLoad(), 0
         self.step_s = 0.0
-        self.steps_total = self.output_tokens_total = self.requests_total = 0
+        self.steps_total = self.requests_total = 0
 
     def admit(self, admission: Admission) -> RequestRefused | None:
-        """Take the request, or say why not; a blocking engine may yet refuse between steps."""
+        """Take the request, or say why not; a blocking engine may yet refuse between steps, and
+        one that stands still takes it when it goes on."""
         request = admission.request
-        attempt = _Attempt(
-            request.request_id,
-            request.attempt,
-            TOKEN_CHUNKS.pattern.replace("{ingress_id}", request.ingress_id),
-        )
+        still = self._handover.pausing or self._handover.paused
+        if still and len(self._adds) >= self._factory.waiting_max:
+            return RequestRefused(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                failure="overloaded",
+                detail="the replica is paused, and as many requests wait as it may keep",
+            )
+        self._live[admission.key] = Attempt.of(request)
         engine_request = EngineRequest(
             key=admission.key,
             prompt_tokens=request.prompt_tokens,
             sampling=request.sampling,
             output_tokens=request.output_tokens,
         )
-        self._live[admission.key] = attempt
         self._wake.set()
-        if self._engine is None or self._engine.blocking:
+        if self._engine is None or self._engine.blocking or still:
             self._adds[admission.key] = engine_request
             return None
         return self._add(self._engine, engine_request)
@@ -106,6 +104,18 @@ class EngineHost:
         else:
             self._engine.abort(key)
         self._wake.set()
+
+    def pause(self, shares: Shares) -> None:
+        """EnginePaused follows at the next step boundary."""
+        self._handover.pause(shares)
+        self._wake.set()
+
+    def resume(self) -> None:
+        self._handover.resume()
+        self._wake.set()
+
+    def release(self, order: EngineRelease) -> None:
+        self.requests_total += self.takeover.release(order)
 
     def stop(self) -> None:
         """Drop what runs and end; a start or step in progress is waited for, its result not
@@ -125,18 +135,20 @@ class EngineHost:
             load=self._load,
             running_max=self._factory.running_max,
             waiting_max=self._factory.waiting_max,
-            output_tokens_total=self.output_tokens_total,
+            output_tokens_total=self._sender.output_tokens_total,
             requests_total=self.requests_total,
             step_s=self.step_s,
             stalled=since_s is not None and self._clock.now_s() - since_s > stall_s,
+            cache_tokens=self._load.kv_blocks_used * self._block_tokens,
+            fetched_bytes=self.takeover.fetched_bytes,
         )
 
     async def run(self) -> None:
         """From start to stop. Whatever an engine raises loses its replica, not the worker; a
         broken invariant (AssertionError) ends the process, like everywhere."""
-        self._thread = EngineThread(f"engine-{self.replica_id}")
+        thread = EngineThread(f"engine-{self.replica_id}-{self.generation}")
         try:
-            await self._serve(self._thread)
+            await self._serve(thread)
         except AssertionError:
             raise
         except Exception as error:  # torch and drivers raise anything
@@ -152,21 +164,24 @@ class EngineHost:
             self._feed(EngineStopped(replica_id=self.replica_id, generation=self.generation))
         finally:
             self._live.clear()
-            self._thread.close()
+            self._between.close()
+            self._handover.close()
+            self.takeover.close()
+            thread.close()
 
     async def _serve(self, thread: EngineThread) -> None:
         started_s = self._clock.now_s()
-        engine = await thread.call(lambda: self._factory.build(self._spec))
+        engine = await thread.call(lambda: self._factory.build(self._start))
         fault: Exception | None = None
         try:
             await self._delay(started_s)
-            self._engine = engine
             if not self._stopping:
-                self._feed(EngineReady(replica_id=self.replica_id, generation=self.generation))
+                self._begin(engine, took_s=self._clock.now_s() - started_s)
             await self._loop(engine, thread)
         except Exception as error:  # noqa: BLE001  # raised again once the engine is closed
             fault = error
         self._engine, self._stepping_since_s = None, None
+        self._between.close()
         try:
             await thread.call(engine.close)
         except Exception:
@@ -176,21 +191,62 @@ class EngineHost:
         if fault is not None:
             raise fault
 
+    def _begin(self, engine: Engine, *, took_s: float) -> None:
+        self._engine, self._block_tokens = engine, engine.block_tokens
+        fetched = dict(engine.fetched)
+        self.takeover.fetched_bytes = sum(fetched.values())
+        if self._context.peers is not None:
+            self._handover.offer(self._context.peers)
+        ready = EngineReady(
+            replica_id=self.replica_id,
+            generation=self.generation,
+            bytes_by_source=fetched,
+            took_s=took_s,
+            cache_bytes=engine.cache_bytes,
+        )
+        self._feed(ready)
+
     async def _delay(self, started_s: float) -> None:
         """A start takes at least the factory's ``start_s``, unless it is given up."""
-        left_s = started_s + self._factory.start_s(self._spec) - self._clock.now_s()
+        left_s = started_s + self._factory.start_s(self._start) - self._clock.now_s()
         if left_s > 0 and not self._stopping:
             self._wake.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), left_s)
 
     async def _loop(self, engine: Engine, thread: EngineThread) -> None:
+        def performer(call: Callable[[], T]) -> Awaitable[T]:
+            return self._call(engine, thread, call)
+
         while not self._stopping:
             self._apply(engine)
-            if engine.has_work:
+            if await self._between.perform(engine, performer):
+                continue  # they took their time: more may have come
+            if self._handover.pausing:
+                self._stand_still(await self._call(engine, thread, engine.states))
+            elif engine.has_work and not self._handover.paused:
                 await self._step(engine, thread)
             else:
                 await self._idle(engine)
+
+    async def _call(self, engine: Engine, thread: EngineThread, call: Callable[[], T]) -> T:
+        """Where the engine is stepped; it may take as long as a step."""
+        if not engine.blocking:
+            return call()
+        self._load = engine.load()
+        self._stepping_since_s = self._clock.now_s()
+        try:
+            return await thread.call(call)
+        finally:
+            self._stepping_since_s = None
+
+    def _stand_still(self, states: list[LiveState]) -> None:
+        moving = self._handover.stand_still(states)
+        if moving is not None:
+            paused = EnginePaused(
+                replica_id=self.replica_id, generation=self.generation, moving=moving
+            )
+            self._feed(paused)
 
     async def _idle(self, engine: Engine) -> None:
         now_s = self._clock.now_s()
@@ -206,6 +262,8 @@ class EngineHost:
         for key in self._aborts:
             engine.abort(key)
         self._aborts.clear()
+        if self._handover.paused:
+            return
         adds, self._adds = self._adds, {}
         for request in adds.values():
             refused = self._add(engine, request)
@@ -228,19 +286,14 @@ class EngineHost:
 
     async def _step(self, engine: Engine, thread: EngineThread) -> None:
         began_s = self._clock.now_s()
-        if engine.blocking:
-            self._load = engine.load()
-            self._stepping_since_s = began_s
-            result = await thread.call(engine.step)
-            self._stepping_since_s = None
-        else:
-            result = engine.step()
+        result = await self._call(engine, thread, engine.step)
+        if not engine.blocking:
             await self._pace(began_s, result.duration_s)
         took_s = self._clock.now_s() - began_s
         self.steps_total += 1
         self.step_s += STEP_WEIGHT * (took_s - self.step_s) if self.step_s else took_s
         if result.chunks:
-            await self._send(result.chunks)
+            await self._sender.send(result.chunks)
             # What is published leaves in the next turn of the loop: not behind the next step.
             await asyncio.sleep(0)
 
@@ -249,29 +302,3 @@ class EngineHost:
         the timer's error; after a delay longer than LAG_S_MAX they start over."""
         self._due_s = max(self._due_s, now_s - LAG_S_MAX) + duration_s
         await asyncio.sleep(max(0.0, self._due_s - self._clock.now_s()))
-
-    async def _send(self, chunks: list[EngineChunk]) -> None:
-        ended: list[EndedAttempt] = []
-        for chunk in chunks:
-            attempt = self._live.get(chunk.key)
-            if attempt is None:
-                continue  # aborted since
-            self.output_tokens_total += len(chunk.tokens)
-            self._outbox.batch(attempt.subject, self.replica_id).append(
-                TokenChunk(
-                    request_id=attempt.request_id,
-                    attempt=attempt.attempt,
-                    position=chunk.position,
-                    tokens=chunk.tokens,
-                    finish=chunk.finish,
-                    failure="engine" if chunk.finish == "failed" else None,
-                    detail=chunk.detail,
-                    logprobs=chunk.logprobs,
-                )
-            )
-            if chunk.finish is not None:
-                del self._live[chunk.key]
-                ended.append(EndedAttempt(request_id=attempt.request_id, attempt=attempt.attempt))
-        await self._outbox.flush()
-        if ended:
-            self._feed(RequestsEnded(ended=tuple(ended)))

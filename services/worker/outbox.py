@@ -22,6 +22,7 @@ class Outbox:
     def __init__(self, bus: Bus, *, incarnation: str, delay_s: float, metrics: Metrics) -> None:
         self._bus, self._incarnation, self._delay_s = bus, incarnation, delay_s
         self._pending: dict[tuple[str, str], list[TokenChunk]] = {}
+        self._signed: dict[tuple[str, str], str] = {}  # what next goes there says at which worker
         self._filled = asyncio.Event()
         self._flushing = False
         self._endings = metrics.counter(
@@ -34,6 +35,8 @@ class Outbox:
     def put(self, subject: str, message: TokenChunks) -> None:
         """A message without chunks (a heartbeat) is sent as well, unless chunks go anyway."""
         self.batch(subject, message.replica_id).extend(message.chunks)
+        if message.worker_id:
+            self._signed[subject, message.replica_id] = message.worker_id
         self._filled.set()
         for chunk in message.chunks:
             if chunk.finish is not None:
@@ -55,8 +58,9 @@ class Outbox:
         try:
             while self._pending:
                 pending, self._pending = self._pending, {}
-                for (subject, replica_id), chunks in pending.items():
-                    await self._send(subject, replica_id, chunks)
+                signed, self._signed = self._signed, {}
+                for key, chunks in pending.items():
+                    await self._send(key, chunks, worker_id=signed.get(key, ""))
         finally:
             self._flushing = False
 
@@ -68,10 +72,18 @@ class Outbox:
             self._filled.clear()
             await self.flush()
 
-    async def _send(self, subject: str, replica_id: str, chunks: list[TokenChunk]) -> None:
+    async def _send(
+        self, key: tuple[str, str], chunks: list[TokenChunk], *, worker_id: str
+    ) -> None:
+        subject, replica_id = key
         for start in range(0, max(1, len(chunks)), CHUNKS_MAX):
             part = chunks if len(chunks) <= CHUNKS_MAX else chunks[start : start + CHUNKS_MAX]
-            message = TokenChunks(replica_id=replica_id, incarnation=self._incarnation, chunks=part)
+            message = TokenChunks(
+                replica_id=replica_id,
+                incarnation=self._incarnation,
+                chunks=part,
+                worker_id=worker_id,
+            )
             try:
                 await self._bus.publish(subject, encode(message))
             except (BusUnavailable, PayloadTooLarge) as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from services.worker.config import WorkerConfig
 from services.worker.engine.factory import EngineFactory
 from services.worker.engine.interface import Engine, StepResult
 from services.worker.engine.modelled import ModelledEngine
@@ -21,6 +22,7 @@ from services.worker.events import (
     RequestRefused,
     RequestsEnded,
 )
+from services.worker.host_context import HostContext
 from services.worker.outbox import Outbox
 from shared.bus_memory import MemoryBus
 from shared.clock import SystemClock
@@ -94,14 +96,16 @@ async def bench(
         waiting_max=2,
     )
     bus, events = MemoryBus(), list[Message]()
-    host = EngineHost(
-        EngineStart(spec(), 1),
-        factory,
-        outbox=Outbox(bus, incarnation="run", delay_s=0.001, metrics=Metrics("worker")),
-        clock=SystemClock(),
-        feed=events.append,
-    )
     async with asyncio.TaskGroup() as tasks:
+        context = HostContext(
+            config=WorkerConfig(worker_id="n0-g0"),
+            factory=factory,
+            outbox=Outbox(bus, incarnation="run", delay_s=0.001, metrics=Metrics("worker")),
+            clock=SystemClock(),
+            feed=events.append,
+            tasks=tasks,
+        )
+        host = EngineHost(EngineStart(spec(), 1), context)
         task = tasks.create_task(host.run())
         yield Bench(engine, host, task, bus, events)
         engine.may_step.set()

@@ -52,7 +52,7 @@ async def post(
         return answer.status, await answer.json(), answer.headers["x-oserve-replica"]
 
 
-async def test_each_request_reaches_its_model(shared_nats_server: Broker, tmp_path: Path) -> None:
+async def test_each_request_reaches_its_model(nats_server: Broker, tmp_path: Path) -> None:
     """A client would get the answer of another model, in another vocabulary."""
     mesh_config = two_models(tmp_path)
     encoded = {
@@ -61,7 +61,7 @@ async def test_each_request_reaches_its_model(shared_nats_server: Broker, tmp_pa
     }
     assert encoded[SMALL] != encoded[LARGE]
     async with (
-        inprocess_mesh(shared_nats_server.url, mesh_config, routers=2) as mesh,
+        inprocess_mesh(nats_server.url, mesh_config, routers=2) as mesh,
         aiohttp.ClientSession() as session,
     ):
         asked = [SMALL, LARGE] * 30
@@ -92,11 +92,11 @@ async def test_each_request_reaches_its_model(shared_nats_server: Broker, tmp_pa
 
 
 async def test_each_model_has_its_own_context_and_entry(
-    shared_nats_server: Broker, tmp_path: Path
+    nats_server: Broker, tmp_path: Path
 ) -> None:
     """Tools would not find the second model, or long prompts be held to the first one's limit."""
     async with (
-        inprocess_mesh(shared_nats_server.url, two_models(tmp_path)) as mesh,
+        inprocess_mesh(nats_server.url, two_models(tmp_path)) as mesh,
         aiohttp.ClientSession() as session,
     ):
         async with session.get(f"{mesh.url}/v1/models") as answer:
@@ -115,11 +115,11 @@ async def test_each_model_has_its_own_context_and_entry(
 
 
 async def test_a_request_that_moves_stays_with_its_model(
-    shared_nats_server: Broker, tmp_path: Path
+    nats_server: Broker, tmp_path: Path
 ) -> None:
     """After a crash a stream would go on in another model's words."""
     ended: list[RequestCompleted] = []
-    bus = NatsBus(BusConfig(url=shared_nats_server.url))
+    bus = NatsBus(BusConfig(url=nats_server.url))
     await bus.connect(name="test")
 
     def on_completed(delivery: Delivery) -> None:
@@ -128,7 +128,7 @@ async def test_a_request_that_moves_stays_with_its_model(
     await bus.subscribe(subjects.REQUESTS_COMPLETED.wildcard, on_completed)
     try:
         async with (
-            inprocess_mesh(shared_nats_server.url, two_models(tmp_path), stall_s=1.0) as mesh,
+            inprocess_mesh(nats_server.url, two_models(tmp_path), stall_s=1.0) as mesh,
             aiohttp.ClientSession() as session,
         ):
             body = {"model": SMALL, "prompt": [1, 2, 3], "max_tokens": 400, "stream": True}

@@ -11,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.processes, pytest.mark.torch, pytest.mark.timeout(240)]
 
 
-def test_the_demo_loses_no_request_although_a_worker_is_killed(tmp_path: Path) -> None:
+def test_the_demo_loses_no_request_in_two_switches_and_a_crash(tmp_path: Path) -> None:
     """It is the first thing that a visitor runs, and what it shows is what we promise."""
     environ = {**os.environ, "OSERVE_TRACES": str(tmp_path / "none"), "COLUMNS": "120"}
     answer = subprocess.run(
@@ -21,7 +21,13 @@ def test_the_demo_loses_no_request_although_a_worker_is_killed(tmp_path: Path) -
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "using the built-in workload" in answer.stdout
     assert "SIGKILL to worker-n0-g0" in answer.stdout
+    assert "2 of 2 switches were live" in answer.stdout
     assert "every request completed" in answer.stdout
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     assert report["overall"]["completed"] == report["overall"]["offered"] > 0
+    assert [mark["text"] for mark in report["marks"]] == [
+        "switch to 1 x tp2",
+        "switch to 2 x tp1",
+        "SIGKILL worker-n0-g0",
+    ]
     assert (tmp_path / "out/report.png").stat().st_size > 1000

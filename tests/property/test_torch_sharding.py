@@ -1,6 +1,7 @@
 """The layout of weights and KV cache over ranks, for any parallelism."""
 
 from collections import Counter, defaultdict
+from math import prod
 
 import pytest
 from hypothesis import given
@@ -9,27 +10,32 @@ from hypothesis import strategies as st
 from services.worker.engine.torch_engine.model_config import ModelConfig, RopeConfig
 from services.worker.engine.torch_engine.sharding import (
     EMBEDDING,
-    Rank,
     TensorShard,
-    kv_heads,
     kv_shards,
-    query_heads,
-    stage_layers,
     weight_shards,
 )
 from shared.errors import ConfigInvalid
+from shared.placement.sheets import (
+    Rank,
+    areas_of,
+    cache_token_bytes,
+    kv_heads,
+    query_heads,
+    stage_layers,
+    weight_bytes,
+)
 
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    kv = draw(st.sampled_from([1, 2, 4, 8]))
+    kv = draw(st.integers(1, 8))
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocabulary=draw(st.integers(8, 300)),
         hidden=draw(st.integers(1, 8)) * 16,
         intermediate=draw(st.integers(8, 100)),
         layers=draw(st.integers(1, 9)),
-        heads=kv * draw(st.sampled_from([1, 2, 4, 8])),
+        heads=kv * draw(st.integers(1, 8)),
         kv_heads=kv,
         head_dim=draw(st.sampled_from([2, 16])),
         norm_epsilon=1e-6,
@@ -48,8 +54,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[ModelConfig, int, int]:
     model = draw(models())
-    tp = draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if model.heads % n == 0]))
-    return model, tp, draw(st.integers(1, model.layers))
+    return model, draw(st.integers(1, model.heads)), draw(st.integers(1, model.layers))
 
 
 def ranks(tp: int, pp: int) -> list[Rank]:
@@ -57,14 +62,18 @@ def ranks(tp: int, pp: int) -> list[Rank]:
 
 
 def assert_covered(pieces: list[TensorShard], *, copies: int) -> None:
-    """Equal shapes, and every index of the axis held equally often: ``copies`` times in all."""
+    """Equal shapes, and every index of the axis held: by one rank, or by several where there are
+    fewer KV heads than ranks."""
     assert len({(piece.full_shape, piece.axis, piece.layer) for piece in pieces}) == 1, pieces
+    assert len(pieces) == copies
     axis = pieces[0].axis
     if axis is None:
-        assert len(pieces) == copies
         return
     held = Counter(index for piece in pieces for index in range(piece.start, piece.stop))
-    assert held == dict.fromkeys(range(pieces[0].full_shape[axis]), held[0])
+    assert sorted(held) == list(range(pieces[0].full_shape[axis]))
+    if max(held.values()) > 1:
+        assert pieces[0].sheet in ("kv", "cache")
+        assert all(piece.stop - piece.start == piece.unit for piece in pieces)
 
 
 @given(layouts())
@@ -87,30 +96,54 @@ def test_weights_cover_the_model_once(layout: tuple[ModelConfig, int, int]) -> N
         assert list(stages) == ([0, pp - 1] if shared else list(stages)[:1])
         for stage, pieces in stages.items():
             layer = pieces[0].layer
-            assert layer is None or layer in stage_layers(model, Rank(pp_rank=stage, pp=pp))
+            assert layer is None or layer in range(
+                *stage_layers(model.shape("m", "float32"), Rank(pp_rank=stage, pp=pp))
+            )
             assert_covered(pieces, copies=tp)
-            split_kv = "k_proj" in name or "v_proj" in name
-            if pieces[0].axis is not None and not split_kv:
-                assert (
-                    sum(piece.stop - piece.start for piece in pieces)
-                    == (pieces[0].full_shape[pieces[0].axis])
-                )
+
+
+@given(layouts(), st.sampled_from(["float32", "bfloat16"]))
+def test_shards_are_the_areas_that_a_switch_is_planned_by(
+    layout: tuple[ModelConfig, int, int], dtype: str
+) -> None:
+    """Otherwise the copies of a switch would move other bytes than the engine holds, or memory
+    would be reckoned wrongly."""
+    model, tp, pp = layout
+    shape = model.shape("m", dtype)
+    for rank in ranks(tp, pp):
+        areas = areas_of(shape, rank)
+        weights = weight_shards(model, rank)
+        cache = kv_shards(model, rank, blocks=3, block_tokens=4)
+        for shard in (*weights, *cache):
+            area = areas[shard.sheet]
+            assert area.layers[0] <= (shard.layer or 0) < area.layers[1]
+            if shard.axis is not None:
+                units = (shard.start, shard.stop)
+                assert units == (area.units[0] * shard.unit, area.units[1] * shard.unit)
+            else:
+                assert shard.unit == 0
+                assert area.units == (0, 1)
+        held = sum(prod(shard.shape) for shard in weights) * shape.item_bytes
+        assert held == weight_bytes(shape, rank)
+        held = sum(prod(shard.shape) for shard in cache) * shape.item_bytes
+        assert held == 12 * cache_token_bytes(shape, rank)
 
 
 @given(layouts())
 def test_kv_heads_follow_their_query_heads(layout: tuple[ModelConfig, int, int]) -> None:
     """Otherwise a rank would attend with another head's keys."""
     model, tp, _ = layout
+    shape = model.shape("m", "auto")
     for rank in ranks(tp, 1):
-        readers = range(*query_heads(model, rank))
+        readers = range(*query_heads(shape, rank))
+        assert readers, "a rank without query heads does nothing"
         needed = {head // (model.heads // model.kv_heads) for head in readers}
-        assert needed == set(range(*kv_heads(model, rank)))
+        assert needed == set(range(*kv_heads(shape, rank)))
 
 
 @given(layouts())
 def test_kv_cache_covers_each_layer_and_head(layout: tuple[ModelConfig, int, int]) -> None:
-    """Otherwise resharding would lose part of the cache of requests in flight; with more ranks
-    than KV heads, each head is held by equally many."""
+    """Otherwise resharding would lose part of the cache of requests in flight."""
     model, tp, pp = layout
     held: defaultdict[str, list[TensorShard]] = defaultdict(list)
     for rank in ranks(tp, pp):
@@ -118,22 +151,20 @@ def test_kv_cache_covers_each_layer_and_head(layout: tuple[ModelConfig, int, int
             held[shard.name].append(shard)
     assert len(held) == 2 * model.layers
     for pieces in held.values():
-        assert len(pieces) == tp
         assert_covered(pieces, copies=tp)
-        heads = pieces[0].stop - pieces[0].start
-        assert heads == max(1, model.kv_heads // tp)
-        assert pieces[0].shape == (3, 4, heads, model.head_dim)
+        for piece in pieces:
+            assert piece.shape == (3, 4, piece.stop - piece.start, model.head_dim)
 
 
-def test_uneven_cuts_are_refused() -> None:
-    """Otherwise ranks would hold part of a head and compute nonsense."""
+def test_cuts_that_leave_a_rank_without_work_are_refused() -> None:
+    """Otherwise GPUs would be given to ranks that have no head, or no layer."""
     model = ModelConfig(
         architecture="LlamaForCausalLM", vocabulary=10, hidden=24, intermediate=8, layers=2,
         heads=6, kv_heads=2, head_dim=4, norm_epsilon=1e-6, context_tokens=8, rope=RopeConfig(),
         tied_embeddings=False, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False,
         sliding_window=None, dtype="float32",
     )  # fmt: skip
-    for rank, field in ((Rank(tp=4), "tp"), (Rank(tp=3), "tp"), (Rank(pp=3), "pp")):
+    for rank, field in ((Rank(tp=7), "tp"), (Rank(pp=3), "pp")):
         with pytest.raises(ConfigInvalid) as refused:
             weight_shards(model, rank)
         assert refused.value.field == field

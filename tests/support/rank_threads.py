@@ -12,12 +12,15 @@ from torch import Tensor
 from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.follower import TorchFollower
 from services.worker.engine.torch_engine.leader import TorchEngine
+from services.worker.engine.torch_engine.model_config import read_model_config
 from services.worker.engine.torch_engine.rank_part import OpenedModel, RankPart, follow, lead
 from services.worker.events import EngineStart
+from services.worker.peers.server import PeerServer
 from shared.errors import EngineFailed
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
-from shared.placement.sheets import Rank
+from shared.placement.copies import Copy
+from shared.placement.sheets import Rank, areas_of
 
 _PATIENCE_S = 30.0
 
@@ -151,15 +154,27 @@ class ThreadFollowerLink:
 
 
 class ThreadReplica:
-    """A replica of ``shape``; ``close`` the engine, and all its threads end."""
+    """A replica of ``shape``; ``close`` the engine, and all its threads end. With a ``name`` each
+    rank is a worker that peers reach, and ``replica_id`` is theirs to take requests from."""
 
-    def __init__(self, folder: Path, shape: str, config: TorchEngineConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shape: str,
+        config: TorchEngineConfig,
+        *,
+        name: str = "",
+        replica_id: str = "r",
+    ) -> None:
         self.world = World(Parallelism.parse(shape))
         self.followers: dict[int, TorchFollower] = {}
         self.failures: list[EngineFailed] = []
         self.link = ThreadLink(self.world)
-        gpus = tuple(f"g{number}" for number in range(self.world.shape.gpus))
-        self._spec = ReplicaSpec(replica_id="r", model_id="m", parallelism=shape, gpus=gpus)
+        gpus = tuple(f"{name}g{number}" for number in range(self.world.shape.gpus))
+        self.spec = ReplicaSpec(replica_id=replica_id, model_id="m", parallelism=shape, gpus=gpus)
+        self.servers = [PeerServer(worker_id=gpu) for gpu in gpus] if name else []
+        self.peers = {gpu: server.address for gpu, server in zip(gpus, self.servers, strict=False)}
+        self._ready = queue.SimpleQueue[int]()
         self._folder, self._config = folder, config
         self.threads = [
             threading.Thread(target=self._follow, args=(number,), daemon=True)
@@ -170,6 +185,23 @@ class ThreadReplica:
         part = self._part(0)
         part.undo.callback(self.join)
         self.engine: TorchEngine = lead(part, self.link if self.threads else None)
+        for _ in self.threads:
+            self._ready.get(timeout=_PATIENCE_S)
+
+    def expect_from(self, other: "ThreadReplica") -> None:
+        """Requests will be taken over from ``other``."""
+        model = read_model_config(self._folder).shape("m", self._config.dtype)
+        theirs = [Rank.of(n, other.world.shape) for n in range(other.world.shape.gpus)]
+        for number in range(self.world.shape.gpus):
+            wanted = areas_of(model, Rank.of(number, self.world.shape))["cache"]
+            copies: list[Copy] = []
+            for rank in theirs:
+                area = areas_of(model, rank)["cache"].meet(wanted)
+                if area is not None and all(copy.area != area for copy in copies):
+                    source = other.spec.gpus[rank.number]
+                    copies.append(Copy("cache", area, source, other.spec.replica_id))
+            taker = self.followers.get(number, self.engine)
+            taker.expect(copies, other.peers, verify=True)
 
     def join(self) -> None:
         """End the followers; each must have come to its end by itself."""
@@ -180,8 +212,11 @@ class ThreadReplica:
             assert not thread.is_alive(), "a follower does not end"
 
     def _part(self, number: int) -> RankPart:
-        start = EngineStart(spec=self._spec, generation=1, rank=number)
-        part = RankPart(OpenedModel.open(self._folder, self._config), start)
+        start = EngineStart(spec=self.spec, generation=1, rank=number, peers=self.peers)
+        server = self.servers[number] if self.servers else None
+        part = RankPart(OpenedModel.open(self._folder, self._config), start, server)
+        if server is not None:
+            part.undo.callback(server.close)
         rank = Rank.of(number, self.world.shape)
         groups = ThreadGroups(
             ThreadGroup(self.world, rank, tp=True), ThreadGroup(self.world, rank, tp=False)
@@ -196,6 +231,7 @@ class ThreadReplica:
         part = self._part(number)
         follower = follow(part, ThreadFollowerLink(self.world, number))
         self.followers[number] = follower
+        self._ready.put(number)
         try:
             follower.serve()
         except EngineFailed as error:

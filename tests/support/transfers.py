@@ -77,11 +77,7 @@ def random_switch(seed: int) -> TransferProblem:
         rng.shuffle(free)
     arriving = _random_plan("new", free, models, rng)
     takers = [*arriving, *(spec for spec in staying if not dead & set(spec.gpus))]
-    moves = tuple(
-        move
-        for move in every_move(leaving, takers, 0)
-        if rng.random() < 0.6
-    )
+    moves = tuple(move for move in every_move(leaving, takers, 0) if rng.random() < 0.6)
     return TransferProblem(
         models=models,
         nodes={gpu: gpu.split("-")[0] for gpu in gpus},
@@ -215,9 +211,7 @@ class Sheets:
 
     def _areas(self, spec: ReplicaSpec, gpu: str):  # noqa: ANN202
         shape = Parallelism.parse(spec.parallelism)
-        return areas_of(
-            self._problem.models[spec.model_id], Rank.of(spec.gpus.index(gpu), shape)
-        )
+        return areas_of(self._problem.models[spec.model_id], Rank.of(spec.gpus.index(gpu), shape))
 
     def _in_cache(self, layers: tuple[int, int], units: tuple[int, int]) -> tuple[slice, slice]:
         return _slices(layers, (units[0] * self._tokens, units[1] * self._tokens))
@@ -269,9 +263,7 @@ def _random_plan(
     return tuple(found)
 
 
-def _weights_on(
-    gpu: str, specs: Iterable[ReplicaSpec], models: Mapping[str, ModelShape]
-) -> int:
+def _weights_on(gpu: str, specs: Iterable[ReplicaSpec], models: Mapping[str, ModelShape]) -> int:
     return sum(
         weight_bytes(models[spec.model_id], _rank(spec, gpu)) for spec in specs if gpu in spec.gpus
     )

@@ -4,7 +4,13 @@ from typing import TypeVar
 
 from services.switcher.config import SwitcherConfig
 from services.switcher.core import Switcher
-from services.switcher.events import PhaseDeadline, Tick
+from services.switcher.events import (
+    PLAN_TRANSFER,
+    PhaseDeadline,
+    Tick,
+    TransferPlanned,
+    TransferWanted,
+)
 from shared.core import (
     Effect,
     Load,
@@ -12,6 +18,7 @@ from shared.core import (
     Log,
     Publish,
     SetTimer,
+    Start,
     Started,
     Store,
     StoreConflict,
@@ -21,21 +28,33 @@ from shared.hardware import GpuSpec
 from shared.messages.base import Message
 from shared.messages.plans import AdoptPlan, DeploymentPlan, ReplicaSpec, StoredPlan
 from shared.messages.replicas import (
+    AdvanceStage,
     DrainReplica,
     HostedReplica,
+    PauseReplica,
+    PrepareReplica,
     ReplicaDrained,
     ReplicaFailed,
+    ReplicaPaused,
     ReplicaPhase,
+    ReplicaPrepared,
     ReplicaStarted,
     ReplicaStopped,
+    RequestsTaken,
     ResumeReplica,
     StartReplica,
     StopReplica,
+    TakeRequests,
     WorkerReport,
 )
+from shared.placement.sheets import ModelShape
 
 M = TypeVar("M", bound=Message)
 CONFIG = SwitcherConfig()
+SHAPE = ModelShape(
+    model_id="m", layers=4, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16,
+    vocabulary=100, item_bytes=2,
+)  # fmt: skip
 
 
 def replica(replica_id: str, *gpus: str) -> ReplicaSpec:
@@ -63,10 +82,12 @@ B = plan("B", replica("r1", "g1"))
 
 class Run:
     """Events are handed in with the names of their workers; commands come back as short texts:
-    ``drain r0@g0 e2`` is DrainReplica of r0 on g0 under epoch 2."""
+    ``drain r0@g0 e2`` is DrainReplica of r0 on g0 under epoch 2. Workers of a ``live`` run can
+    move the weights of model m."""
 
-    def __init__(self, config: SwitcherConfig = CONFIG) -> None:
+    def __init__(self, config: SwitcherConfig = CONFIG, *, live: bool = False) -> None:
         self.core = Switcher(config)
+        self.live = live
         self.now_s = 10.0
         self.effects: list[Effect] = []
         self.bucket: StoredPlan | None = None
@@ -131,6 +152,8 @@ class Run:
                 models=("m",),
                 replicas=held,
                 leaving=leaving,
+                peer=f"tcp://{worker_id}" if self.live else "",
+                shapes=(SHAPE,) if self.live else (),
             )
         )
 
@@ -148,6 +171,35 @@ class Run:
         replica_id, worker_id = part.split("@")
         event = ReplicaStarted(epoch=epoch, worker_id=worker_id, replica_id=replica_id)
         return self.step(event)
+
+    def prepared(self, part: str, epoch: int, **sources: int) -> list[Effect]:
+        """``sources``: bytes by worker."""
+        replica_id, worker_id = part.split("@")
+        return self.step(
+            ReplicaPrepared(
+                epoch=epoch, worker_id=worker_id, replica_id=replica_id, bytes_by_source=sources
+            )
+        )
+
+    def paused(self, part: str, epoch: int) -> list[Effect]:
+        replica_id, worker_id = part.split("@")
+        return self.step(ReplicaPaused(epoch=epoch, worker_id=worker_id, replica_id=replica_id))
+
+    def taken(self, part: str, epoch: int) -> list[Effect]:
+        replica_id, worker_id = part.split("@")
+        return self.step(RequestsTaken(epoch=epoch, worker_id=worker_id, replica_id=replica_id))
+
+    def planned(self, planned: TransferPlanned | None = None) -> list[Effect]:
+        """The planner of copies answers the question among the last effects."""
+        (wanted,) = self.questions
+        return self.step(planned or TransferPlanned(epoch=wanted.epoch))
+
+    @property
+    def questions(self) -> list[TransferWanted]:
+        """What the planner of copies is asked by the last effects."""
+        started = [effect for effect in self.effects if isinstance(effect, Start)]
+        assert all(effect.job == PLAN_TRANSFER for effect in started)
+        return [effect.argument for effect in started]
 
     def failed(self, part: str, epoch: int, detail: str = "no memory") -> list[Effect]:
         replica_id, worker_id = part.split("@")
@@ -202,5 +254,13 @@ def _short(effect: Publish) -> str:
             return f"stop {m.replica_id}@{m.worker_id} e{m.epoch}"
         case ResumeReplica() as m:
             return f"resume {m.replica_id}@{m.worker_id} e{m.epoch}"
+        case PrepareReplica() as m:
+            return f"prepare {m.replica.replica_id}@{m.worker_id} e{m.epoch}"
+        case PauseReplica() as m:
+            return f"pause {m.replica_id}@{m.worker_id} e{m.epoch}"
+        case TakeRequests() as m:
+            return f"take {m.replica_id}@{m.worker_id} e{m.epoch} of {','.join(sorted(m.sources))}"
+        case AdvanceStage() as m:
+            return f"stage {m.stage} {m.replica_id}@{m.worker_id} e{m.epoch}"
         case _:
             return ""

@@ -113,15 +113,6 @@ def _wish(**settings: Any) -> dict[str, Any]:
             "mesh.replicas.b.gpus",
             "already taken by a",
         ),
-        (
-            {
-                "engine": {"kind": "torch"},
-                "model": {"model_id": "m", "path": "m"},
-                "replicas": [_wish(parallelism="tp2")],
-            },
-            "mesh.replicas.a.parallelism",
-            "runs on one device",
-        ),
     ],
 )
 def test_what_contradicts_itself_is_refused(

@@ -6,6 +6,7 @@ from loadgen.simulator.engine import Engine, Owner
 from loadgen.simulator.process import Port
 from services.worker.engine.batching import Batch
 from services.worker.engine.modelled_timing import replica_by_settings
+from services.worker.events import EngineStart
 from shared.cost.step import PS_PER_S
 from shared.messages.plans import ReplicaSpec
 from tests.support.clusters import ENGINE
@@ -40,7 +41,8 @@ def leaping(batch: Batch, owner: Owner) -> Engine:
     plan = batch.plan()
     assert plan is not None
     spec = ReplicaSpec(replica_id="r", model_id="m", parallelism="tp1pp1", gpus=("g",))
-    return Engine(spec, 1, owner, batch, ready=True, since_ps=PS_PER_S, steps=plan.steps)
+    start = EngineStart(spec, 1)
+    return Engine(spec, 1, owner, batch, start, ready=True, since_ps=PS_PER_S, steps=plan.steps)
 
 
 @pytest.mark.parametrize("done", [0, 1, 17, 38])

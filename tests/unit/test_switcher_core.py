@@ -58,7 +58,14 @@ def test_a_switch_from_wish_to_plan_in_force() -> None:
     assert run.effects == [Store("plan", target, 1)], "the bucket hears of it before any worker"
     run.write()
     assert run.said(SwitchStarted) == [
-        SwitchStarted(epoch=2, plan_id="B", replicas_stopping=("r0",), replicas_starting=("r1",))
+        SwitchStarted(
+            epoch=2,
+            plan_id="B",
+            replicas_stopping=("r0",),
+            replicas_starting=("r1",),
+            way="reload",
+            why="g0 cannot move the weights of m",
+        )
     ]
     assert run.said(PlanInForce)[0].switching_to == "B"
     assert run.commands == ["drain r0@g0 e2"]
@@ -76,7 +83,10 @@ def test_a_switch_from_wish_to_plan_in_force() -> None:
     ]
     run.write()
     assert run.core.state == "settled"
-    assert run.said(SwitchEnded) == [SwitchEnded(epoch=2, plan_id="B", succeeded=True, took_s=3.0)]
+    (ended,) = run.said(SwitchEnded)
+    assert (ended.epoch, ended.plan_id, ended.succeeded, ended.took_s) == (2, "B", True, 3.0)
+    assert ended.report is not None
+    assert {k: s for k, s in ended.report.phase_s.items() if s} == {"starting": 3.0}
     assert run.said(PlanInForce) == [PlanInForce(epoch=2, plan=B)]
 
 
@@ -123,7 +133,7 @@ def test_a_late_drain_is_cut_short() -> None:
     run = walking()
     run.deadline("draining", 2)
     assert run.commands == ["stop r0@g0 e2"]
-    assert run.logged() == ["drain.late"]
+    assert run.logged() == ["switch.late"]
 
 
 def test_deadlines_of_a_phase_that_ended_are_ignored() -> None:

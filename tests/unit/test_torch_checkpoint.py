@@ -13,9 +13,9 @@ from services.worker.engine.torch_engine.checkpoint import Checkpoint  # noqa: E
 from services.worker.engine.torch_engine.make_model import make_model  # noqa: E402
 from services.worker.engine.torch_engine.model_config import read_model_config  # noqa: E402
 from services.worker.engine.torch_engine.rope import inverse_frequencies  # noqa: E402
-from services.worker.engine.torch_engine.sharding import Rank  # noqa: E402
 from services.worker.engine.torch_engine.weights import allocate_weights  # noqa: E402
 from shared.errors import ConfigInvalid  # noqa: E402
+from shared.placement.sheets import Rank  # noqa: E402
 from tests.unit.engine_contract import run  # noqa: E402
 from tests.unit.torch_oracle import (  # noqa: E402
     copy_folder,
@@ -178,7 +178,7 @@ def test_ranks_load_their_slices_of_the_files(sound: Path, tp: int, pp: int) -> 
         for tp_rank in range(tp):
             rank = Rank(tp_rank=tp_rank, tp=tp, pp_rank=pp_rank, pp=pp)
             weights = allocate_weights(model, rank, dtype=torch.float32, device=torch.device("cpu"))
-            Checkpoint(sound).load(weights.shards, weights.named)
+            Checkpoint(sound).load((shard, weights.named[shard.name]) for shard in weights.shards)
             for shard in weights.shards:
                 assert torch.equal(weights.named[shard.name], full[shard.name][shard.index])
 

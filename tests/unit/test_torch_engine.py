@@ -125,10 +125,9 @@ def test_failing_device_loses_the_replica(folder: Path) -> None:
     """Otherwise a worker would meet an error that it cannot tell from a bug of its own, and its
     requests would hang instead of moving to another replica."""
     engine = load(folder)
-    stage = engine._stage  # pyright: ignore[reportPrivateUsage]  # stands for a broken device
-    assert stage is not None
-    weights = stage._weights  # pyright: ignore[reportPrivateUsage]
-    weights.layers[0].down.resize_(1, 1)
+    parts = engine._parts  # pyright: ignore[reportPrivateUsage]  # stands for a broken device
+    assert parts is not None
+    parts.stage.weights.layers[0].down.resize_(1, 1)
     engine.add(greedy_request("a", [1, 2, 3], 5))
     complete = EngineRequest(
         key="complete",

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from services.worker.engine.interface import EngineRequest
 from services.worker.engine.torch_engine.config import TorchEngineConfig
-from services.worker.engine.torch_engine.engine import TorchEngine, load_torch_engine
+from services.worker.engine.torch_engine.engine import load_torch_engine
+from services.worker.engine.torch_engine.leader import TorchEngine
 from services.worker.engine.torch_engine.make_model import make_model
 from shared.messages.requests import SamplingParams
+from tests.support.rank_threads import ThreadReplica
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the oracle's own
@@ -71,6 +73,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "uneven": (
+        "Llama",
+        {
+            "hidden_size": 96,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 97,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "uneven-tied": (
+        "Qwen3",
+        {
+            "hidden_size": 96,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -127,9 +153,13 @@ def load(folder: Path, **settings: Any) -> TorchEngine:
     settings.setdefault("threads", 1)
     if "kv_memory_bytes" not in settings:
         settings.setdefault("kv_blocks", 256)
-    engine = load_torch_engine(folder, TorchEngineConfig(**settings))
-    assert isinstance(engine, TorchEngine)
-    return engine
+    return load_torch_engine(folder, TorchEngineConfig(**settings))
+
+
+def load_ranks(folder: Path, shape: str, **settings: Any) -> ThreadReplica:
+    """As ``load``, with a thread for each rank."""
+    settings = {"threads": 1, "kv_blocks": 256} | settings
+    return ThreadReplica(folder, shape, TorchEngineConfig(**settings))
 
 
 def greedy_request(key: str, prompt: list[int], tokens: int, **sampling: Any) -> EngineRequest:

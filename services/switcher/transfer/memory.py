@@ -5,17 +5,15 @@ the new rank fetched so far + its KV cache <= budget. Old and new are counted wh
 share.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from services.switcher.transfer.layout import EDGES, Layout, Part
 from services.switcher.transfer.problem import EMPTY, Held, Move, TransferProblem
+from services.switcher.transfer.stages import Bytes, Ledger, stages_of
 from shared.placement.sheets import Span
-
-Bytes = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,47 +28,49 @@ class Staging:
     wrong: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Ledger:
-    """Of each GPU with a budget, in bytes. ``fixed``: what stays until the end, KV cache of the new
-    rank apart. ``old``, ``new``: by layer."""
-
-    gpus: tuple[str, ...]
-    budget: Bytes  # [gpus]
-    fixed: Bytes  # [gpus]
-    edges: Bytes  # [gpus], of the new rank
-    old: Bytes  # [gpus, layers]
-    new: Bytes  # [gpus, layers]
-
-
 def stage(problem: TransferProblem, layout: Layout) -> Staging:
-    """The fewest stages that were found, with as much of the requests' KV cache as fits."""
+    """The fewest stages that were found, with as much of the requests' KV cache as fits: the moves
+    with most of it onto GPUs that are short are given up first."""
     ledger = _ledger(problem, layout)
-    kept = list(problem.moves)
-    dropped: list[Move] = []
-    while True:
+    all_cache = _cache_needed(problem, layout, ledger.gpus, problem.moves)
+    able = _in_the_way(problem, layout, ledger, all_cache)
+
+    def tried(given_up: int) -> Staging | None:
+        dropped = able[:given_up]
+        kept = [move for move in problem.moves if move not in dropped]
         cache = _cache_needed(problem, layout, ledger.gpus, kept)
-        found = _stages(ledger, cache)
-        if found is not None:
-            stages, edges, room = found
-            return Staging(
-                stages=stages,
-                edges=edges,
-                cache_bytes_max=_cache_max(problem, layout, ledger, room),
-                replayed=tuple(dropped),
-            )
-        victim = _largest_in_the_way(layout, ledger, cache, kept)
-        if victim is None:
-            return Staging(wrong=_reason(ledger, cache))
-        kept.remove(victim)
-        dropped.append(victim)
+        found = stages_of(ledger, cache)
+        if found is None:
+            return None
+        return Staging(
+            stages=found.spans,
+            edges=found.edges,
+            cache_bytes_max=_cache_max(problem, layout, ledger, found.slack + cache),
+            replayed=tuple(dropped),
+        )
+
+    best = tried(0)
+    if best is not None:
+        return best
+    best = tried(len(able))
+    if best is None:
+        return Staging(wrong=_reason(ledger, _cache_needed(problem, layout, ledger.gpus, ())))
+    low, high = 0, len(able)  # ``low`` are too few, ``high`` enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = tried(middle)
+        if found is None:
+            low = middle
+        else:
+            high, best = middle, found
+    return best
 
 
-def _ledger(problem: TransferProblem, layout: Layout) -> _Ledger:
+def _ledger(problem: TransferProblem, layout: Layout) -> Ledger:
     involved = {part.gpu for part in layout.new}
     gpus = tuple(sorted(gpu for gpu in involved if problem.budget_bytes.get(gpu, 0) > 0))
     at = {gpu: i for i, gpu in enumerate(gpus)}
-    ledger = _Ledger(
+    ledger = Ledger(
         gpus=gpus,
         budget=np.array([problem.budget_bytes[gpu] for gpu in gpus], dtype=np.int64),
         fixed=np.array([problem.held.get(gpu, Held()).cache_bytes for gpu in gpus], dtype=np.int64),
@@ -122,7 +122,7 @@ def _cache_needed(
 
 
 def _cache_max(
-    problem: TransferProblem, layout: Layout, ledger: _Ledger, room: Bytes
+    problem: TransferProblem, layout: Layout, ledger: Ledger, room: Bytes
 ) -> dict[str, int]:
     left = dict(zip(ledger.gpus, room.tolist(), strict=True))
     configured = problem.cache_bytes
@@ -135,118 +135,18 @@ def _cache_max(
     return found
 
 
-def _stages(ledger: _Ledger, cache: Bytes) -> tuple[tuple[Span, ...], int, Bytes] | None:
-    """Stages, the stage of the edges, and the room for KV cache that is left at the worst moment.
-    None if nothing that was tried fits."""
-    free = ledger.budget - ledger.fixed - cache - ledger.old.sum(axis=1)
-    after = free - ledger.edges - ledger.new.sum(axis=1)
-    if not len(ledger.gpus) or after.min() >= 0:
-        return (EMPTY,), 0, after + cache
-    if (after + ledger.old.sum(axis=1)).min() < 0:
-        return None  # not even when all of the old is freed
-    tried = (
-        order
-        for pick in (_longest, _first, _last)
-        for order in (
-            _walk(ledger, free - ledger.edges, pick, edges_first=True),
-            _walk(ledger, free, pick, edges_first=False),
-        )
-        if order is not None
-    )
-    best = min(tried, key=lambda found: len(found[0]), default=None)
-    if best is None:
-        return None
-    stages, edges, slack = best
-    return stages, edges, slack + cache
-
-
-Pick = Callable[[_Ledger, Bytes, list[Span]], Span]
-
-
-def _walk(
-    ledger: _Ledger, free: Bytes, pick: Pick, *, edges_first: bool
-) -> tuple[tuple[Span, ...], int, Bytes] | None:
-    """Stages one by one, each as ``pick`` wishes. ``free`` is what is left of each GPU now."""
-    left: list[Span] = [(0, ledger.old.shape[1])]
-    stages: list[Span] = []
-    slack = free.copy()
-    while left:
-        span = pick(ledger, free, left)
-        if span[0] == span[1]:
-            return None
-        stages.append(span)
-        left = [rest for run in left for rest in _without(run, span)]
-        free = free - ledger.new[:, span[0] : span[1]].sum(axis=1)
-        slack = np.minimum(slack, free)
-        edges_due = not left and not edges_first
-        if edges_due and (free - ledger.edges).min() >= 0:
-            free = free - ledger.edges
-            slack = np.minimum(slack, free)
-            edges_due = False
-        free = free + ledger.old[:, span[0] : span[1]].sum(axis=1)
-        if edges_due:
-            stages.append(EMPTY)  # the edges alone, when every layer is freed
-            slack = np.minimum(slack, free - ledger.edges)
-    if slack.min() < 0:
-        return None
-    return tuple(stages), 0 if edges_first else len(stages) - 1, slack
-
-
-def _longest(ledger: _Ledger, free: Bytes, left: list[Span]) -> Span:
-    """The longest span that fits, begun wherever a rank begins or ends; of alike ones the one
-    after which the fullest GPU has most left."""
-    held = np.concatenate((ledger.old, ledger.new))
-    borders = (np.flatnonzero(np.any(held[:, 1:] != held[:, :-1], axis=0)) + 1).tolist()
-    best, best_key = EMPTY, (0, 0)
-    for run in left:
-        for start in {run[0], *(border for border in borders if run[0] < border < run[1])}:
-            span = _fitting(ledger, free, (start, run[1]))
-            gained = ledger.old[:, span[0] : span[1]].sum(axis=1)
-            lost = ledger.new[:, span[0] : span[1]].sum(axis=1)
-            key = (span[1] - span[0], int((free + gained - lost).min()))
-            if key > best_key:
-                best, best_key = span, key
-    return best
-
-
-def _first(ledger: _Ledger, free: Bytes, left: list[Span]) -> Span:
-    return _fitting(ledger, free, left[0])
-
-
-def _last(ledger: _Ledger, free: Bytes, left: list[Span]) -> Span:
-    start, stop = left[-1]
-    turned = ledger.new[:, start:stop][:, ::-1]
-    return stop - _count(turned, free), stop
-
-
-def _fitting(ledger: _Ledger, free: Bytes, run: Span) -> Span:
-    return run[0], run[0] + _count(ledger.new[:, run[0] : run[1]], free)
-
-
-def _count(layers: Bytes, free: Bytes) -> int:
-    """How many of the leading layers fit on every GPU."""
-    return int(np.all(layers.cumsum(axis=1) <= free[:, None], axis=0).sum())
-
-
-def _without(run: Span, span: Span) -> list[Span]:
-    if span[1] <= run[0] or run[1] <= span[0]:
-        return [run]
-    rest = ((run[0], span[0]), (span[1], run[1]))
-    return [part for part in rest if part[0] < part[1]]
-
-
-def _largest_in_the_way(
-    layout: Layout, ledger: _Ledger, cache: Bytes, kept: list[Move]
-) -> Move | None:
-    """The move with most KV cache among those onto GPUs where all does not fit at once."""
+def _in_the_way(
+    problem: TransferProblem, layout: Layout, ledger: Ledger, cache: Bytes
+) -> list[Move]:
+    """Moves of KV cache onto GPUs where all does not fit at once, the largest first."""
     need = ledger.fixed + cache + ledger.edges + ledger.old.sum(axis=1) + ledger.new.sum(axis=1)
     tight = {gpu for gpu, over in zip(ledger.gpus, need > ledger.budget, strict=True) if over}
     targets = {part.replica_id for part in layout.new if part.gpu in tight}
-    able = [move for move in kept if move.target in targets and move.tokens > 0]
-    return max(able, key=lambda move: (move.tokens, move.source, move.target), default=None)
+    able = [move for move in problem.moves if move.target in targets and move.tokens > 0]
+    return sorted(able, key=lambda move: (-move.tokens, move.source, move.target))
 
 
-def _reason(ledger: _Ledger, cache: Bytes) -> str:
+def _reason(ledger: Ledger, cache: Bytes) -> str:
     end = ledger.fixed + cache + ledger.edges + ledger.new.sum(axis=1)
     over = end - ledger.budget
     worst = int(over.argmax())

@@ -219,7 +219,7 @@ class Batch(TakeoverState):
 
     def _admit(self) -> Sequence | None:
         """The first that waits, if there is room for all it holds."""
-        if not self.waiting or len(self.running) + self._places() >= self.limits.running_max:
+        if not self.waiting or not self._has_place():
             return None
         sequence = next(iter(self.waiting.values()))
         kv = self.kv

@@ -121,6 +121,16 @@ class TakeoverState(BatchState):
                 return
             self._give_back(sequence)
 
+    def _has_place(self) -> bool:
+        """Whether one more may run. Where nobody does, those that are held give way."""
+        if len(self.running) + self._places() < self.limits.running_max:
+            return True
+        if self.running:
+            return False
+        newest = next(held for held in reversed(list(self.held.values())) if held.computed)
+        self._give_back(newest)
+        return True
+
     def _places(self) -> int:
         """How many will join with their KV."""
         if not self.held and not self.entering:

@@ -5,35 +5,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.worker.engine.interface import Engine
+from services.worker.engine.interface import Engine, Follower
 from services.worker.engine.modelled import ModelledEngine
+from services.worker.engine.modelled_copies import modelled_shapes, modelled_start_s
 from services.worker.engine.modelled_timing import check_modelled, modelled_replica
 from services.worker.engine.torch_engine.config import TorchEngineConfig
-from services.worker.engine.torch_engine.model_config import read_model_config
+from services.worker.engine.torch_engine.model_config import ModelConfig, read_model_config
+from services.worker.events import EngineStart
+from services.worker.peers.server import PeerServer
 from shared.config import Settings
 from shared.errors import ConfigInvalid
-from shared.hardware import Parallelism
 from shared.mesh import MeshConfig
-from shared.messages.plans import ReplicaSpec
 from shared.models import ModelSpec
+from shared.placement.sheets import ModelShape
 from shared.text import Tokenizer, byte_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFactory:
-    """Builds the replicas' engines. ``build`` may take long and runs in the engine's own thread;
-    ``start_s`` is how long a start lasts at least."""
+    """Builds the replicas' engines: ``build`` the leading rank's, ``follow`` the parts of others,
+    where they have any. Both may take long and run in a thread of their own; ``start_s`` is how
+    long a start lasts at least. ``shapes``: of the models whose weights and KV cache can move."""
 
-    build: Callable[[ReplicaSpec], Engine]
+    build: Callable[[EngineStart], Engine]
     running_max: int
     waiting_max: int
-    start_s: Callable[[ReplicaSpec], float] = lambda _: 0.0
+    follow: Callable[[EngineStart], Follower] | None = None
+    start_s: Callable[[EngineStart], float] = lambda _: 0.0
+    shapes: tuple[ModelShape, ...] = ()
 
 
-def engine_factory(mesh: MeshConfig) -> EngineFactory:
-    """The factory for the topology's engine; raises ConfigInvalid for settings that cannot work."""
+def engine_factory(mesh: MeshConfig, *, peers: PeerServer | None = None) -> EngineFactory:
+    """The factory for the topology's engine; without ``peers``, for replicas of one rank only. Raises
+    ConfigInvalid for settings that cannot work."""
     if mesh.engine.kind == "torch":
-        return _torch_factory(mesh)
+        return _torch_factory(mesh, peers)
     return _modelled_factory(mesh)
 
 
@@ -41,8 +47,10 @@ def _modelled_factory(mesh: MeshConfig) -> EngineFactory:
     settings = mesh.engine.modelled
     check_modelled(mesh)
     tokenizers = {model.model_id: _tokenizer(model) for model in mesh.models}
+    shapes = modelled_shapes(mesh)
 
-    def build(spec: ReplicaSpec) -> Engine:
+    def build(start: EngineStart) -> Engine:
+        spec = start.spec
         return ModelledEngine(
             settings,
             context_tokens_max=mesh.model_of(spec.model_id).context_tokens_max,
@@ -54,7 +62,8 @@ def _modelled_factory(mesh: MeshConfig) -> EngineFactory:
         build=build,
         running_max=settings.running_max,
         waiting_max=settings.waiting_max,
-        start_s=lambda spec: modelled_replica(mesh, spec).start_s,
+        start_s=lambda start: modelled_start_s(mesh, start, shapes[start.spec.model_id]),
+        shapes=tuple(shapes.values()),
     )
 
 
@@ -62,7 +71,7 @@ def _tokenizer(model: ModelSpec) -> Tokenizer:
     return load_tokenizer(model.path) if model.path else byte_tokenizer()
 
 
-def _torch_factory(mesh: MeshConfig) -> EngineFactory:
+def _torch_factory(mesh: MeshConfig, peers: PeerServer | None) -> EngineFactory:
     name = "mesh.engine.torch"
     config = Settings({name: mesh.engine.torch}, {}).section(name, TorchEngineConfig)
     try:
@@ -70,28 +79,43 @@ def _torch_factory(mesh: MeshConfig) -> EngineFactory:
     except ConfigInvalid as error:
         field = f"{name}.{error.field}"
         raise ConfigInvalid(field=field, value=error.value, remedy=error.remedy) from None
-    for model in mesh.models:
-        _check_checkpoint(model, section=mesh.section_of(model.model_id))
+    checkpoints = {
+        model.model_id: _checkpoint(model, section=mesh.section_of(model.model_id))
+        for model in mesh.models
+    }
 
-    def build(spec: ReplicaSpec) -> Engine:
-        if Parallelism.parse(spec.parallelism).gpus > 1:
-            raise ConfigInvalid(
-                field="parallelism",
-                value=spec.parallelism,
-                remedy="the torch engine runs on one device: use tp1pp1",
-            )
+    def build(start: EngineStart) -> Engine:
         from services.worker.engine.torch_engine.engine import (  # noqa: PLC0415
-            load_torch_engine,  # torch takes seconds and an extra to import: only when asked for
+            build_torch_engine,  # torch takes seconds and an extra to import: only when asked for
+            load_torch_engine,
         )
 
-        return load_torch_engine(mesh.model_of(spec.model_id).path, config)
+        path = mesh.model_of(start.spec.model_id).path
+        if peers is None:
+            return load_torch_engine(path, config)
+        return build_torch_engine(start, path, config, peers)
+
+    def follow(start: EngineStart) -> Follower:
+        from services.worker.engine.torch_engine.engine import (  # noqa: PLC0415
+            follow_torch_engine,  # as above
+        )
+
+        assert peers is not None, "ranks find each other by their peers"
+        path = mesh.model_of(start.spec.model_id).path
+        return follow_torch_engine(start, path, config, peers)
 
     return EngineFactory(
-        build=build, running_max=config.running_max, waiting_max=config.waiting_max
+        build=build,
+        follow=follow if peers is not None else None,
+        running_max=config.running_max,
+        waiting_max=config.waiting_max,
+        shapes=tuple(
+            checkpoint.shape(model_id, config.dtype) for model_id, checkpoint in checkpoints.items()
+        ),
     )
 
 
-def _check_checkpoint(model: ModelSpec, *, section: str) -> None:
+def _checkpoint(model: ModelSpec, *, section: str) -> ModelConfig:
     """What a look at the folder shows already is said when the worker starts, not when a plan
     first sends it a replica. Weights are read, and checked, by the engine."""
     if importlib.util.find_spec("torch") is None:
@@ -108,3 +132,4 @@ def _check_checkpoint(model: ModelSpec, *, section: str) -> None:
             value=model.context_tokens_max,
             remedy=f"the checkpoint holds {checkpoint.context_tokens}: use at most that",
         )
+    return checkpoint

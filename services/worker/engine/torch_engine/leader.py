@@ -35,12 +35,14 @@ from shared.text import Tokenizer
 
 
 class TakesOver(Protocol):
-    """Moves KV cache and weights between replicas; see Engine for what each does."""
+    """Moves KV cache and weights between replicas; see Engine for what each does. ``settle``
+    comes before held requests are released."""
 
     def expect(
         self, copies: SequenceOf[Copy], peers: Mapping[str, str], *, verify: bool
     ) -> None: ...
     def take(self, replica_id: str, states: SequenceOf[LiveState], *, final: bool) -> Taken: ...
+    def settle(self) -> None: ...
     def advance_stage(self, stage: int, layers: tuple[int, int]) -> None: ...
     def close(self) -> None: ...
 
@@ -117,6 +119,8 @@ class TorchEngine:
         return self._takeover.take(replica_id, states, final=final)
 
     def release(self, *, keep: bool) -> None:
+        if self._parts is not None and self._parts.takeover is not None:
+            self._parts.takeover.settle()
         released = self._scheduler.release_held(keep=keep)
         for sequence in released if keep else ():
             key = sequence.request.key
@@ -168,8 +172,8 @@ class TorchEngine:
 
     def drop_all(self) -> list[str]:
         keys = [*self._ended, *self._scheduler]
-        # A lost rank may keep us waiting no longer: nothing of what it does is used from here on.
-        with contextlib.suppress(EngineFailed, RuntimeError):
+        # Where a rank is lost there is nothing to wait for: what it did is not used any more.
+        with contextlib.suppress(EngineFailed):
             self._pipeline.quiesce()
         for chunk in self._pipeline.abandon():
             self._scheduler.commit(chunk)

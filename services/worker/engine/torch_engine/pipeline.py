@@ -38,6 +38,7 @@ class Pipeline:
         self._writer = writer
         self._followers = followers
         self._under_way: deque[MicroBatch] = deque()
+        self._broken = False  # by a rank that failed in the middle of a step
 
     @property
     def under_way(self) -> int:
@@ -63,9 +64,11 @@ class Pipeline:
         plan = self._writer.plan(chunks)
         step = MicroBatch(chunks, plan)
         self._under_way.append(step)
+        self._broken = True
         if self._followers is not None:
             self._followers.broadcast(command(STEP, self._writer.encode(plan, chunks)))
         step.logits = self._runner.run(plan)
+        self._broken = False
 
     def collect(self) -> tuple[list[Chunk], Tensor]:
         """The oldest step's chunks, and the logits [sampled, vocabulary] of those that sample.
@@ -77,8 +80,8 @@ class Pipeline:
 
     def quiesce(self) -> None:
         """Wait until all ranks have done what they were told. The results are kept for
-        ``collect``. Raises RankLost."""
-        for step in self._under_way:
+        ``collect``. Raises RankLost. After a failure there is nothing to wait for."""
+        for step in () if self._broken else self._under_way:
             self._arrived(step)
 
     def abandon(self) -> list[Chunk]:
@@ -90,5 +93,7 @@ class Pipeline:
     def _arrived(self, step: MicroBatch) -> Tensor:
         if step.logits is None:
             assert self._runner is not None, "the engine is closed"
+            self._broken = True
             step.logits = self._runner.receive(step.plan)
+            self._broken = False
         return step.logits

@@ -20,6 +20,7 @@ from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.exports import Exports
 from services.worker.engine.torch_engine.follower import FollowerParts, TorchFollower
 from services.worker.engine.torch_engine.kv_cache import BlockTable, KvBlocks
+from services.worker.engine.torch_engine.kv_transfer import KvTransfer
 from services.worker.engine.torch_engine.leader import EngineParts, TorchEngine
 from services.worker.engine.torch_engine.loading import Origin, WeightLoader
 from services.worker.engine.torch_engine.model import DecoderStage
@@ -28,7 +29,9 @@ from services.worker.engine.torch_engine.pipeline import Pipeline
 from services.worker.engine.torch_engine.rank_runner import RankRunner
 from services.worker.engine.torch_engine.ranks.group import RankGroup
 from services.worker.engine.torch_engine.sharding import kv_shards
+from services.worker.engine.torch_engine.stages import WeightStages
 from services.worker.engine.torch_engine.step_plan import PlanReader, PlanWriter
+from services.worker.engine.torch_engine.takeover import Takeover, TakeoverFollower
 from services.worker.engine.torch_engine.transfer import no_pause
 from services.worker.events import EngineStart
 from services.worker.peers.server import PeerServer
@@ -203,8 +206,25 @@ class RankPart:
         self.exports = Exports(self._peers, self.arena, replica_id=replica_id)
         self.undo.callback(self.exports.close)
         self.exports.add(self.stage.weights.shards, self.stage.weights.named)
-        cache = kv_shards(model.facts, self.rank, blocks=blocks, block_tokens=block_tokens)
-        self.exports.add(cache, self.stage.kv_named)
+        self._cache_shards = kv_shards(
+            model.facts, self.rank, blocks=blocks, block_tokens=block_tokens
+        )
+        self.exports.add(self._cache_shards, self.stage.kv_named)
+
+    def transfer(self) -> tuple[KvTransfer, WeightStages] | None:
+        """What moves KV cache and weights here; None for a rank that no peer knows of."""
+        start = self._start
+        if start is None or self.exports is None:
+            return None
+        stage = self.stage
+        kv = KvTransfer(
+            self._cache_shards,
+            stage.kv_named,
+            worker_id=start.spec.gpus[start.rank],
+            between=self._between,
+        )
+        kv.expect(start.copies, start.peers, verify=start.verify)
+        return kv, WeightStages(stage.weights, self.arena, self.exports, load=self.loader.load)
 
     def runner(self, table: BlockTable) -> RankRunner:
         if self._groups is None or self._link is None:
@@ -225,6 +245,10 @@ def lead(part: RankPart, link: LeaderLink | None = None) -> TorchEngine:
     part.allocate_cache(blocks)
     scheduler = model.scheduler(blocks, part.rank.pp)
     runner = part.runner(scheduler.kv)
+    takeover: Takeover | None = None
+    if (transfer := part.transfer()) is not None:
+        size = part.rank.tp * part.rank.pp
+        takeover = Takeover(scheduler, *transfer, followers=link, size=size)
     return TorchEngine(
         EngineParts(
             stage=part.stage,
@@ -233,6 +257,7 @@ def lead(part: RankPart, link: LeaderLink | None = None) -> TorchEngine:
             tokenizer=load_tokenizer(str(model.folder)),
             context_tokens=model.context_tokens,
             fetched=part.loader.fetched,
+            takeover=takeover,
             close=part.undo.close,
         )
     )
@@ -248,6 +273,9 @@ def follow(part: RankPart, link: FollowerLink) -> TorchFollower:
     blocks: int = _BLOCKS.unpack(told)[0]
     part.allocate_cache(blocks)
     table = part.model.block_table(blocks)
+    takeover: TakeoverFollower | None = None
+    if (transfer := part.transfer()) is not None:
+        takeover = TakeoverFollower(*transfer, link)
     return TorchFollower(
         FollowerParts(
             runner=part.runner(table),
@@ -256,6 +284,7 @@ def follow(part: RankPart, link: FollowerLink) -> TorchFollower:
             fetched=part.loader.fetched,
             cache_bytes=part.stage.cache_bytes,
             stop=link.close,
+            takeover=takeover,
             close=part.undo.close,
         )
     )

@@ -232,19 +232,30 @@ class Takeover:
         ]
 
 
-def takeover_handlers(
-    kv: KvTransfer, stages: WeightStages, leader: FollowerLink
-) -> dict[int, Callable[[bytes], None]]:
-    """What a follower does when its leader says PULL or STAGE, by tag."""
+class TakeoverFollower:
+    """A follower's side: ``handlers`` obey the leader's commands, by tag."""
 
-    def pull(body: bytes) -> None:
-        leader.send(msgspec.msgpack.encode(kv.pull(msgspec.msgpack.decode(body, type=PullOrder))))
+    def __init__(self, kv: KvTransfer, stages: WeightStages, leader: FollowerLink) -> None:
+        self._kv, self._stages, self._leader = kv, stages, leader
+        self.handlers: Mapping[int, Callable[[bytes], None]] = {
+            PULL: self._pull,
+            STAGE: self._advance,
+        }
 
-    def advance(body: bytes) -> None:
+    def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
+        """See Engine."""
+        self._kv.expect(copies, peers, verify=verify)
+
+    def close(self) -> None:
+        self._kv.close()
+
+    def _pull(self, body: bytes) -> None:
+        order = msgspec.msgpack.decode(body, type=PullOrder)
+        self._leader.send(msgspec.msgpack.encode(self._kv.pull(order)))
+
+    def _advance(self, body: bytes) -> None:
         order = msgspec.msgpack.decode(body, type=StageOrder)
-        leader.send(msgspec.msgpack.encode(stages.advance(order)))
-
-    return {PULL: pull, STAGE: advance}
+        self._leader.send(msgspec.msgpack.encode(self._stages.advance(order)))
 
 
 def _bytes(answers: Iterable[Pulled]) -> dict[str, dict[str, int]]:

@@ -27,20 +27,21 @@ def no_pause() -> None:
     """Nobody wants to stop the work between two pieces."""
 
 
-def fetch_weights(
+def fetch_weights(  # noqa: PLR0913  # what a switch says of its copies
     weights: StageWeights,
     copies: Sequence[Copy],
     peers: Mapping[str, str],
     *,
     worker_id: str,
+    stage: int,
     verify: bool,
     between: Between = no_pause,
 ) -> dict[str, int]:
-    """Fill ``weights`` along the copies that have a worker as their source; bytes by source, those
-    of ``worker_id`` itself being in place. ``between`` is called every few MiB and may raise to
-    stop. Raises PeerLost, and EngineFailed where a source holds something else."""
+    """Fill ``weights`` along the copies of ``stage`` that have a worker as their source; bytes by
+    source, those of ``worker_id`` itself being in place. ``between`` is called every few MiB and
+    may raise to stop. Raises PeerLost, and EngineFailed where a source holds something else."""
     fetched: dict[str, int] = defaultdict(int)
-    for (source_id, replica_id), part in _by_source(copies).items():
+    for (source_id, replica_id), part in _by_source(copies, stage).items():
         source = connect_source(peers, source_id, replica_id, worker_id=worker_id)
         try:
             for copy in part:
@@ -52,7 +53,9 @@ def fetch_weights(
     return dict(fetched)
 
 
-def disk_parts(weights: StageWeights, copies: Sequence[Copy]) -> list[tuple[TensorShard, Tensor]]:
+def disk_parts(
+    weights: StageWeights, copies: Sequence[Copy], *, stage: int
+) -> list[tuple[TensorShard, Tensor]]:
     """What has to come from the checkpoint, as parts of shards, and where each of them goes."""
     return [
         (
@@ -60,7 +63,7 @@ def disk_parts(weights: StageWeights, copies: Sequence[Copy]) -> list[tuple[Tens
             within(weights.named[shard.name], shard, span),
         )
         for copy in copies
-        if copy.source == DISK
+        if copy.source == DISK and copy.stage == stage
         for shard, span in covered(weights.shards, copy)
     ]
 
@@ -171,11 +174,11 @@ def free_layers(weights: StageWeights, arena: Arena, exports: Exports | None, la
         arena.free_layer(layer)
 
 
-def _by_source(copies: Sequence[Copy]) -> dict[tuple[str, str], list[Copy]]:
+def _by_source(copies: Sequence[Copy], stage: int) -> dict[tuple[str, str], list[Copy]]:
     """Of the weights; ordered, so that each source is visited once."""
     found: dict[tuple[str, str], list[Copy]] = defaultdict(list)
     for copy in copies:
-        if copy.source != DISK and copy.sheet != "cache":
+        if copy.stage == stage and copy.source != DISK and copy.sheet != "cache":
             found[copy.source, copy.replica_id].append(copy)
     return found
 

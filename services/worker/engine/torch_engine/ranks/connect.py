@@ -1,31 +1,63 @@
 """Connects all groups of one replica's ranks."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import torch
 
-from services.worker.engine.torch_engine.ranks.group import RankGroup
+from services.worker.engine.torch_engine.ranks.group import LoneGroup, RankGroup
+from services.worker.engine.torch_engine.ranks.lost import RankLost
+from services.worker.engine.torch_engine.ranks.mesh import Members, MeshOffer
+from services.worker.engine.torch_engine.ranks.process_groups import (
+    Store,
+    client_store,
+    gloo_group,
+    nccl_group,
+)
 from services.worker.engine.torch_engine.ranks.session import FollowerSession, LeaderSession
+from services.worker.engine.torch_engine.ranks.shared_memory import SharedMemoryGroup
 from services.worker.peers.server import PeerServer
 from shared.placement.sheets import Rank
 
-GroupKind = Literal["auto", "alone", "shm", "gloo", "nccl"]
+Kind = Literal["alone", "shm", "gloo", "nccl"]
+GroupKind = Literal["auto", "shm", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """``tp``: the ranks of my stage, by tp_rank. ``pipe``: all ranks, by number (send and recv)."""
+    """``tp``: the ranks of my stage, numbered by tp_rank. ``pipe``: all ranks of the replica, by
+    their numbers, for send, recv and gather between stages."""
 
     tp: RankGroup
     pipe: RankGroup
-    kind: GroupKind
+    kind: Kind
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Idempotent; in the thread that calls the groups."""
+        self.tp.close()
+        self.pipe.close()
 
 
-def connect_groups(
+class _Seat(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank tells the leader. ``device``: which one it is, anywhere."""
+
+    device_type: str
+    device: str
+    local: bool  # on one host with the leader
+
+
+class _Choice(msgspec.Struct, frozen=True, array_like=True):
+    """What the leader answers; ``host`` and ``port`` of the store."""
+
+    kind: Kind
+    host: str = ""
+    port: int = 0
+
+
+def connect_groups(  # noqa: PLR0913  # who, with whom, where and how
     session: LeaderSession | FollowerSession | None,
     *,
     rank: Rank,
@@ -35,6 +67,144 @@ def connect_groups(
     kind: GroupKind = "auto",
     timeout_s: float = 30.0,
 ) -> Groups:
-    """All ranks call it once, after gather/join. ``addresses``: of all ranks' servers, by number.
-    ``session`` is None where the replica is one rank."""
-    ...
+    """All ranks call it at once, after gather and join, and get the leader's ``kind`` of groups.
+
+    ``addresses``: of all ranks' servers, by number. ``session`` is None where the rank is alone.
+    Raises RankLost: then the session is lost, too, and nothing is left behind.
+    """
+    if session is None or rank.tp * rank.pp == 1:
+        return Groups(tp=LoneGroup(), pipe=LoneGroup(), kind="alone")
+    connecting = _Connecting(session, rank, server, addresses, time.monotonic() + timeout_s)
+    try:
+        return connecting.run(device, kind)
+    except BaseException as error:
+        connecting.close()
+        lost = error if isinstance(error, RankLost) else RankLost(rank.number, str(error))
+        session.lose(lost.rank, lost.reason)
+        if isinstance(error, RuntimeError | OSError):  # torch's
+            raise lost from error
+        raise
+
+
+class _Connecting:
+    """The steps of connect_groups, and what they have made so far."""
+
+    def __init__(
+        self,
+        session: LeaderSession | FollowerSession,
+        rank: Rank,
+        server: PeerServer,
+        addresses: Sequence[str],
+        deadline_s: float,
+    ) -> None:
+        self._session, self._rank, self._server = session, rank, server
+        self._addresses, self._deadline_s = dict(enumerate(addresses)), deadline_s
+        stage = rank.pp_rank * rank.tp
+        of_stage, of_all = range(stage, stage + rank.tp), range(rank.tp * rank.pp)
+        name, mine = session.name, rank.number
+        self._tp = Members(name=f"{name}/tp{rank.pp_rank}", ranks=of_stage, mine=mine)
+        self._pipe = Members(name=f"{name}/pipe", ranks=of_all, mine=mine)
+        self._offers = {m.name: MeshOffer(server, m) for m in (self._tp, self._pipe) if m.size > 1}
+        self._made: list[RankGroup] = []
+        self._store: Store | None = None
+
+    def run(self, device: torch.device, kind: GroupKind) -> Groups:
+        choice = self._agree(_Seat(device.type, _identity(device), self._local), kind)
+        make = self._maker(choice)
+        groups = Groups(tp=make(self._tp), pipe=make(self._pipe), kind=choice.kind)
+        self._meet()
+        self._close_offers()
+        return groups
+
+    def close(self) -> None:
+        self._close_offers()
+        for group in self._made:
+            group.close()
+
+    @property
+    def _local(self) -> bool:
+        return not isinstance(self._session, FollowerSession) or self._session.local
+
+    @property
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def _close_offers(self) -> None:
+        for offer in self._offers.values():
+            offer.close()
+
+    def _agree(self, seat: _Seat, kind: GroupKind) -> _Choice:
+        """The leader hears of all where they sit, and says which kind of group fits."""
+        if isinstance(self._session, FollowerSession):
+            self._session.send(msgspec.msgpack.encode(seat))
+            return msgspec.msgpack.decode(self._heard(self._session), type=_Choice)
+        seats = [seat]
+        for number in range(1, self._session.size):
+            payload = self._session.recv(number, self._left_s)
+            seats.append(msgspec.msgpack.decode(payload, type=_Seat))
+        choice = _Choice(_fitting(seats) if kind == "auto" else kind)
+        if choice.kind != "shm":
+            self._store = Store(self._server.host, self._left_s)
+            choice = _Choice(choice.kind, self._server.host, self._store.port)
+        self._session.broadcast(msgspec.msgpack.encode(choice))
+        return choice
+
+    def _meet(self) -> None:
+        """Until all ranks have made their groups: the leader's store is needed no more."""
+        if isinstance(self._session, FollowerSession):
+            self._session.send(b"")
+            self._heard(self._session)
+            return
+        for number in range(1, self._session.size):
+            self._session.recv(number, self._left_s)
+        self._session.broadcast(b"")
+        self._store = None
+
+    def _heard(self, session: FollowerSession) -> bytes:
+        payload = session.recv()
+        if payload is None:
+            raise RankLost(0, "has closed the session while groups were made")
+        return payload
+
+    def _maker(self, choice: _Choice) -> Callable[[Members], RankGroup]:
+        def make(members: Members) -> RankGroup:
+            group: RankGroup = LoneGroup() if members.size == 1 else make_one(members)
+            self._made.append(group)
+            return group
+
+        make_one: Callable[[Members], RankGroup]
+        if choice.kind == "shm":
+            make_one = self._shared_memory
+        else:
+            timeout_s = self._left_s
+            if self._store is not None:
+                store = self._store.store
+            else:
+                store = client_store(choice.host, choice.port, timeout_s)
+            if choice.kind == "gloo":
+                make_one = lambda members: gloo_group(  # noqa: E731
+                    self._session, members, store, host=self._server.host, timeout_s=timeout_s
+                )
+            else:
+                make_one = lambda members: nccl_group(self._session, members, store)  # noqa: E731
+        return make
+
+    def _shared_memory(self, members: Members) -> RankGroup:
+        links = self._offers[members.name].connect(self._addresses, self._deadline_s)
+        return SharedMemoryGroup(self._session, members, links, self._left_s)
+
+
+def _fitting(seats: Sequence[_Seat]) -> Kind:
+    """NCCL takes one rank a device; ranks that share one go through its host's memory, as do ranks
+    of one host that have none."""
+    on_gpu = all(seat.device_type == "cuda" for seat in seats)
+    if on_gpu and len({seat.device for seat in seats}) == len(seats):
+        return "nccl"
+    return "shm" if all(seat.local for seat in seats) else "gloo"
+
+
+def _identity(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    properties: Any = torch.cuda.get_device_properties(device)
+    return str(properties.uuid)

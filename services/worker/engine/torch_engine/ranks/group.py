@@ -64,3 +64,15 @@ class LoneGroup:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def parts_for(
+    tensor: torch.Tensor, to: int, size: int, shapes: Sequence[Sequence[int]] | None
+) -> list[torch.Tensor]:
+    """Where ``to`` gathers all ranks' tensors: its own, and empty ones for the others'."""
+    return [
+        tensor
+        if number == to
+        else tensor.new_empty(tensor.shape if shapes is None else tuple(shapes[number]))
+        for number in range(size)
+    ]

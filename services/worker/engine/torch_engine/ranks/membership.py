@@ -8,7 +8,6 @@ them: links are closed, which wakes whoever waits, and all calls raise RankLost.
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Generator
 
 from services.worker.engine.torch_engine.ranks.channel import OtherToldLoss, RankChannel

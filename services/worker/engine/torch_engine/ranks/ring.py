@@ -37,7 +37,7 @@ class Sending:
 
     def send(self, payload: torch.Tensor) -> None:
         """Bytes. Waits only while the ring is full."""
-        for piece in payload.split(PIECE_BYTES):
+        for piece in pieces_of(payload, PIECE_BYTES):
             offset, room = self._places.take(piece.numel())
             self._used += room
             self._signals.wait(lambda: self._used - self._signals.room <= RING_BYTES)
@@ -53,10 +53,15 @@ class Receiving:
 
     def recv(self, into: torch.Tensor) -> None:
         """Bytes, as many as were sent at once."""
-        for piece in into.split(PIECE_BYTES):
+        for piece in pieces_of(into, PIECE_BYTES):
             self._signals.wait(lambda: bool(self._signals.pieces))
             length = self._signals.pieces.popleft()
             assert length == piece.numel(), f"{length} bytes were sent for {piece.numel()}"
             offset, room = self._places.take(length)
             piece.copy_(self._ring[offset : offset + length])
             self._signals.give_room(room)
+
+
+def pieces_of(flat: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """Views of ``length`` elements, the last as long as is left; none of nothing."""
+    return [flat[start : start + length] for start in range(0, flat.numel(), length)]

@@ -1,6 +1,5 @@
 """Both ends of a replica's control channel: rank 0 leads, each other rank has a link to it."""
 
-import threading
 import time
 from typing import Self
 

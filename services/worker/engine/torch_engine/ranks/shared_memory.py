@@ -9,16 +9,16 @@ Why two slots are enough: whoever signals its part of chunk k+1 has read all of 
 have signalled chunk k+1, the slot of chunk k may be overwritten by chunk k+2.
 """
 
-import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import torch
 
+from services.worker.engine.torch_engine.ranks.group import parts_for
 from services.worker.engine.torch_engine.ranks.lost import RankLost
 from services.worker.engine.torch_engine.ranks.membership import RankSession
 from services.worker.engine.torch_engine.ranks.mesh import Members
-from services.worker.engine.torch_engine.ranks.ring import RING_BYTES, Receiving, Sending
+from services.worker.engine.torch_engine.ranks.ring import RING_BYTES, Receiving, Sending, pieces_of
 from services.worker.engine.torch_engine.ranks.signals import Signals
 from services.worker.peers.link import PeerLink
 from services.worker.peers.segment import Segment
@@ -26,6 +26,7 @@ from services.worker.peers.wire import close_all
 from shared.errors import PeerLost
 
 SLOT_BYTES = 1 << 20
+PAIR = 2  # ranks, that best sum up everything both
 SHARED_SUM_BYTES_MIN = 256 << 10  # from here on more than two ranks sum up a share each
 
 
@@ -65,14 +66,14 @@ class SharedMemoryGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
-        for chunk in flat.split(SLOT_BYTES // flat.element_size()):
+        for chunk in pieces_of(flat, SLOT_BYTES // flat.element_size()):
             slots = self._next_slots(chunk)
             slots[self.rank].copy_(chunk)
             self._meet()
-            if self.size > 2 and chunk.nbytes >= SHARED_SUM_BYTES_MIN:
+            if self.size > PAIR and chunk.nbytes >= SHARED_SUM_BYTES_MIN:
                 self._sum_by_shares(chunk, slots)
             else:
-                _sum_into(chunk, slots, self.rank)
+                _sum_into(chunk, slots)
 
     def gather(
         self, tensor: torch.Tensor, to: int = 0, *, shapes: Sequence[Sequence[int]] | None = None
@@ -87,12 +88,16 @@ class SharedMemoryGroup:
         return parts
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        with self._with(to):
+        try:
             self._sending[to].send(tensor.view(-1).view(torch.uint8))
+        except PeerLost as error:
+            raise self._lost(to, error) from error
 
     def recv(self, tensor: torch.Tensor, source: int) -> None:
-        with self._with(source):
+        try:
             self._receiving[source].recv(tensor.view(-1).view(torch.uint8))
+        except PeerLost as error:
+            raise self._lost(source, error) from error
 
     def close(self) -> None:
         for signals in self._signals.values():
@@ -107,19 +112,16 @@ class SharedMemoryGroup:
         byte_count = 2 * SLOT_BYTES + self.size * RING_BYTES
         own = Segment.create(byte_count, f"oserve-group-{self.rank}")
         self._segments[self.rank] = own
-        for number, link in links.items():
-            with self._with(number):
+        number = self.rank
+        try:
+            for number, link in links.items():  # noqa: B007  # told where it fails
                 link.send(msgspec.msgpack.encode(byte_count), [own.fd])
-        for number, link in links.items():
-            with self._with(number):
-                payload, fds = link.recv_fds(timeout_s)
-                if len(fds) != 1 or msgspec.msgpack.decode(payload) != byte_count:
-                    close_all(fds)
-                    raise PeerLost(f"sent {len(fds)} segments, not one of {byte_count} bytes")
-                # Only its maker writes there; but torch has no tensors over read-only memory.
-                self._segments[number] = Segment.map(fds[0], byte_count, writable=True)
-        for number, link in links.items():
-            self._signals[number] = Signals(link.detach())
+            for number, link in links.items():
+                self._segments[number] = _received(link, byte_count, timeout_s)
+            for number, link in links.items():
+                self._signals[number] = Signals(link.detach())
+        except PeerLost as error:
+            raise self._lost(number, error) from error
 
     def _next_slots(self, chunk: torch.Tensor) -> list[torch.Tensor]:
         """All ranks' slots for ``chunk``, by number, in its type and length."""
@@ -134,59 +136,52 @@ class SharedMemoryGroup:
     def _meet(self) -> None:
         """Until all ranks have written what they write in this step."""
         self._steps += 1
-        for number, signals in self._signals.items():
-            with self._with(number):
+        number = self.rank
+        try:
+            for number, signals in self._signals.items():  # noqa: B007  # told where it fails
                 signals.step()
-        for number, signals in self._signals.items():
-            with self._with(number):
+            for number, signals in self._signals.items():  # noqa: B007
                 signals.wait(lambda signals=signals: signals.steps >= self._steps)
+        except PeerLost as error:
+            raise self._lost(number, error) from error
 
     def _sum_by_shares(self, chunk: torch.Tensor, slots: list[torch.Tensor]) -> None:
-        """Each rank sums a share for all. Its own slot has room for the sum: nobody else reads the
-        slot's share of that rank."""
+        """Each rank sums a share for all. Its slot has room for the sum: nobody else reads that
+        share of it."""
         share = -(-chunk.numel() // self.size)
-        parts = [slot.split(share) for slot in slots]  # [rank][share]; the last may be short
-        mine = parts[self.rank]
-        if self.rank < len(mine):
-            _sum_into(mine[self.rank], [part[self.rank] for part in parts], self.rank)
+        parts = [pieces_of(slot, share) for slot in slots]  # [rank][share]; fewer shares if few
+        sums = pieces_of(chunk, share)
+        if self.rank < len(sums):
+            _sum_into(sums[self.rank], [part[self.rank] for part in parts])
+            parts[self.rank][self.rank].copy_(sums[self.rank])
         self._meet()
-        for number, into in enumerate(chunk.split(share)):
-            into.copy_(parts[number][number])
+        for number, into in enumerate(sums):
+            if number != self.rank:
+                into.copy_(parts[number][number])
 
-    @contextlib.contextmanager
-    def _with(self, number: int) -> Generator[None]:
-        """Calls to one other rank, whose loss is the session's."""
-        try:
-            yield
-        except PeerLost as error:
-            rank = self._members.ranks[number]
-            self._session.lose(rank, str(error))
-            raise self._session.lost or RankLost(rank, str(error)) from error
+    def _lost(self, number: int, error: PeerLost) -> RankLost:
+        """A member's loss is the session's."""
+        rank = self._members.ranks[number]
+        self._session.lose(rank, str(error))
+        return self._session.lost or RankLost(rank, str(error))
 
     def _abort(self, _: RankLost) -> None:
         for signals in list(self._signals.values()):
             signals.abort()
 
 
-def parts_for(
-    tensor: torch.Tensor, to: int, size: int, shapes: Sequence[Sequence[int]] | None
-) -> list[torch.Tensor]:
-    """Where ``to`` gathers all ranks' tensors: its own, and empty ones for the others'."""
-    return [
-        tensor
-        if number == to
-        else tensor.new_empty(tensor.shape if shapes is None else tuple(shapes[number]))
-        for number in range(size)
-    ]
+def _received(link: PeerLink, byte_count: int, timeout_s: float) -> Segment:
+    payload, fds = link.recv_fds(timeout_s)
+    if len(fds) != 1 or msgspec.msgpack.decode(payload) != byte_count:
+        close_all(fds)
+        raise PeerLost(f"sent {len(fds)} segments, not one of {byte_count} bytes")
+    # Only its maker writes there; but torch knows no tensors over read-only memory.
+    return Segment.map(fds[0], byte_count, writable=True)
 
 
-def _sum_into(into: torch.Tensor, parts: list[torch.Tensor], rank: int) -> None:
-    """In the order of ranks, so that all get the same bits. ``into`` may be ``parts[rank]``, and
-    holds the same values."""
-    if into.device.type != "cpu":
-        parts = [into.clone() if n == rank else p.to(into.device) for n, p in enumerate(parts)]
-    if rank >= 2:  # the first sum would overwrite what is added later
-        parts = [part.clone() if n == rank else part for n, part in enumerate(parts)]
+def _sum_into(into: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """In the order of ranks, so that all get the same bits. ``parts`` are others' memory."""
+    parts = [part.to(into.device) for part in parts]
     torch.add(parts[0], parts[1], out=into)
     for part in parts[2:]:
         into.add_(part)

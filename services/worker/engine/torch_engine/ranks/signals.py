@@ -1,4 +1,4 @@
-"""Words between two ranks of one host: that a step is written, a piece announced, room given back."""
+"""Words between two ranks of one host: a step is written, a piece announced, room given back."""
 
 import collections
 import os
@@ -21,8 +21,8 @@ _READ_BYTES = _WORD.size * 256
 
 class Signals:
     """``steps``: how many steps the other has signalled; ``pieces``: the lengths of those announced
-    and not yet taken; ``room``: bytes of the ring to it that it has given back. All grow by ``pull``
-    only. One thread calls, but for ``abort``. Raises PeerLost."""
+    and not yet taken; ``room``: bytes of the ring to it that it has given back, ever. They grow by
+    ``pull`` alone. One thread calls, but for ``abort``. Raises PeerLost."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Owns ``sock``, which does not block."""
