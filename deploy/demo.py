@@ -19,7 +19,7 @@ from rich.console import Console
 
 from deploy.local import LocalMesh
 from deploy.status import LISTEN_S
-from deploy.switch import switch
+from deploy.switch import plan_for, switch_to
 from deploy.switch_view import in_short
 from deploy.switch_watch import SwitchOutcome
 from loadgen.client import Progress
@@ -48,6 +48,9 @@ VICTIM = "worker-n0-g0"
 SWITCHES = (("tp2*1", 0.25), ("tp1*2", 0.5))  # to what, after which part of the trace
 KILL_AT = 0.75  # of the trace: by then both GPUs have a replica of their own again
 SWITCH_TIMEOUT_S = 60.0
+BUSY = 3  # requests in flight, at least, when a switch is asked for: the trace comes in bursts
+BUSY_POLL_S = 0.01
+BUSY_PART = 0.1  # of the trace: for so long that is waited for
 
 console = Console(highlight=False)
 
@@ -157,7 +160,7 @@ async def _replay(
     try:
         async with asyncio.TaskGroup() as tasks:
             shown = tasks.create_task(_show(progress, len(arrivals)))
-            told = tasks.create_task(_tell(mesh, bus, story, duration_s))
+            told = tasks.create_task(_tell(mesh, bus, story, progress, duration_s))
             report = await replay_arrivals(arrivals, options, progress=progress)
             await told
             shown.cancel()
@@ -166,23 +169,32 @@ async def _replay(
     return msgspec.structs.replace(report, marks=tuple(story.marks)), story
 
 
-async def _tell(mesh: LocalMesh, bus: NatsBus, story: Story, duration_s: float) -> None:
+async def _tell(
+    mesh: LocalMesh, bus: NatsBus, story: Story, progress: Progress, duration_s: float
+) -> None:
     """Switch there and back, then kill: each when its part of the trace is over."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     for to, part in SWITCHES:
-        # It listens to the mesh before it asks: that is no part of the switch.
-        await asyncio.sleep(max(0.0, began_s + part * duration_s - LISTEN_S - loop.time()))
-        say(f"switching to {to}")
-        outcome = await switch(bus, to, timeout_s=SWITCH_TIMEOUT_S)
+        due_s = began_s + part * duration_s
+        await asyncio.sleep(max(0.0, due_s - LISTEN_S - loop.time()))
+        plan = await plan_for(bus, to)
+        await _until_busy(progress, until_s=due_s + BUSY_PART * duration_s)
+        say(f"switching to {to}, with {progress.in_flight} requests in flight")
+        at_s = loop.time() - began_s
+        outcome = await switch_to(bus, plan, timeout_s=SWITCH_TIMEOUT_S)
         story.switches.append(outcome)
-        say(in_short(outcome))
-        at_s = loop.time() - began_s - outcome.took_s
         story.marks.append(Mark(at_s, f"switch to {outcome.plan or to}", "switch"))
+        say(in_short(outcome))
     await asyncio.sleep(max(0.0, began_s + KILL_AT * duration_s - loop.time()))
     say(f"SIGKILL to {VICTIM} (pid {mesh.pids()[VICTIM]})")
     mesh.kill(VICTIM)
     story.marks.append(Mark(loop.time() - began_s, f"SIGKILL {VICTIM}"))
+
+
+async def _until_busy(progress: Progress, *, until_s: float) -> None:
+    while progress.in_flight < BUSY and asyncio.get_running_loop().time() < until_s:  # noqa: ASYNC110  # a count
+        await asyncio.sleep(BUSY_POLL_S)
 
 
 class _Line(msgspec.Struct):

@@ -75,14 +75,31 @@ async def switch(
     listen_s: float = LISTEN_S,
     on_progress: Callable[[SwitchProgress], None] | None = None,
 ) -> SwitchOutcome:
-    """Ask for ``to`` and wait until it is in force. ``listen_s``: for how long workers are listened
-    to before GPUs are chosen. Raises ConfigInvalid, BusUnavailable, DeadlineExceeded."""
+    """Ask for ``to`` and wait until it is in force. Raises as the two that it calls."""
+    plan = await plan_for(bus, to, model_id=model_id, listen_s=listen_s)
+    return await switch_to(bus, plan, timeout_s=timeout_s, on_progress=on_progress)
+
+
+async def plan_for(
+    bus: Bus, to: str, *, model_id: str = "", listen_s: float = LISTEN_S
+) -> DeploymentPlan:
+    """The plan that ``to`` means in this mesh. ``listen_s``: for how long workers are listened to
+    before GPUs are chosen. Raises ConfigInvalid, BusUnavailable."""
+    if _is_file(to):
+        return read_plan(Path(to))
+    workers, in_force = await _look(bus, listen_s=listen_s)
+    return _planned(to, model_id, workers, in_force)
+
+
+async def switch_to(
+    bus: Bus,
+    plan: DeploymentPlan,
+    *,
+    timeout_s: float,
+    on_progress: Callable[[SwitchProgress], None] | None = None,
+) -> SwitchOutcome:
+    """Pin ``plan`` and wait until it is in force. Raises BusUnavailable, DeadlineExceeded."""
     async with SwitchWatch(bus, on_progress=on_progress) as watch:
-        if _is_file(to):
-            plan = read_plan(Path(to))
-        else:
-            workers, in_force = await _look(bus, watch, listen_s=listen_s)
-            plan = _planned(to, model_id, workers, in_force)
         answer = await ask(bus, subjects.PIN_PLAN, PinPlan(plan=plan))
         if answer.wrong:
             refusal = f"the scheduler refuses: {'; '.join(answer.wrong)}"
@@ -105,9 +122,7 @@ def _planned(
     )
 
 
-async def _look(
-    bus: Bus, watch: SwitchWatch, *, listen_s: float
-) -> tuple[list[WorkerReport], PlanInForce]:
+async def _look(bus: Bus, *, listen_s: float) -> tuple[list[WorkerReport], PlanInForce]:
     """Which workers there are, and what is in force. Raises BusUnavailable."""
     newest: dict[str, WorkerReport] = {}
 
@@ -117,8 +132,9 @@ async def _look(
 
     listening = await bus.subscribe(subjects.WORKER_REPORT.wildcard, on_report)
     try:
-        await asyncio.sleep(listen_s)
-        in_force = await watch.until_heard(wait_s=LATE_S)
+        async with SwitchWatch(bus) as watch:
+            await asyncio.sleep(listen_s)
+            in_force = await watch.until_heard(wait_s=LATE_S)
     finally:
         await listening.unsubscribe()
     if in_force is None:

@@ -118,10 +118,10 @@ class SwitchWatch:
 
     def _late(self, plan_id: str, wait_s: float) -> SwitchOutcome:
         seen, phase = self._in_force, self._phase
-        if seen is None:
+        if phase is not None and phase.plan_id == plan_id:
+            why = f"it is {phase.phase}, {phase.elapsed_s:.1f} s after its start"
+        elif seen is None:
             why = "nobody says which plan is in force: is a switcher running?"
-        elif phase is not None and phase.plan_id == plan_id:
-            why = f"it is {phase.phase} since {phase.elapsed_s:.1f} s"
         else:
             why = f"{seen.plan.plan_id or 'the empty plan'} is in force"
         detail = (

@@ -12,6 +12,7 @@ BENCHMARKS = (
     "loadgen.bench.bench_fidelity",
     "loadgen.bench.bench_torch_fidelity",
     "loadgen.bench.bench_switch",
+    "loadgen.bench.bench_transfer",
     "loadgen.bench.bench_compare",
 )
 

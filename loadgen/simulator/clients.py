@@ -6,7 +6,7 @@ whatever a client raises.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -137,11 +137,13 @@ class Clients:
         return sum(client.end in ends for client in self._arrived.values())
 
 
-def draw_orders(rng: random.Random, *, until_s: float) -> list[Order]:
+def draw_orders(
+    rng: random.Random, *, until_s: float, most: int = 25, lengths: Sequence[int] = (1, 4, 12, 40)
+) -> list[Order]:
     """A few requests; most wait for all of their tokens."""
     orders: list[Order] = []
-    for i in range(rng.randint(5, 25)):
-        output_tokens = rng.choice([1, 4, 12, 40])
+    for i in range(rng.randint(5, most)):
+        output_tokens = rng.choice(lengths)
         stops, leaves = rng.random() < 0.15, rng.random() < 0.1  # noqa: PLR2004  # shares of all
         orders.append(
             Order(

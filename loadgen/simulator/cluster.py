@@ -86,6 +86,7 @@ class Cluster:
         if spec.policy.migration == "llumnix":
             self.migrator = Migrator(self.world, self.fleet)
         self._booted = False
+        self.followers = spec.policy.live
         self._peers = Peers()
         shapes = model_shapes(self.mesh) if spec.policy.live else {}
         self._shapes = tuple(shapes.values())
@@ -237,6 +238,7 @@ class Cluster:
                 models=self._model_ids,
                 peer=incarnation,
                 shapes=self._shapes,
+                followers=self.followers,
             )
             pulse = None
             if self.paces.pulse_s is not None:

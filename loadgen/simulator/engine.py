@@ -83,6 +83,7 @@ class Engine:
     held: Held | None = None
     takes: int = 0  # begun: an answer to an earlier one is void
     expecting_s: float | None = None  # since when KV cache is copied ahead
+    group: dict[int, "Engine"] = field(default_factory=dict[int, "Engine"])  # the other ranks
     weight_bytes: int = 0
     cache_bytes: int = 0
     fetched: dict[str, int] = field(default_factory=dict[str, int])

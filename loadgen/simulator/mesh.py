@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from loadgen.simulator.clients import Clients, draw_orders
+from loadgen.simulator.clients import Clients, Order, draw_orders
 from loadgen.simulator.engines import Engines
 from loadgen.simulator.faults import Weather, draw_incidents, draw_weather
 from loadgen.simulator.ingress import Ingress, inputs
@@ -249,13 +249,16 @@ class Mesh:
         patient = rng.random() < 0.75  # noqa: PLR2004  # the share of such runs
         config = PATIENT if patient else IMPATIENT
         may_fail = () if patient else IMPATIENT_FAILURES
-        self.clients = Clients(draw_orders(rng, until_s=self.FAULTS_S), may_fail=may_fail)
+        self.clients = Clients(self._draw_orders(rng), may_fail=may_fail)
 
         def make(_number: int, _port: Port) -> tuple[Core, Mapping[str, Job]]:
             core = Ingress(config, self.clients, ingress_id=INGRESS, model_id=MODEL.model_id)
             return core, {}
 
         self.world.add(NodeSpec(name=INGRESS, make=make, inputs=inputs(INGRESS)))
+
+    def _draw_orders(self, rng: random.Random) -> list[Order]:
+        return draw_orders(rng, until_s=self.FAULTS_S)
 
     def _worker(self, node_id: str, gpu: GpuSpec) -> NodeSpec:
         worker_id = gpu.gpu_id

@@ -70,6 +70,7 @@ class Ranks:
         missing = self.missing(engine)
         if not missing:
             engine.ready = True
+            engine.group = self._group(engine)
             if len(engine.spec.gpus) > 1:
                 port.later(PATIENCE_S / 2, lambda: self._watch(engine, None))
             port.feed(
@@ -102,18 +103,34 @@ class Ranks:
         port.later(PATIENCE_S / 2, lambda: self._watch(engine, since_s))
 
     def missing(self, engine: Engine) -> str:
-        """A rank of the replica that is not to be seen; "" if all are. Ranks whose addresses are
-        not known take no part."""
+        """A rank of the replica that is not to be seen; "" if all are. Once they have met, nobody
+        else will do."""
+        if not self._workshop.followers:
+            return ""
         for rank, worker_id in enumerate(engine.spec.gpus):
             address = engine.start.peers.get(worker_id, "")
-            if rank == engine.start.rank or not address:
+            if rank == engine.start.rank:
                 continue
             place = self._peers.at(address)
             other = None if place is None else place.engines.get(engine.replica_id)
-            there = other is not None and other.spec == engine.spec and not other.broken
-            if not there or self._peers.silence_s(self._hosts.port, address):
+            if (
+                other is None
+                or not _belong_together(engine, other)
+                or self._peers.silence_s(self._hosts.port, address)
+            ):
                 return f"rank {rank} on {worker_id}"
         return ""
+
+    def _group(self, engine: Engine) -> dict[int, Engine]:
+        """The other ranks, all of which are to be seen."""
+        group: dict[int, Engine] = {}
+        if not self._workshop.followers:
+            return group
+        for rank, worker_id in enumerate(engine.spec.gpus):
+            place = self._peers.at(engine.start.peers.get(worker_id, ""))
+            if rank != engine.start.rank and place is not None:
+                group[rank] = place.engines[engine.replica_id]
+        return group
 
     def _lost_sources(self, engine: Engine) -> Iterator[str]:
         for source in sorted({copy.source for copy in engine.start.copies} - {DISK}):
@@ -123,3 +140,10 @@ class Ranks:
 
     def _gone(self, engine: Engine) -> bool:
         return engine.broken or self._hosts.engines.get(engine.replica_id) is not engine
+
+
+def _belong_together(one: Engine, other: Engine) -> bool:
+    if other.broken or other.spec != one.spec:
+        return False
+    met = one.group.get(other.start.rank, other) is other
+    return met and other.group.get(one.start.rank, one) is one

@@ -7,6 +7,7 @@ all is checked that must hold then.
 
 import random
 
+from loadgen.simulator.clients import Order, draw_orders
 from loadgen.simulator.faults import CALM, Weather, draw_weather
 from loadgen.simulator.mesh import MODEL, Mesh
 from loadgen.simulator.process import NodeSpec
@@ -32,6 +33,10 @@ class SwitchMesh(Mesh):
         self.wishes = Wishes(self._draw_plan(rng, None))
         for _ in range(rng.randint(2, 5)):
             self.world.at(rng.uniform(3.0, self.FAULTS_S * 0.9), lambda: self._wish(rng))
+
+    def _draw_orders(self, rng: random.Random) -> list[Order]:
+        """More and longer ones: some should run whenever a switch comes."""
+        return draw_orders(rng, until_s=self.FAULTS_S, most=40, lengths=(12, 40, 40))
 
     def _wish(self, rng: random.Random) -> None:
         before = self.wishes.plan

@@ -46,6 +46,7 @@ class Workshop(Protocol):
 
     limits: EngineLimits
     streaming: bool
+    followers: bool  # ranks other than the leading one have a part of the engine, too
     faults: EngineFaults
 
     def batch(self, spec: ReplicaSpec, *, rank: int, cache_bytes_max: int) -> Batch: ...
@@ -87,7 +88,7 @@ COPY_S_MAX = 0.5
 class SmallWorkshop:
     """Small engines that say each token at once, and start and copy when they like."""
 
-    streaming = True
+    streaming = followers = True
 
     def __init__(self, rng: random.Random, faults: EngineFaults) -> None:
         self.faults = faults

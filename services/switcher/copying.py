@@ -11,8 +11,13 @@ from services.switcher.events import HeldCache, RequestMove, TransferWanted
 from services.switcher.live import STANDS_OR_RUNS, Live
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
+from shared.messages.replicas import HostedReplica
 from shared.placement.sheets import Rank, cache_token_bytes
 from shared.placement.spread import ANY_TYPE
+
+CAPACITY_SHARE_MIN = 0.5
+"""Of the smallest KV cache of the old replicas: what a new one makes do with beside them it has to
+make do with later, too, so less is no live switch."""
 
 
 def wanted(live: Live) -> TransferWanted | None:
@@ -43,6 +48,7 @@ def wanted(live: Live) -> TransferWanted | None:
         dead=tuple(w for w in workers if live.gone(w)),
         moves=tuple(_moves(live, going)),
         held=_held(live, (*going, *stays)),
+        cache_tokens_min=max(1, int(CAPACITY_SHARE_MIN * _capacity(live, (*going, *stays)))),
     )
 
 
@@ -70,21 +76,37 @@ def _moves(live: Live, going: tuple[ReplicaSpec, ...]) -> Iterable[RequestMove]:
                 yield RequestMove(source.replica_id, taker.replica_id, tokens)
 
 
-def _held(live: Live, specs: tuple[ReplicaSpec, ...]) -> dict[str, HeldCache]:
+def _capacity(live: Live, specs: Iterable[ReplicaSpec]) -> int:
+    """Tokens that the smallest of the replicas has KV cache for; 0 if nobody says."""
+    found = [
+        held.cache_bytes // token_bytes
+        for spec in specs
+        for _, held, token_bytes in _ranks(live, spec)
+        if held.cache_bytes and token_bytes
+    ]
+    return min(found, default=0)
+
+
+def _held(live: Live, specs: Iterable[ReplicaSpec]) -> dict[str, HeldCache]:
     found: dict[str, HeldCache] = {}
     for spec in specs:
         leader = live.leader(spec)
         tokens = leader.cache_tokens if leader else 0
-        shape = Parallelism.parse(spec.parallelism)
-        for number, worker_id in enumerate(spec.gpus):
-            held = live.view.held((worker_id, spec.replica_id))
-            model = live.view.shape(worker_id, spec.model_id)
-            if held is None or model is None:
-                continue
-            used = tokens * cache_token_bytes(model, Rank.of(number, shape))
+        for worker_id, held, token_bytes in _ranks(live, spec):
+            used = tokens * token_bytes
             before = found.get(worker_id, HeldCache(0, 0))
             found[worker_id] = HeldCache(
                 before.cache_bytes + held.cache_bytes,
                 before.used_bytes + min(used, held.cache_bytes or used),
             )
     return found
+
+
+def _ranks(live: Live, spec: ReplicaSpec) -> Iterable[tuple[str, HostedReplica, int]]:
+    """Each rank's worker, what it says of it, and the bytes of one token in its KV cache."""
+    shape = Parallelism.parse(spec.parallelism)
+    for number, worker_id in enumerate(spec.gpus):
+        held = live.view.held((worker_id, spec.replica_id))
+        model = live.view.shape(worker_id, spec.model_id)
+        if held is not None and model is not None:
+            yield worker_id, held, cache_token_bytes(model, Rank.of(number, shape))

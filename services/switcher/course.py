@@ -6,7 +6,7 @@ From it come what was lost on the way, the planned copies, and the figures of th
 import math
 from collections.abc import Iterable
 
-from services.switcher.events import TransferPlanned
+from services.switcher.events import TransferPlanned, TransferWanted
 from services.switcher.machine import State, Switch
 from services.switcher.view import Part, ReplicaEvent, WorkerView
 from shared.messages.plans import SwitchReport
@@ -25,7 +25,7 @@ class Course:
     def __init__(self, switch: Switch, state: State, now_s: float) -> None:
         self._switch = switch
         self.planned: TransferPlanned | None = None
-        self.planning = False  # the job has been started
+        self.asked: TransferWanted | None = None  # what the job was started with
         self._seen: dict[Part, int] = {}
         self._state = state
         self._entered_s = now_s

@@ -57,7 +57,8 @@ class RequestMove(msgspec.Struct, frozen=True):
 
 class TransferWanted(msgspec.Struct, frozen=True, kw_only=True):
     """What the copies of a switch have to be planned for. ``leaving`` and ``staying`` are replicas
-    that hold all their weights now; ``dead``: workers that are gone."""
+    that hold all their weights now; ``dead``: workers that are gone. ``cache_tokens_min``: with
+    room for fewer tokens a new replica would not do."""
 
     epoch: int
     shapes: dict[str, ModelShape]  # by model
@@ -69,6 +70,7 @@ class TransferWanted(msgspec.Struct, frozen=True, kw_only=True):
     dead: tuple[str, ...]
     moves: tuple[RequestMove, ...]
     held: dict[str, HeldCache]
+    cache_tokens_min: int = 1
 
 
 class TransferPlanned(Message, frozen=True, kw_only=True):

@@ -120,7 +120,8 @@ def too_late(live: Live) -> str:
 
 def in_the_way(live: Live) -> list[Command]:
     """What is in neither plan gives its memory back first, and so does what is left of an earlier
-    attempt at the same replica."""
+    attempt at the same replica, or goes and was not whole when the copies were planned: its memory
+    was not counted on."""
     switch, mine = live.switch, parts(live.arriving)
     workers = {worker_id for worker_id, _ in mine}
     known = set(parts((*switch.origin.replicas, *switch.target.replicas)))
@@ -128,10 +129,13 @@ def in_the_way(live: Live) -> list[Command]:
     found.update(
         part for part in mine if (held := live.view.held(part)) and held.epoch < switch.epoch
     )
+    found = {part for part in found if part[0] in workers}
+    asked = live.course.asked
+    useless = set(leaving(switch.origin, switch.target)) - set(asked.leaving if asked else ())
+    found.update(part for part in parts(useless) if live.view.held(part) and not live.gone(part[0]))
     return [
         StopReplica(epoch=switch.epoch, worker_id=worker_id, replica_id=replica_id)
         for worker_id, replica_id in sorted(found)
-        if worker_id in workers
     ]
 
 

@@ -44,6 +44,7 @@ def problem_of(wanted: TransferWanted) -> TransferProblem:
         moves=tuple(Move(source=m.source, target=m.target, tokens=m.tokens) for m in wanted.moves),
         links=_links(kinds),
         budget_bytes={w: _budget(gpu, kinds[gpu.kind]) for w, gpu in wanted.gpus.items()},
+        cache_tokens_min=wanted.cache_tokens_min,
         held={
             worker_id: Held(cache_bytes=held.cache_bytes, cache_used_bytes=held.used_bytes)
             for worker_id, held in wanted.held.items()

@@ -89,7 +89,7 @@ def _live_step(state: State, now: Live) -> Next:
         return _then("committing", live.takes(now))
     planned = now.course.planned
     if now.targets and planned is None:
-        plan = None if now.course.planning else copying.wanted(now)
+        plan = None if now.course.asked else copying.wanted(now)
         return Next(commands=[], plan=plan, failure=live.too_late(now))
     failure = f"no plan of copies: {planned.failure}" if planned and planned.failure else ""
     if failure := failure or live.too_late(now):

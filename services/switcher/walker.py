@@ -140,7 +140,7 @@ class Walker:
         elif step.after is not None:
             yield from self.enter(step.after, now_s)
         elif step.plan is not None:
-            now.course.planning = True
+            now.course.asked = step.plan
             yield core.Start(PLAN_TRANSFER, step.plan)
         else:
             yield from self._send(step.commands, now_s)

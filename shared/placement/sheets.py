@@ -1,9 +1,9 @@
 """Sharded tensors as sheets: layers one way, heads, columns or rows the other.
 
 All weights and the KV cache of a decoder are a handful of *sheets*. A sheet is a grid of layers x
-units, a unit being whatever tensor parallelism cannot cut further (a query head, a KV head, a column
-of the MLP, a row of the vocabulary); every cell of it weighs the same. What a GPU holds of a sheet
-is one *area*: an interval of layers (pipeline parallelism) times an interval of units (tensor
+units, a unit being whatever tensor parallelism cannot cut further (a query head, a KV head, a
+column of the MLP, a row of the vocabulary); every cell of it weighs the same. What a GPU holds of a
+sheet is one *area*: an interval of layers (pipeline parallelism) times an interval of units (tensor
 parallelism; Shoeybi et al., Megatron-LM, 2019). A change of parallelism is then a set of copies of
 areas, whatever the change is.
 """

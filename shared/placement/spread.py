@@ -1,9 +1,9 @@
 """Who takes a request over when its replica goes: the same answer wherever it is asked.
 
-Weighted rendezvous hashing (Thaler and Ravishankar, 1998; weights after Schindelhauer and Schomaker,
-2005): each target draws a number from (request, target), and the largest of the draws, scaled by
-weight, wins. Nobody has to send a list around, a request keeps its target while the old replica
-still runs, and its KV cache can be copied ahead.
+Weighted rendezvous hashing (Thaler and Ravishankar, 1998; weights after Schindelhauer and
+Schomaker, 2005): each target draws a number from (request, target), and the largest of the draws,
+scaled by weight, wins. Nobody has to send a list around, a request keeps its target while the old
+replica still runs, and its KV cache can be copied ahead.
 """
 
 import hashlib

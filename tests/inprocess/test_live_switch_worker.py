@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from services.worker.config import WorkerConfig
 from services.worker.service import serve
@@ -88,7 +88,7 @@ class Pair:
     stopping: asyncio.Event
     heard: list[Message | DataMessage] = field(default_factory=list[Message | DataMessage])
 
-    async def listen(self, subject: Subject[T]) -> None:
+    async def listen(self, subject: Subject[Any]) -> None:
         def on_delivery(delivery: Delivery) -> None:
             self.heard.append(decode(delivery.payload, subject.message))
 
@@ -206,7 +206,9 @@ async def pair() -> AsyncGenerator[Pair]:
                 tracing=Tracing(TelemetryConfig(), service="worker", instance_id=worker_id),
                 stopping=stopping,
             )
-            config = WorkerConfig(worker_id=worker_id, report_s=0.02, worker_report_s=0.05)
+            config = WorkerConfig(
+                worker_id=worker_id, report_s=0.02, worker_report_s=0.05, pause_patience_s=0.2
+            )
             tasks.create_task(serve(config, context))
         await mesh.until(lambda: len(mesh.peers()) == 2)
         await mesh.start("r1", OLD, 1)

@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+from services.switcher.commands import Command, part_of
 from services.switcher.config import SwitcherConfig
 from services.switcher.core import Switcher
 from services.switcher.events import (
@@ -51,6 +52,16 @@ from shared.placement.sheets import ModelShape
 
 M = TypeVar("M", bound=Message)
 CONFIG = SwitcherConfig()
+VERBS: dict[type[Command], str] = {
+    StartReplica: "start",
+    DrainReplica: "drain",
+    StopReplica: "stop",
+    ResumeReplica: "resume",
+    PrepareReplica: "prepare",
+    PauseReplica: "pause",
+    TakeRequests: "take",
+    AdvanceStage: "stage",
+}
 SHAPE = ModelShape(
     model_id="m", layers=4, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16,
     vocabulary=100, item_bytes=2,
@@ -65,7 +76,7 @@ def replica(replica_id: str, *gpus: str) -> ReplicaSpec:
 
 def plan(plan_id: str, *replicas: ReplicaSpec) -> DeploymentPlan:
     row = {spec.replica_id: 1.0 / len(replicas) for spec in replicas}
-    return DeploymentPlan(plan_id=plan_id, replicas=replicas, weights={"*": row})
+    return DeploymentPlan(plan_id=plan_id, replicas=replicas, weights={"*": row} if row else {})
 
 
 def hosted(
@@ -245,22 +256,13 @@ class Run:
 
 
 def _short(effect: Publish) -> str:
-    match effect.message:
-        case StartReplica() as m:
-            return f"start {m.replica.replica_id}@{m.worker_id} e{m.epoch}"
-        case DrainReplica() as m:
-            return f"drain {m.replica_id}@{m.worker_id} e{m.epoch}"
-        case StopReplica() as m:
-            return f"stop {m.replica_id}@{m.worker_id} e{m.epoch}"
-        case ResumeReplica() as m:
-            return f"resume {m.replica_id}@{m.worker_id} e{m.epoch}"
-        case PrepareReplica() as m:
-            return f"prepare {m.replica.replica_id}@{m.worker_id} e{m.epoch}"
-        case PauseReplica() as m:
-            return f"pause {m.replica_id}@{m.worker_id} e{m.epoch}"
-        case TakeRequests() as m:
-            return f"take {m.replica_id}@{m.worker_id} e{m.epoch} of {','.join(sorted(m.sources))}"
-        case AdvanceStage() as m:
-            return f"stage {m.stage} {m.replica_id}@{m.worker_id} e{m.epoch}"
-        case _:
-            return ""
+    message = effect.message
+    if not isinstance(message, Command):
+        return ""
+    worker_id, replica_id = part_of(message)
+    verb, more = VERBS[type(message)], ""
+    if isinstance(message, AdvanceStage):
+        verb = f"{verb} {message.stage}"
+    if isinstance(message, TakeRequests):
+        more = f" of {','.join(sorted(message.sources))}"
+    return f"{verb} {replica_id}@{worker_id} e{message.epoch}{more}"

@@ -101,6 +101,7 @@ def test_an_abort_in_the_handover_reaches_both() -> None:
 
 
 def test_an_abort_later_reaches_the_new_home_alone() -> None:
+    """Every cancel would go to replicas that are long gone."""
     driven, _ = taken_over()
     sent(driven)
     driven.clock.time_s += HANDOVER_S
@@ -176,6 +177,7 @@ def test_a_gap_that_nobody_fills_costs_an_attempt() -> None:
 
 
 def test_what_is_kept_early_is_bounded() -> None:
+    """A worker that sends nonsense would fill the memory."""
     driven, _ = taken_over()
     for index in range(EARLY_MAX + 1):
         driven.chunks(chunk(3 + index, (8,)), **NEW)
@@ -208,6 +210,7 @@ def test_a_run_that_is_no_more_takes_nothing_over() -> None:
 
 
 def test_a_taker_that_fails_costs_an_attempt() -> None:
+    """The stream would wait for the former home, which has forgotten it."""
     driven = DrivenGateway()
     driven.streaming()
     driven.chunks(chunk(0, (), finish="failed", failure="engine"), **NEW)
@@ -226,6 +229,7 @@ def test_the_submission_says_the_type() -> None:
 
 
 def test_leaders_are_bounded() -> None:
+    """Replicas get new ids at each switch: the map would grow for ever."""
     leaders = Leaders()
     for index in range(LEADERS_MAX + 1):
         leaders.learn(f"r{index}", "w")

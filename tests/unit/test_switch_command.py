@@ -195,12 +195,14 @@ def test_a_plan_file_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_refusal_says_everything_that_is_wrong() -> None:
+    """A person would mend one mistake at a time, or believe that it went well."""
     outcome, _ = _switched("tp2", FakeMesh.introduce, wrong=("n0-g0 is unknown", "too late"))
     assert outcome.failure == "the scheduler refuses: n0-g0 is unknown; too late"
     assert tell(outcome, as_json=True) == EXIT_FAILED
 
 
 def test_too_many_gpus_are_refused_before_anybody_is_asked() -> None:
+    """The scheduler would say that GPUs are unknown, which nobody has named."""
     with pytest.raises(ConfigInvalid, match="needs 4 GPUs, 2 are there for m: ask for fewer"):
         _switched("tp4*1", FakeMesh.introduce)
 
@@ -297,12 +299,15 @@ def test_time_that_is_up_is_told_apart_and_says_where_things_stand() -> None:
 
 
 def test_without_a_switcher_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan would be pinned that nobody can walk to."""
     monkeypatch.setattr("deploy.switch.LATE_S", 0.02)
     with pytest.raises(BusUnavailable, match="no switcher says which plan is in force"):
         asyncio.run(switch(MemoryBus(), "tp2", timeout_s=1.0, listen_s=0.0))
 
 
 def test_nobody_in_force_is_told_at_the_end() -> None:
+    """A dead switcher would look like a slow switch."""
+
     async def main() -> SwitchOutcome:
         async with SwitchWatch(MemoryBus()) as watch:
             return await watch.until_ended("plan-pinned", wait_s=0.01)
@@ -328,6 +333,7 @@ OUTCOME = SwitchOutcome(
 
 
 def test_the_report_says_all_that_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    """A person would not know what the switch cost, or whom it hurt."""
     assert tell(OUTCOME, as_json=False) == EXIT_SWITCHED
     shown = capsys.readouterr().out
     for said in (
@@ -343,11 +349,13 @@ def test_the_report_says_all_that_matters(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_programs_get_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script would have to read tables."""
     assert tell(OUTCOME, as_json=True) == EXIT_SWITCHED
     assert msgspec.json.decode(capsys.readouterr().out, type=SwitchOutcome) == OUTCOME
 
 
 def test_in_short_it_is_one_line() -> None:
+    """The demo would hide how its switches went, or fill the screen."""
     assert in_short(OUTCOME).startswith("live switch to 1 x tp2 in 1.25 s: 7 moved, 1 replayed")
     failed = SwitchOutcome(failure="it was rolled back: why")
     assert in_short(failed) == "it was rolled back: why"
@@ -382,4 +390,5 @@ def test_progress_is_shown_on_a_terminal_and_in_a_log(terminal: bool) -> None:  
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3.0 TiB")]
 )
 def test_amounts(count: int, text: str) -> None:
+    """Bytes would be read in the wrong unit."""
     assert amount(count) == text

@@ -651,6 +651,98 @@ def test_what_is_in_the_way_is_stopped_before_memory_is_asked_for() -> None:
     assert run.core.state == "pausing", "what was stopped for it is no loss"
 
 
+def test_what_goes_without_having_served_is_stopped_first() -> None:
+    """Otherwise its memory, which no plan of copies counts on, would be given away twice."""
+    run = Run(live=True).in_force(TWO, 1)
+    run.report("g1", hosted("r1", 1, "starting"))
+    run.adopt(WIDE, 1)
+    run.write()
+    (asked,) = run.questions
+    assert asked.leaving == TWO.replicas[:1]
+    run.planned(PLANNED)
+    assert run.commands == ["stop r1@g1 e2"]
+    run.stopped("r1@g1", 2)
+    assert run.commands == ["prepare r2@g0 e2", "prepare r2@g1 e2"]
+    hold(run, "prepared")
+    run.report("g1", msgspec.structs.replace(hosted("r2", 2, "prepared", rank=1, tp=2), prepared=2))
+    assert "pause r0@g0 e2" in run.commands
+    run.later()
+    assert run.commands == ["pause r0@g0 e2"], "it has no requests"
+
+
+def test_a_new_replica_must_have_room_for_half_of_what_an_old_one_had() -> None:
+    """Otherwise it would refuse, for good, requests that were served before the switch."""
+    run = Run(live=True).in_force(TWO, 1)
+    token_bytes = SHAPE.layers * SHAPE.kv_heads * 2 * SHAPE.head_dim * SHAPE.item_bytes
+    for rank, tokens in enumerate((1000, 600)):
+        held = msgspec.structs.replace(hosted(f"r{rank}", 1), cache_bytes=tokens * token_bytes)
+        run.report(f"g{rank}", held)
+    run.adopt(WIDE, 1)
+    run.write()
+    assert run.questions[0].cache_tokens_min == 300
+
+
+def test_two_switchers_at_once_agree() -> None:
+    """Otherwise each would walk its own way, and workers obey both."""
+    ours = preparing()
+    twin = Run(live=True)
+    twin.bucket, twin.revision = ours.bucket, ours.revision
+    twin.loaded()
+    for rank in (0, 1):
+        twin.report(f"g{rank}", hosted(f"r{rank}", 1))
+    twin.planned(PLANNED)
+    ours.planned(PLANNED)
+    assert twin.commands == ours.commands == ["prepare r2@g0 e2", "prepare r2@g1 e2"]
+    ours.deadline("preparing", 2)
+    ours.write()
+    assert ours.core.state == "rolling_back"
+    twin.bucket, twin.revision = ours.bucket, ours.revision
+    hold(twin, "prepared", "paused")
+    twin.report(
+        "g0",
+        hosted("r0", 2, "paused"),
+        msgspec.structs.replace(hosted("r2", 2, "prepared", tp=2), prepared=2, taken=2),
+    )
+    assert twin.core.state == "committing"
+    twin.effects = [e for e in twin.effects if isinstance(e, Store)]
+    stale = twin.effects[0]
+    assert isinstance(stale, Store)
+    assert stale.revision < twin.revision, "its write comes after ours and does not pass"
+    twin.write()
+    twin.loaded()
+    assert twin.core.state == "rolling_back"
+
+
+def test_a_lost_broken_half_stops_the_other_half() -> None:
+    """Otherwise the rank that is left would keep its GPU, and wait for a group that is gone."""
+    run = Run(live=True).in_force(WIDE, 1)
+    run.report("g1", hosted("r2", 1, "failed", rank=1, tp=2))
+    assert run.commands == ["stop r2@g0 e1", "stop r2@g1 e1"]
+    run.stopped("r2@g1", 1)
+    run.report("g1")
+    run.later()
+    assert run.commands == ["stop r2@g0 e1"], "nobody starts before all have stopped"
+    run.stopped("r2@g0", 1)
+    run.report("g0")
+    run.later()
+    assert run.commands == ["start r2@g0 e1", "start r2@g1 e1"]
+
+
+def test_a_replica_of_which_a_worker_is_away_is_not_started_in_halves() -> None:
+    """Otherwise its other ranks would wait for it, and a rollback for them."""
+    run = taking()
+    run.deadline("taking", 2)
+    run.write()
+    wide = Run(live=True).in_force(WIDE, 1)
+    for _ in range(5):
+        wide.later()
+        wide.report("g0", hosted("r2", 1, "failed", tp=2))
+    wide.stopped("r2@g0", 1)
+    wide.report("g0")
+    wide.later()
+    assert wide.commands == []
+
+
 def test_other_weights_alone_are_no_work() -> None:
     """Otherwise a correction of weights would ask the planner, or pause somebody."""
     run = Run(live=True).in_force(TWO, 1)

@@ -54,6 +54,7 @@ FOUR = in_force(*(spec(f"r{i}", "tp1", f"n0-g{i}") for i in range(4)))
     ],
 )
 def test_shapes_are_read(text: str, counts: Counts) -> None:
+    """Other shapes would come, or another number of them, than were asked for."""
     assert read_shapes(text) == counts
 
 
@@ -103,6 +104,7 @@ def test_a_replica_moves_out_of_the_way_if_nothing_else_will_do() -> None:
 
 
 def test_a_pipeline_spans_nodes_where_it_must() -> None:
+    """A shape that fits would be refused."""
     plan = planned("tp1pp2*1", in_force(spec("a", "tp1", "n0-g0")), 1, 1)
     assert where(plan) == {("tp1pp2", ("n0-g0", "n1-g0"))}
 
@@ -160,6 +162,7 @@ def test_other_models_are_left_alone() -> None:
 
 
 def test_no_room_says_why() -> None:
+    """A person would try the same again."""
     with pytest.raises(ConfigInvalid, match="needs 6 GPUs, 4 are there for m"):
         planned("tp2*3", FOUR, 4)
     with pytest.raises(ConfigInvalid, match="a tensor-parallel group needs one node"):
@@ -167,6 +170,7 @@ def test_no_room_says_why() -> None:
 
 
 def test_the_model_is_the_only_one_or_named() -> None:
+    """Another model's replicas would be replaced."""
     assert which_model("", TWO, offers(2)) == "m"
     several = offers(2, models=("m", "other"))
     assert which_model("other", TWO, several) == "other"
@@ -177,6 +181,7 @@ def test_the_model_is_the_only_one_or_named() -> None:
 
 
 def test_workers_that_leave_are_no_offer() -> None:
+    """A replica would be put where it must leave at once."""
     reports = [
         WorkerReport(
             worker_id=f"n0-g{i}",

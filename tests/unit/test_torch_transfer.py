@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the torch extra")
 
 import torch
+from torch import Tensor
 
 from services.worker.engine.torch_engine.arena import Arena, group_of
 from services.worker.engine.torch_engine.model_config import ModelConfig
@@ -64,6 +65,11 @@ def mapped_bytes(name: str) -> int:
     return total
 
 
+def fill(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.fill_(1)
+
+
 def descriptors() -> int:
     """Open in this process, the one that counts included."""
     return len(list(Path("/proc/self/fd").iterdir()))
@@ -93,7 +99,7 @@ def test_memory_is_committed_by_the_first_write_and_goes_layer_by_layer() -> Non
     cache = arena.allocate((_MIB,), torch.uint8, CPU, "kv.layers.1.key")
     assert arena.committed_bytes == 0
     assert not tensors[0].any(), "fresh memory is not zero"
-    _ = [one.fill_(1) for one in (*tensors, cache)]
+    fill([*tensors, cache])
     assert arena.committed_bytes == arena.allocated_bytes == 4 * _MIB
     assert mapped_bytes("layers-test") == 4 * _MIB
     tensors[1] = tensors[0]
@@ -128,9 +134,9 @@ def test_layers_are_groups_by_name() -> None:
 def test_unchanged_layers_are_shared_and_outlive_the_old_replica(workers: Workers) -> None:
     """tp1 to pp2 keeps a worker's first layers: copying them would double their memory."""
     model = small_model(layers=4, hidden=64, intermediate=256)
-    old = held_whole(workers, model, "old", "a")
+    old = held_whole(workers, model, "shared", "a")
     rank = Rank(pp=2)
-    copies = all_from("a", model, rank)
+    copies = all_from("a", model, rank, "shared")
     new = arrive(model, rank, copies, workers.peers("a"), worker_id="a", blocks=_BLOCKS)
     shared = new.weights.named["model.layers.0.mlp.down_proj.weight"]
     assert shared.data_ptr() == old.weights.named[_DOWN].data_ptr(), "it was copied"
@@ -143,8 +149,10 @@ def test_unchanged_layers_are_shared_and_outlive_the_old_replica(workers: Worker
     for name, tensor in wanted.items():
         assert torch.equal(new.weights.named[name], tensor), name
     assert last.any()
-    assert mapped_bytes("old-model.layers.3") == 0, "an old layer that nobody needs is still there"
-    assert mapped_bytes("old-model.layers.0") > 0
+    assert mapped_bytes("shared-model.layers.3") == 0, (
+        "an old layer that nobody needs is still there"
+    )
+    assert mapped_bytes("shared-model.layers.0") > 0
     del shared
     new.close()
 
@@ -273,7 +281,7 @@ def test_the_disk_brings_parts_of_tensors() -> None:
 def test_stages_fetch_once_and_free_what_has_gone(workers: Workers) -> None:
     """Old and new do not fit side by side: the old layers must go before the next ones come."""
     model = small_model(layers=2)
-    old = held_whole(workers, model, "old", "a")
+    old = held_whole(workers, model, "staged", "a")
     assert old.exports is not None
     loaded: list[int] = []
 
@@ -287,7 +295,7 @@ def test_stages_fetch_once_and_free_what_has_gone(workers: Workers) -> None:
     assert not going.advance(StageOrder(1, (0, 1))).failure
     assert not loaded, "a replica that goes has fetched"
     assert list(old.weights.layers) == [1]
-    assert not mapped_bytes("old-model.layers.0")
+    assert not mapped_bytes("staged-model.layers.0")
     assert not any(name.startswith("model.layers.0") for name in old.exports.names())
     assert any(name.startswith("kv.layers.0") for name in old.exports.names())
     coming = WeightStages(old.weights, old.arena, old.exports, load=load)

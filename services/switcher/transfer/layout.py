@@ -1,5 +1,6 @@
 """Who holds what, and who needs what: the parts of replicas on GPUs."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ EDGES: frozenset[SheetName] = frozenset({"embedding", "output", "final_norm"})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One rank of one replica. ``goes``: its replica is leaving."""
+    """One rank of one replica. ``goes``: its replica is leaving, and whole: it frees layers when it
+    is told so. One that has lost a rank does nothing any more until it is stopped."""
 
     gpu: str
     replica_id: str
@@ -51,9 +53,14 @@ class Layout:
 
 
 def layout_of(problem: TransferProblem) -> Layout:
-    """Raises ConfigInvalid where a replica cannot be what it says."""
-    leaving = _parts(problem.leaving, problem.models, goes=True)
-    old = (*leaving, *_parts(problem.staying, problem.models, goes=False))
+    """Raises ConfigInvalid where a replica cannot be what it says, or a move is of none."""
+    _check_names(problem)
+    whole = [spec for spec in problem.leaving if not problem.dead.intersection(spec.gpus)]
+    others = [spec for spec in problem.leaving if spec not in whole]
+    old = (
+        *_parts(whole, problem.models, goes=True),
+        *_parts((*others, *problem.staying), problem.models, goes=False),
+    )
     new = tuple(_parts(problem.arriving, problem.models, goes=False))
     for part in (*old, *new):
         if part.gpu not in problem.nodes:
@@ -67,6 +74,18 @@ def layout_of(problem: TransferProblem) -> Layout:
         old=tuple(part for part in old if part.gpu not in problem.dead),
         new=new,
     )
+
+
+def _check_names(problem: TransferProblem) -> None:
+    targets = [spec.replica_id for spec in (*problem.staying, *problem.arriving)]
+    sources = [spec.replica_id for spec in problem.leaving]
+    twice = [name for name, count in Counter((*sources, *targets)).items() if count > 1]
+    if twice:
+        raise ConfigInvalid(field="replica_id", value=twice[0], remedy="give the new one another")
+    for move, count in Counter((m.source, m.target) for m in problem.moves).items():
+        if count > 1 or move[0] not in sources or move[1] not in targets:
+            remedy = "name a pair of one that leaves and one that does not, once"
+            raise ConfigInvalid(field="moves", value=move, remedy=remedy)
 
 
 def _parts(

@@ -1,6 +1,7 @@
 """Shares of wants by linear programming; a module of its own, as scipy is heavy to load.
 
-Sets: wants w of size B_w bytes, holders H_w, links l; c_lwh seconds of link l per byte of w from h.
+Sets: wants w of B_w bytes that links see, their holders H_w, links l. c_lwh: seconds of link l for
+a byte of w from h.
 
     minimise    T + EPSILON * (mean time of the nodes' network links)
     busy_l      sum over w, h of c_lwh B_w x_wh <= T
@@ -38,7 +39,7 @@ def solve(
     entries: list[tuple[int, int, float]] = []
     for column, (w, holder) in enumerate(columns):
         for link, cost_s in network.way(holder[0], wants[w].gpu):
-            share = cost_s * wants[w].bytes / scale_s
+            share = cost_s * wants[w].load_bytes / scale_s
             entries.append((links.setdefault(link, len(links)), column, share))
             if link[0] == "network_out":
                 cost[column] += EPSILON * share / network.node_count

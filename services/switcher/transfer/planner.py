@@ -89,7 +89,7 @@ class _Tally:
         for want, found in zip(wants, divided, strict=True):
             cuts[want.gpu, want.replica_id] += found
             for (source, _), piece in found if want.counted else ():
-                loads.add(source, want.gpu, piece.bytes)
+                loads.add(source, want.gpu, 0 if want.adopted else piece.bytes)
                 if source == want.gpu:
                     self.in_place += piece.bytes
                 else:

@@ -103,11 +103,12 @@ class TransferPlan:
     A rank's memory for a layer is counted from the stage in which it is fetched.
 
     ``bytes_by_link``: "<source>><target>" of workers, "disk" as a source. ``bytes_bound``: the
-    least that any plan moves: what is not in place, from disks too. ``seconds``: of the busiest
-    link, stages and the KV cache one after the other; ``seconds_bound``: no plan of these stages
-    does better. ``cache_bytes_max``: of each arriving rank, as long as the old replicas are there;
-    0 for as configured. ``replayed``: moves without KV cache, as (source, target).
-    ``infeasible``: why there is no plan; all else is empty then."""
+    least that any plan moves: what is not in place, from disks too. ``cache_bytes``: the part of
+    either that is KV cache. ``seconds``: of the busiest link, stages and the KV cache one after
+    the other; ``seconds_bound``: no plan of these stages does better; ``cache_seconds``: the part
+    in which requests wait for their KV cache. ``cache_bytes_max``: of each arriving rank, as long
+    as the old replicas are there; 0 for as configured. ``replayed``: moves without KV cache, as
+    (source, target). ``infeasible``: why there is no plan; all else is empty then."""
 
     copies: dict[str, dict[str, tuple[Copy, ...]]] = field(
         default_factory=dict[str, dict[str, tuple[Copy, ...]]]
@@ -116,10 +117,10 @@ class TransferPlan:
     bytes_by_link: dict[str, int] = field(default_factory=dict[str, int])
     bytes_bound: int = 0
     bytes_in_place: int = 0
-    cache_bytes: int = 0  # of what is moved
+    cache_bytes: int = 0
     seconds: float = 0.0
     seconds_bound: float = 0.0
-    cache_seconds: float = 0.0  # of ``seconds``, the part in which requests wait
+    cache_seconds: float = 0.0
     cache_bytes_max: dict[str, int] = field(default_factory=dict[str, int])
     replayed: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ def _unavoidable_s(wants: Sequence[Want], network: Network) -> float:
         ways = [dict(network.way(gpu, want.gpu)) for gpu, _ in options(want)]
         for link, cost_s in ways[0].items():
             if all(link in way for way in ways):
-                loads.busy_s[link] += cost_s * want.bytes
+                loads.busy_s[link] += cost_s * want.load_bytes
     return loads.seconds
 
 
@@ -52,7 +52,7 @@ def _whole(wants: Sequence[Want], network: Network) -> tuple[Shares, float]:
     """Each want from one source: those without a choice first, then the largest first."""
     loads = Loads(network)
     shares: Shares = [{} for _ in wants]
-    sizes = [want.bytes for want in wants]
+    sizes = [want.load_bytes for want in wants]
     order = sorted(range(len(wants)), key=lambda w: (len(options(wants[w])) > 1, -sizes[w], w))
     for w in order:
         best = _least_busy(wants[w], sizes[w], loads, network)

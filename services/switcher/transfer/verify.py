@@ -221,7 +221,8 @@ class _Checker:
             for held, areas in _ranks(spec, self._model(spec)):
                 for name, area in areas.items() if held == gpu else ():
                     layers = set(range(*area.layers))
-                    if spec.replica_id in self._leaving and name not in UNLAYERED:
+                    whole = not self._problem.dead.intersection(spec.gpus)
+                    if spec.replica_id in self._leaving and whole and name not in UNLAYERED:
                         layers -= freed
                     units = area.units[1] - area.units[0]
                     if name != "cache":

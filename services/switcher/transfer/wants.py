@@ -37,17 +37,26 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """``holders``: any of them can be the source of any byte; none: the disk has to be."""
+    """``holders``: any of them can be the source of any byte; none: the disk has to be.
+    ``counted`` False: a way for what may yet come, at the weight of one token. ``adopted``: in
+    place under the same interval of units, so that the new rank takes over the old one's tensors
+    and no link is busy."""
 
     gpu: str
     replica_id: str
     holders: tuple[Holder, ...]
-    counted: bool = True  # False: a way for what may yet come, at the weight of one token
+    counted: bool = True
+    adopted: bool = False
     pieces: list[Piece] = field(default_factory=list[Piece])
 
     @property
     def bytes(self) -> int:
         return sum(piece.bytes for piece in self.pieces)
+
+    @property
+    def load_bytes(self) -> int:
+        """Those that any link sees."""
+        return 0 if self.adopted else self.bytes
 
 
 def options(want: Want) -> tuple[Holder, ...]:
@@ -58,14 +67,20 @@ def weight_wants(layout: Layout, staging: Staging) -> list[list[Want]]:
     """By stage."""
     finder = _Finder(layout.old)
     found = [_Gathered() for _ in staging.stages]
+    units = {
+        (part.gpu, part.model_id, name, area.units)
+        for part in layout.old
+        for name, area in part.areas.items()
+    }
     for part in layout.new:
         for name, area in part.areas.items():
             if name == "cache":
                 continue
             sheet = layout.sheets[part.model_id][name]
+            same = (part.gpu, part.model_id, name, area.units) in units
             for stage, piece in _by_stage(name, area, staging):
                 for cell, holders in finder.cells(part.model_id, name, piece):
-                    found[stage].add(part, holders, Piece(name, cell, sheet.cell_bytes))
+                    found[stage].add(part, holders, Piece(name, cell, sheet.cell_bytes), same=same)
     return [gathered.wants() for gathered in found]
 
 
@@ -85,14 +100,17 @@ def cache_wants(layout: Layout, move: Move) -> list[Want]:
 class _Gathered:
     def __init__(self, *, counted: bool = True) -> None:
         self._counted = counted
-        self._wants: dict[tuple[str, str, tuple[Holder, ...]], Want] = {}
+        self._wants: dict[tuple[str, str, tuple[Holder, ...], bool], Want] = {}
 
-    def add(self, part: Part, holders: tuple[Holder, ...], piece: Piece) -> None:
-        """What the GPU holds itself comes from nowhere else."""
+    def add(
+        self, part: Part, holders: tuple[Holder, ...], piece: Piece, *, same: bool = False
+    ) -> None:
+        """What the GPU holds itself comes from nowhere else. ``same``: if it holds it, then with
+        the same units."""
         own = tuple(holder for holder in holders if holder[0] == part.gpu)[:1]
-        key = (part.gpu, part.replica_id, own or holders)
+        key = (part.gpu, part.replica_id, own or holders, bool(own) and same)
         if key not in self._wants:
-            self._wants[key] = Want(*key, counted=self._counted)
+            self._wants[key] = Want(*key[:3], counted=self._counted, adopted=key[3])
         self._wants[key].pieces.append(piece)
 
     def wants(self) -> list[Want]:

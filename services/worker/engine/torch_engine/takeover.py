@@ -237,10 +237,12 @@ class TakeoverFollower:
 
     def __init__(self, kv: KvTransfer, stages: WeightStages, leader: FollowerLink) -> None:
         self._kv, self._stages, self._leader = kv, stages, leader
-        self.handlers: Mapping[int, Callable[[bytes], None]] = {
-            PULL: self._pull,
-            STAGE: self._advance,
-        }
+
+    @property
+    def handlers(self) -> Mapping[int, Callable[[bytes], None]]:
+        """Made when asked for: kept here they would be a cycle, and the tensors stay until some
+        later garbage collection."""
+        return {PULL: self._pull, STAGE: self._advance}
 
     def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
         """See Engine."""

@@ -69,10 +69,9 @@ class CollectiveGroup(abc.ABC):
         self._in_flight.clear()
         self._group = None
 
+    @abc.abstractmethod
     def _perform(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  # torch's Work, or nothing
-        if (lost := self._session.lost) is not None:
-            raise lost
-        return call()
+        """Its result; RankLost where it fails, or the session is lost."""
 
     def _failed(self, error: BaseException) -> RankLost:
         """torch does not say whose fault it was: the next rank's, as far as this one can tell."""
@@ -115,10 +114,9 @@ class GlooGroup(CollectiveGroup):
         super().close()
 
     def _perform(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401
-        def perform() -> Any:  # noqa: ANN401
-            return super(GlooGroup, self)._perform(call)
-
-        self._calls.put(perform)
+        if (lost := self._session.lost) is not None:
+            raise lost
+        self._calls.put(call)
         result = self._results.get()
         if isinstance(result, RankLost):
             raise result
@@ -150,9 +148,11 @@ class NcclGroup(CollectiveGroup):
         super().close()
 
     def _perform(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401
+        if (lost := self._session.lost) is not None:
+            raise lost
         try:
-            return super()._perform(call)
-        except RuntimeError as error:  # RankLost is none
+            return call()
+        except RuntimeError as error:
             raise self._failed(error) from error
 
     def _on_lost(self, lost: RankLost) -> None:  # noqa: ARG002

@@ -41,7 +41,7 @@ class Groups:
         self.pipe.close()
 
 
-class _Seat(msgspec.Struct, frozen=True, array_like=True):
+class Place(msgspec.Struct, frozen=True, array_like=True):
     """What a rank tells the leader. ``device``: which one it is, anywhere."""
 
     device_type: str
@@ -104,12 +104,16 @@ class _Connecting:
         name, mine = session.name, rank.number
         self._tp = Members(name=f"{name}/tp{rank.pp_rank}", ranks=of_stage, mine=mine)
         self._pipe = Members(name=f"{name}/pipe", ranks=of_all, mine=mine)
-        self._offers = {m.name: MeshOffer(server, m) for m in (self._tp, self._pipe) if m.size > 1}
+        self._offers = {
+            members.name: MeshOffer(session, server, members)
+            for members in (self._tp, self._pipe)
+            if members.size > 1
+        }
         self._made: list[RankGroup] = []
         self._store: Store | None = None
 
     def run(self, device: torch.device, kind: GroupKind) -> Groups:
-        choice = self._agree(_Seat(device.type, _identity(device), self._local), kind)
+        choice = self._agree(Place(device.type, _identity(device), self._local), kind)
         make = self._maker(choice)
         groups = Groups(tp=make(self._tp), pipe=make(self._pipe), kind=choice.kind)
         self._meet()
@@ -133,16 +137,16 @@ class _Connecting:
         for offer in self._offers.values():
             offer.close()
 
-    def _agree(self, seat: _Seat, kind: GroupKind) -> _Choice:
-        """The leader hears of all where they sit, and says which kind of group fits."""
+    def _agree(self, place: Place, kind: GroupKind) -> _Choice:
+        """The leader hears of all where they are, and says which kind of group fits."""
         if isinstance(self._session, FollowerSession):
-            self._session.send(msgspec.msgpack.encode(seat))
+            self._session.send(msgspec.msgpack.encode(place))
             return msgspec.msgpack.decode(self._heard(self._session), type=_Choice)
-        seats = [seat]
+        places = [place]
         for number in range(1, self._session.size):
             payload = self._session.recv(number, self._left_s)
-            seats.append(msgspec.msgpack.decode(payload, type=_Seat))
-        choice = _Choice(_fitting(seats) if kind == "auto" else kind)
+            places.append(msgspec.msgpack.decode(payload, type=Place))
+        choice = _Choice(fitting_kind(places) if kind == "auto" else kind)
         if choice.kind != "shm":
             self._store = Store(self._server.host, self._left_s)
             choice = _Choice(choice.kind, self._server.host, self._store.port)
@@ -194,17 +198,17 @@ class _Connecting:
         return SharedMemoryGroup(self._session, members, links, self._left_s)
 
 
-def _fitting(seats: Sequence[_Seat]) -> Kind:
+def fitting_kind(places: Sequence[Place]) -> Kind:
     """NCCL takes one rank a device; ranks that share one go through its host's memory, as do ranks
     of one host that have none."""
-    on_gpu = all(seat.device_type == "cuda" for seat in seats)
-    if on_gpu and len({seat.device for seat in seats}) == len(seats):
+    on_gpu = all(place.device_type == "cuda" for place in places)
+    if on_gpu and len({place.device for place in places}) == len(places):
         return "nccl"
-    return "shm" if all(seat.local for seat in seats) else "gloo"
+    return "shm" if all(place.local for place in places) else "gloo"
 
 
 def _identity(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
-    properties: Any = torch.cuda.get_device_properties(device)
-    return str(properties.uuid)
+    cuda: Any = torch.cuda  # whose stubs do not know what they return
+    return str(cuda.get_device_properties(device).uuid)

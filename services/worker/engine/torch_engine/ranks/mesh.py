@@ -1,5 +1,6 @@
 """Links between all members of a group, each with each."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 import msgspec
 
 from services.worker.engine.torch_engine.ranks.lost import RankLost
+from services.worker.engine.torch_engine.ranks.membership import RankSession
 from services.worker.peers.link import PeerLink, connect
 from services.worker.peers.server import PeerServer
 from shared.errors import PeerLost
+
+LOOK_S = 0.1  # how often who waits for others looks whether the session is lost
+DIAL_S = 3.0  # for one that lives, has offered already, and answers by a thread of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +41,8 @@ class Members:
 class MeshOffer:
     """Takes the links of the members after this one. All must have offered before any dials."""
 
-    def __init__(self, server: PeerServer, members: Members) -> None:
+    def __init__(self, session: RankSession, server: PeerServer, members: Members) -> None:
+        self._session = session
         self._server, self._members = server, members
         self._topic = f"group/{members.name}"
         self._came: queue.SimpleQueue[tuple[int, PeerLink]] = queue.SimpleQueue()
@@ -54,10 +60,7 @@ class MeshOffer:
                 links[there] = self._dial(addresses[ranks[there]], ranks[there], deadline_s)
             while missing := [n for n in range(here + 1, len(ranks)) if n not in links]:
                 rank = ranks[missing[0]]
-                try:
-                    number, link = self._came.get(timeout=max(0.0, deadline_s - time.monotonic()))
-                except queue.Empty:
-                    raise RankLost(rank, "has not connected in time") from None
+                number, link = self._next(rank, deadline_s)
                 if (former := links.get(number)) is not None:
                     former.close()
                 links[number] = link
@@ -77,12 +80,19 @@ class MeshOffer:
         while not self._came.empty():
             self._came.get()[1].close()
 
+    def _next(self, missing: int, deadline_s: float) -> tuple[int, PeerLink]:
+        while (wait_s := deadline_s - time.monotonic()) > 0:
+            if (lost := self._session.lost) is not None:
+                raise lost
+            with contextlib.suppress(queue.Empty):
+                return self._came.get(timeout=min(wait_s, LOOK_S))
+        raise RankLost(missing, "has not connected in time")
+
     def _dial(self, address: str, rank: int, deadline_s: float) -> PeerLink:
         hello = msgspec.msgpack.encode(self._members.rank)
+        wait_s = min(DIAL_S, deadline_s - time.monotonic())
         try:
-            return connect(
-                address, self._topic, hello, timeout_s=max(0.0, deadline_s - time.monotonic())
-            )
+            return connect(address, self._topic, hello, timeout_s=max(0.0, wait_s))
         except PeerLost as error:
             raise RankLost(rank, str(error)) from error
 

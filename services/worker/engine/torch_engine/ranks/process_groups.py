@@ -1,5 +1,6 @@
-"""Makes process groups of torch.distributed, each on its own: there is no world, so that groups come
-and go with the epochs of replicas. A store, which the leader holds, tells members of each other.
+"""Makes process groups of torch.distributed, each on its own: there is no world, so that groups
+come and go with the epochs of replicas. A store, which the leader holds, tells members of each
+other.
 """
 
 import contextlib
@@ -40,7 +41,12 @@ def client_store(host: str, port: int, timeout_s: float) -> Any:  # noqa: ANN401
 
 
 def gloo_group(
-    session: RankSession, members: Members, store: Any, *, host: str, timeout_s: float
+    session: RankSession,
+    members: Members,
+    store: Any,  # noqa: ANN401  # a torch Store
+    *,
+    host: str,
+    timeout_s: float,
 ) -> GlooGroup:
     """``host``: this rank's own address, for the others to reach."""
     options: Any = _dist.ProcessGroupGloo._Options()  # noqa: SLF001  # the only way to name a device
@@ -52,7 +58,11 @@ def gloo_group(
     return GlooGroup(session, members, group)
 
 
-def nccl_group(session: RankSession, members: Members, store: Any) -> NcclGroup:
+def nccl_group(
+    session: RankSession,
+    members: Members,
+    store: Any,  # noqa: ANN401  # a torch Store
+) -> NcclGroup:
     options: Any = _dist.ProcessGroupNCCL.Options()
     prefixed = _dist.PrefixStore(members.name, store)
     group = _dist.ProcessGroupNCCL(prefixed, members.rank, members.size, options)

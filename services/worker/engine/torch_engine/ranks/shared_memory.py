@@ -41,6 +41,8 @@ class SharedMemoryGroup:
         self._session, self._members = session, members
         self._segments: dict[int, Segment] = {}
         self._signals: dict[int, Signals] = {}
+        self._links = links  # until they have become signals
+        session.on_lost(self._abort)
         try:
             self._share(links, timeout_s)
         except BaseException:
@@ -62,7 +64,6 @@ class SharedMemoryGroup:
             number: Receiving(_ring(memory[number], self.rank), signals)
             for number, signals in self._signals.items()
         }
-        session.on_lost(self._abort)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
@@ -122,6 +123,8 @@ class SharedMemoryGroup:
                 self._signals[number] = Signals(link.detach())
         except PeerLost as error:
             raise self._lost(number, error) from error
+        if (lost := self._session.lost) is not None:  # too early for _abort to find all signals
+            raise lost
 
     def _next_slots(self, chunk: torch.Tensor) -> list[torch.Tensor]:
         """All ranks' slots for ``chunk``, by number, in its type and length."""
@@ -166,6 +169,8 @@ class SharedMemoryGroup:
         return self._session.lost or RankLost(rank, str(error))
 
     def _abort(self, _: RankLost) -> None:
+        for link in list(self._links.values()):
+            link.close()
         for signals in list(self._signals.values()):
             signals.abort()
 

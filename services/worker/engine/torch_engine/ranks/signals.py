@@ -1,6 +1,7 @@
 """Words between two ranks of one host: a step is written, a piece announced, room given back."""
 
 import collections
+import contextlib
 import os
 import select
 import socket
@@ -42,7 +43,9 @@ class Signals:
         self._send(_PIECE, length)
 
     def give_room(self, length: int) -> None:
-        self._send(_ROOM, length)
+        """One that has left needs none."""
+        with contextlib.suppress(PeerLost):
+            self._send(_ROOM, length)
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Until what the other has signalled makes ``ready`` true."""
