@@ -1,10 +1,11 @@
 """How fast the torch engine is beside transformers' ``generate`` on the same CPU and weights.
 
-``python -m loadgen.bench.bench_torch_engine`` measures, for each shape and batch, prefill and decode
-in tokens/s, interleaved with ``generate`` at the same batch and on as many threads as the shape has
-ranks; ``decode_ratio`` and ``prefill_ratio`` are transformers' time per token over ours, so above 1
-we are faster. Then requests of unlike lengths at the same concurrency: ours as they come and go,
-``generate`` in groups that last as long as their longest member. ``stream_ratio`` as above.
+``python -m loadgen.bench.bench_torch_engine`` measures, for each shape and batch, prefill and
+decode in tokens/s, interleaved with ``generate`` at the same batch and on as many threads as the
+shape has ranks; ``decode_ratio`` and ``prefill_ratio`` are transformers' time per token over ours,
+so above 1 we are faster. Then requests of unlike lengths at the same concurrency: ours as they
+come and go, ``generate`` in groups that last as long as their longest member. ``stream_ratio`` as
+above.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""The torch engine at any shape on this machine: this process leads, each other rank is a process."""
+"""The torch engine at any shape on this machine: this process leads, other ranks are processes."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +18,7 @@ _END_S = 10.0
 
 
 @contextmanager
-def started(folder: Path, shape: str, config: TorchEngineConfig) -> Iterator[Engine]:
+def started(folder: Path, shape: str, config: TorchEngineConfig) -> Generator[Engine]:
     """The leading rank, ready; the others end with it. Raises EngineFailed if one cannot start."""
     from services.worker.engine.torch_engine.engine import (  # noqa: PLC0415
         build_torch_engine,  # torch takes seconds to import: only when asked for
@@ -43,7 +43,7 @@ def started(folder: Path, shape: str, config: TorchEngineConfig) -> Iterator[Eng
 
 
 @contextmanager
-def _follower(gpu: str) -> Iterator[Connection]:
+def _follower(gpu: str) -> Generator[Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_follow, args=(gpu, theirs), daemon=True)

@@ -15,10 +15,6 @@ from shared.messages.replicas import HostedReplica
 from shared.placement.sheets import Rank, cache_token_bytes
 from shared.placement.spread import ANY_TYPE
 
-CAPACITY_SHARE_MIN = 0.5
-"""Of the smallest KV cache of the old replicas: what a new one makes do with beside them it has to
-make do with later, too, so less is no live switch."""
-
 
 def wanted(live: Live) -> TransferWanted | None:
     """The question; None while workers that it needs have neither reported nor fallen silent."""
@@ -48,7 +44,7 @@ def wanted(live: Live) -> TransferWanted | None:
         dead=tuple(w for w in workers if live.gone(w)),
         moves=tuple(_moves(live, going)),
         held=_held(live, (*going, *stays)),
-        cache_tokens_min=max(1, int(CAPACITY_SHARE_MIN * _capacity(live, (*going, *stays)))),
+        cache_tokens_min=max(1, _capacity(live, (*going, *stays))),
     )
 
 
@@ -77,7 +73,9 @@ def _moves(live: Live, going: tuple[ReplicaSpec, ...]) -> Iterable[RequestMove]:
 
 
 def _capacity(live: Live, specs: Iterable[ReplicaSpec]) -> int:
-    """Tokens that the smallest of the replicas has KV cache for; 0 if nobody says."""
+    """Tokens that the smallest of the replicas has KV cache for; 0 if nobody says. A new replica
+    keeps the KV cache that it gets beside the old ones: with less it would refuse, for good,
+    requests that are served now."""
     found = [
         held.cache_bytes // token_bytes
         for spec in specs

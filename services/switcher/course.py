@@ -12,6 +12,7 @@ from services.switcher.view import Part, ReplicaEvent, WorkerView
 from shared.messages.plans import SwitchReport
 from shared.messages.replicas import (
     ReplicaDrained,
+    ReplicaFailed,
     ReplicaPrepared,
     ReplicaStarted,
     RequestsTaken,
@@ -34,6 +35,7 @@ class Course:
         self._taken: dict[Part, RequestsTaken] = {}
         self._started: dict[Part, ReplicaStarted] = {}
         self._handed_back: dict[Part, int] = {}
+        self._failed: dict[Part, str] = {}
         self._notes: dict[str, None] = {}
 
     def see(self, parts: Iterable[Part], view: WorkerView) -> None:
@@ -46,6 +48,11 @@ class Course:
     def lost(self, part: Part, view: WorkerView) -> bool:
         """Whether the rank was there for this switch, and its worker has let go of it since."""
         return part in self._seen and view.lost_after(part, self._seen[part])
+
+    def failure(self, part: Part) -> str:
+        """What its worker said that went wrong in this switch, though it may hold nothing of the
+        replica; empty if nothing did."""
+        return self._failed.get(part, "")
 
     def left_over(self, parts: Iterable[Part], view: WorkerView) -> bool:
         """Whether another switcher has had these ranks prepared before us."""
@@ -71,12 +78,12 @@ class Course:
                 known = self._taken.get(part)
                 if known is None or known.moved + known.replayed <= event.moved + event.replayed:
                     self._taken[part] = event
-                if event.detail:
-                    self.note(f"{event.replica_id}: {event.detail}")
             case ReplicaStarted():
                 known = self._started.get(part)
                 if known is None or _requests(known) <= _requests(event):
                     self._started[part] = event
+            case ReplicaFailed():
+                self._failed.setdefault(part, event.detail)
             case ReplicaDrained():
                 known = self._handed_back.get(part, 0)
                 self._handed_back[part] = max(known, event.handed_back)
@@ -107,6 +114,7 @@ class Course:
         pauses = [pause for event in self._started.values() for pause in event.pauses]
         planned = self.planned or TransferPlanned(epoch=self._switch.epoch)
         taken = self._taken.values()
+        why_replayed = [f"{event.replica_id}: {event.detail}" for event in taken if event.detail]
         return SwitchReport(
             way=self._switch.way,
             bytes_by_link=dict(sorted(links.items())),
@@ -120,7 +128,7 @@ class Course:
             pause_p50_s=percentile(pauses, 0.5),
             pause_p99_s=percentile(pauses, 0.99),
             stages=max(1, len(planned.stages)),
-            notes=(*planned.notes, *self._notes),
+            notes=(*planned.notes, *why_replayed, *self._notes),
         )
 
     def _close(self, now_s: float) -> None:

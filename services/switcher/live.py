@@ -85,6 +85,8 @@ def broken(live: Live) -> str:
             held = view.held(part)
             if live.gone(worker_id) or view.leaving(worker_id):
                 return f"worker {worker_id} of {spec.replica_id} is gone"
+            if failure := live.course.failure(part):
+                return f"{spec.replica_id} failed on {worker_id}: {failure}"
             if held is not None and held.phase == "failed":
                 if held.epoch >= epoch or spec not in live.arriving:
                     return f"{spec.replica_id} failed on {worker_id}: {held.detail}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from services.worker.engine.interface import EngineRequest, LiveState
-from services.worker.events import LiveAttempt
+from services.worker.events import Admission, LiveAttempt
 from shared.messages.requests import RequestState, SubmitRequest
 from shared.placement.spread import target_of
 from shared.slo import SloClass
@@ -64,6 +64,16 @@ class Attempt:
     def target(self, rows: dict[str, dict[str, float]]) -> str:
         """The replica that takes it over by these shares."""
         return target_of(self.request_id, self.request_type, rows)
+
+
+def engine_request_of(admission: Admission) -> EngineRequest:
+    request = admission.request
+    return EngineRequest(
+        key=admission.key,
+        prompt_tokens=request.prompt_tokens,
+        sampling=request.sampling,
+        output_tokens=request.output_tokens,
+    )
 
 
 def arrives_as(state: RequestState) -> LiveState:

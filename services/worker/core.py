@@ -14,7 +14,7 @@ of ours (failed, refused), or in silence when its ingress aborted it. Tokens do 
 the core knows which attempts are live, the engine knows what they say.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from services.worker.config import WorkerConfig
 from services.worker.events import (
@@ -139,14 +139,19 @@ class WorkerCore:
         return self._roster.leaving and not self._roster.replicas
 
     @property
+    def replicas(self) -> Mapping[str, Hosted]:
+        """What is hosted here, for tests and for the simulator's checks."""
+        return self._roster.replicas
+
+    @property
     def live(self) -> list[LiveRequest]:
-        """The attempts that run here, for tests and for the simulator's checks."""
-        return [r for hosted in self._roster.replicas.values() for r in hosted.live.values()]
+        """The attempts that run here, for the same."""
+        return [r for hosted in self.replicas.values() for r in hosted.live.values()]
 
     @property
     def held(self) -> list[LiveRequest]:
-        """The attempts that were taken over and wait for their replica's start, for the same."""
-        return [r for h in self._roster.replicas.values() for r in h.moves.held.values()]
+        """Those that were taken over and wait for their replica's start."""
+        return [r for hosted in self.replicas.values() for r in hosted.moves.held.values()]
 
     def _on_submit(self, submit: SubmitRequest) -> list[Effect]:
         if self._gone(submit.request_id, submit.attempt):
@@ -222,21 +227,16 @@ class WorkerCore:
         self, event: Command | EngineEvent | DrainDeadline | Draining, now_s: float
     ) -> Iterable[Effect]:
         match event:
-            case EngineReady():
-                effects = self._hosting.engine_ready(event)
-            case EngineBroken():
-                effects = self._hosting.engine_broken(event)
-            case EngineStopped():
-                effects = self._hosting.engine_stopped(event)
+            case EngineReady() | EngineBroken() | EngineStopped():
+                return self._hosting.hear(event)
             case EnginePaused() | EngineTook() | EngineReleased() | EngineStaged():
-                effects = self._hosting.moves_on(event, now_s)
+                return self._hosting.moves_on(event, now_s)
             case DrainDeadline():
-                effects = self._hosting.deadline(event)
+                return self._hosting.deadline(event)
             case Draining():
-                effects = self._on_draining(now_s)
+                return self._on_draining(now_s)
             case _:
-                effects = self._hosting.obey(event, now_s)
-        return effects
+                return self._hosting.obey(event, now_s)
 
     def _on_draining(self, now_s: float) -> Iterable[Effect]:
         yield from self._hosting.leave(now_s, timeout_s=self._config.drain_timeout_s)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar, cast
 
-from services.worker.attempts import Attempt
+from services.worker.attempts import Attempt, engine_request_of
 from services.worker.between import Between
 from services.worker.engine.interface import (
     Engine,
@@ -82,12 +82,7 @@ class EngineHost:
                 detail="the replica is paused, and as many requests wait as it may keep",
             )
         self._live[admission.key] = Attempt.of(request)
-        engine_request = EngineRequest(
-            key=admission.key,
-            prompt_tokens=request.prompt_tokens,
-            sampling=request.sampling,
-            output_tokens=request.output_tokens,
-        )
+        engine_request = engine_request_of(admission)
         self._wake.set()
         if self._engine is None or self._engine.blocking or still:
             self._adds[admission.key] = engine_request

@@ -81,49 +81,16 @@ class Hosting:
             return self._answer_absent(command, replica_id)
         return self._obey_hosted(command, hosted, now_s)
 
-    def engine_ready(self, event: EngineReady) -> Iterable[Effect]:
-        hosted = self._roster.of_generation(event.replica_id, event.generation)
-        if hosted is None or hosted.engine != "starting":
-            return
-        hosted.engine, hosted.cache_bytes = "ready", event.cache_bytes
-        moves = hosted.moves
-        moves.bytes_by_source, moves.took_s = dict(event.bytes_by_source), event.took_s
-        self._roster.changed.add(event.replica_id)
-        if hosted.phase == "starting":
-            hosted.phase = "serving"
-            yield self._announce.started(hosted)
-        elif hosted.phase == "preparing":
-            assert moves.order is not None
-            hosted.phase = "prepared"
-            yield from self.moving.expect(hosted, moves.order)
-
-    def engine_broken(self, event: EngineBroken) -> Iterable[Effect]:
+    def hear(self, event: EngineReady | EngineBroken | EngineStopped) -> Iterable[Effect]:
+        """What became of a start or a stop, or of an engine that ran."""
         hosted = self._roster.of_generation(event.replica_id, event.generation)
         if hosted is None or hosted.engine == "none":
-            return
+            return ()
         if hosted.engine == "stopping":
-            yield from self._life.remove(hosted)
-            return
-        was_draining = hosted.phase == "draining" and not hosted.drained
-        ending = Ending(finish="failed", failure="engine", detail=event.detail)
-        lost = len(hosted.live)
-        yield from self._life.end_all(hosted, ending)
-        hosted.phase, hosted.engine, hosted.detail = "failed", "none", event.detail
-        hosted.drained, hosted.drain_deadline_s, hosted.measured = False, None, None
-        hosted.moves = Moves()
-        yield from self._announce.failed(
-            event.replica_id, hosted.epoch, event.detail, requests_lost=lost
-        )
-        self._roster.changed.add(event.replica_id)
-        if was_draining:
-            yield self._announce.drained(event.replica_id, hosted.epoch, handed_back=lost)
-        if self._roster.leaving:
-            yield from self._life.stop(hosted)
-
-    def engine_stopped(self, event: EngineStopped) -> Iterable[Effect]:
-        hosted = self._roster.of_generation(event.replica_id, event.generation)
-        if hosted is not None and hosted.engine == "stopping":
-            yield from self._life.remove(hosted)
+            return () if isinstance(event, EngineReady) else self._life.remove(hosted)
+        if isinstance(event, EngineReady) and hosted.engine == "starting":
+            return self._ready(hosted, event)
+        return self._broken(hosted, event) if isinstance(event, EngineBroken) else ()
 
     def settle(self, hosted: Hosted) -> Iterator[Effect]:
         """One of its requests has ended or moved: perhaps the last that it waited for."""
@@ -170,6 +137,36 @@ class Hosting:
                 yield self._life.set_deadline(hosted, now_s + min(timeout_s, self._patience_s))
             elif hosted.engine != "stopping":
                 yield from self._life.drain(hosted, now_s + timeout_s)
+
+    def _ready(self, hosted: Hosted, event: EngineReady) -> Iterator[Effect]:
+        hosted.engine, hosted.cache_bytes = "ready", event.cache_bytes
+        moves = hosted.moves
+        moves.bytes_by_source, moves.took_s = dict(event.bytes_by_source), event.took_s
+        self._roster.changed.add(event.replica_id)
+        if hosted.phase == "starting":
+            hosted.phase = "serving"
+            yield self._announce.started(hosted)
+        elif hosted.phase == "preparing":
+            assert moves.order is not None
+            hosted.phase = "prepared"
+            yield from self.moving.expect(hosted, moves.order)
+
+    def _broken(self, hosted: Hosted, event: EngineBroken) -> Iterator[Effect]:
+        was_draining = hosted.phase == "draining" and not hosted.drained
+        ending = Ending(finish="failed", failure="engine", detail=event.detail)
+        lost = len(hosted.live)
+        yield from self._life.end_all(hosted, ending)
+        hosted.phase, hosted.engine, hosted.detail = "failed", "none", event.detail
+        hosted.drained, hosted.drain_deadline_s, hosted.measured = False, None, None
+        hosted.moves = Moves()
+        yield from self._announce.failed(
+            event.replica_id, hosted.epoch, event.detail, requests_lost=lost
+        )
+        self._roster.changed.add(event.replica_id)
+        if was_draining:
+            yield self._announce.drained(event.replica_id, hosted.epoch, handed_back=lost)
+        if self._roster.leaving:
+            yield from self._life.stop(hosted)
 
     def _outdated(self, replica_id: str, epoch: int) -> bool:
         seen = self._epochs.get(replica_id, -1)

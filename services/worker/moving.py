@@ -80,8 +80,9 @@ class Moving:
 
     def paused(self, hosted: Hosted, event: EnginePaused, now_s: float) -> Iterator[Effect]:
         moves = hosted.moves
-        if not moves.pausing:
+        if not moves.pausing and hosted.phase != "paused":
             return  # resumed meanwhile: the engine hears of it right after this
+        # Resumed and paused again, it may hear of both pauses: the later one tells what moves.
         moves.pausing, moves.paused_s, hosted.phase = 0, now_s, "paused"
         moves.moving = {
             request_id: worker_id

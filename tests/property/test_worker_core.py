@@ -63,9 +63,7 @@ class Scenario:
             case (str(verb), replica_id, int(offset)) if verb in VERBS:
                 epoch = max(1, self.epoch + offset)
                 self.epoch = max(self.epoch, epoch)
-                paused = {
-                    h.replica_id: h.moves.moving for h in worker.core._roster.replicas.values()
-                }
+                paused = {h.replica_id: h.moves.moving for h in worker.core.replicas.values()}
                 moving = paused.get(replica_id, {})
                 self.left |= {
                     (r.request_id, r.attempt) for r in worker.core.live if r.request_id in moving

@@ -94,10 +94,10 @@ class Mesh:
         self.say(self.leader(new), stop)
 
     def hosts(self, replica: ReplicaSpec) -> bool:
-        return replica.replica_id in self.leader(replica).core._roster.replicas
+        return replica.replica_id in self.leader(replica).core.replicas
 
     def serves(self, replica: ReplicaSpec) -> bool:
-        hosted = self.leader(replica).core._roster.replicas.get(replica.replica_id)
+        hosted = self.leader(replica).core.replicas.get(replica.replica_id)
         return hosted is not None and hosted.phase == "serving"
 
     def submit(self, request_id: str) -> None:
@@ -120,7 +120,7 @@ class Mesh:
             if message.worker_id and any(c.request_id == request_id for c in message.chunks)
         }
         worker_id, replica_id = self.homes[request_id]
-        for name in {worker_id} | (told if self.rng.random() < 0.5 else set()):
+        for name in {worker_id} | (told if self.rng.random() < 0.5 else set[str]()):
             abort = AbortRequest(request_id=request_id, attempt=0, replica_id=replica_id)
             self.mesh[name].feed(abort)
 

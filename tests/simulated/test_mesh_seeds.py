@@ -25,7 +25,7 @@ from shared.messages.plans import AdoptPlan, PlanKept, PlanProposed
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
 from tests.simulated.planned_mesh import PlannedMesh
 
-SEEDS, SEEDS_PER_TEST = 1000, 50
+SEEDS, SEEDS_PER_TEST = 500, 50
 PLANNED_SEEDS, PLANNED_PER_TEST = 120, 30
 
 

@@ -5,6 +5,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import torch
@@ -24,6 +25,18 @@ from shared.placement.copies import Copy
 from shared.placement.sheets import Area, Rank, SheetName, areas_of
 
 CPU = torch.device("cpu")
+
+
+def mapped_bytes(name: str) -> int:
+    """Of this process's mappings of memory segments called so: what is resident."""
+    total, ours = 0, False
+    with Path("/proc/self/smaps").open(encoding="utf-8") as lines:
+        for line in lines:
+            if "-" in line.split(" ", 1)[0]:
+                ours = name in line
+            elif ours and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+    return total
 
 
 def small_model(**changes: object) -> ModelConfig:

@@ -10,6 +10,7 @@ from services.worker.engine.factory import engine_factory
 from services.worker.engine.interface import EngineRequest
 from services.worker.engine.modelled import ModelledEngine
 from services.worker.engine.torch_engine.make_model import make_model
+from services.worker.events import EngineStart
 from shared.errors import ConfigInvalid
 from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings
 from shared.messages.plans import ReplicaSpec
@@ -131,7 +132,7 @@ class TestFactory:
         spec = ReplicaSpec(
             replica_id="r", model_id="modelled", parallelism="tp2pp1", gpus=("n0-g0", "n0-g1")
         )
-        assert factory.build(spec).load().kv_blocks_total == 2 * SETTINGS.kv_blocks
+        assert factory.build(EngineStart(spec, 1)).load().kv_blocks_total == 2 * SETTINGS.kv_blocks
 
     def test_unknown_torch_setting_is_refused_at_start(self) -> None:
         """Otherwise a typing error would show only when a plan starts a replica."""
@@ -160,7 +161,7 @@ class TestFactory:
         mesh = MeshConfig(engine=EngineSpec(kind="torch"), model=model)
         spec = ReplicaSpec(replica_id="r", model_id="m", parallelism="tp2pp1", gpus=("a", "b"))
         with pytest.raises(ConfigInvalid, match="one device"):
-            engine_factory(mesh).build(spec)
+            engine_factory(mesh).build(EngineStart(spec, 1))
 
     @pytest.mark.torch
     def test_a_longer_context_than_the_checkpoints_is_refused(self, tmp_path: Path) -> None:

@@ -664,13 +664,11 @@ def test_what_goes_without_having_served_is_stopped_first() -> None:
     run.stopped("r1@g1", 2)
     assert run.commands == ["prepare r2@g0 e2", "prepare r2@g1 e2"]
     hold(run, "prepared")
-    run.report("g1", msgspec.structs.replace(hosted("r2", 2, "prepared", rank=1, tp=2), prepared=2))
-    assert "pause r0@g0 e2" in run.commands
     run.later()
     assert run.commands == ["pause r0@g0 e2"], "it has no requests"
 
 
-def test_a_new_replica_must_have_room_for_half_of_what_an_old_one_had() -> None:
+def test_a_new_replica_must_have_as_much_room_as_an_old_one() -> None:
     """Otherwise it would refuse, for good, requests that were served before the switch."""
     run = Run(live=True).in_force(TWO, 1)
     token_bytes = SHAPE.layers * SHAPE.kv_heads * 2 * SHAPE.head_dim * SHAPE.item_bytes
@@ -679,7 +677,17 @@ def test_a_new_replica_must_have_room_for_half_of_what_an_old_one_had() -> None:
         run.report(f"g{rank}", held)
     run.adopt(WIDE, 1)
     run.write()
-    assert run.questions[0].cache_tokens_min == 300
+    assert run.questions[0].cache_tokens_min == 600
+
+
+def test_a_worker_that_refuses_to_prepare_rolls_back_at_once() -> None:
+    """Otherwise one that hosts too much already would hold the switch up until its deadline."""
+    run = preparing()
+    run.planned(PLANNED)
+    run.failed("r2@g1", 1, "late, of an earlier switch")
+    assert run.core.state == "preparing"
+    run.failed("r2@g1", 2, "hosts 4 replicas already")
+    assert run.core.state == "storing_target"
 
 
 def test_two_switchers_at_once_agree() -> None:
@@ -696,18 +704,14 @@ def test_two_switchers_at_once_agree() -> None:
     ours.deadline("preparing", 2)
     ours.write()
     assert ours.core.state == "rolling_back"
-    twin.bucket, twin.revision = ours.bucket, ours.revision
-    hold(twin, "prepared", "paused")
-    twin.report(
-        "g0",
-        hosted("r0", 2, "paused"),
-        msgspec.structs.replace(hosted("r2", 2, "prepared", tp=2), prepared=2, taken=2),
-    )
+    hold(twin, "prepared")
+    twin.paused("r0@g0", 2)
+    twin.paused("r1@g1", 2)
+    twin.taken("r2@g0", 2)
     assert twin.core.state == "committing"
-    twin.effects = [e for e in twin.effects if isinstance(e, Store)]
-    stale = twin.effects[0]
-    assert isinstance(stale, Store)
-    assert stale.revision < twin.revision, "its write comes after ours and does not pass"
+    twin.bucket, twin.revision = ours.bucket, ours.revision
+    (stale,) = [effect for effect in twin.effects if isinstance(effect, Store)]
+    assert stale.revision < twin.revision, "it comes after our write, and does not pass"
     twin.write()
     twin.loaded()
     assert twin.core.state == "rolling_back"
@@ -730,17 +734,16 @@ def test_a_lost_broken_half_stops_the_other_half() -> None:
 
 def test_a_replica_of_which_a_worker_is_away_is_not_started_in_halves() -> None:
     """Otherwise its other ranks would wait for it, and a rollback for them."""
-    run = taking()
-    run.deadline("taking", 2)
-    run.write()
-    wide = Run(live=True).in_force(WIDE, 1)
+    run = Run(live=True).in_force(WIDE, 1)
     for _ in range(5):
-        wide.later()
-        wide.report("g0", hosted("r2", 1, "failed", tp=2))
-    wide.stopped("r2@g0", 1)
-    wide.report("g0")
-    wide.later()
-    assert wide.commands == []
+        run.later()
+        run.report("g0", hosted("r2", 1, "failed", tp=2))
+    run.stopped("r2@g0", 1)
+    run.report("g0")
+    run.later()
+    assert run.commands == []
+    run.report("g1", incarnation="i2")
+    assert run.commands == ["start r2@g0 e1", "start r2@g1 e1"]
 
 
 def test_other_weights_alone_are_no_work() -> None:

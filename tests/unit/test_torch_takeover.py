@@ -23,7 +23,16 @@ from shared.errors import PeerLost
 from shared.messages.requests import SamplingParams
 from shared.placement.copies import Copy
 from shared.placement.sheets import Area, Rank, areas_of
-from tests.support.torch_ranks import Held, Workers, arrive, hold, noise, receiver, small_model
+from tests.support.torch_ranks import (
+    Held,
+    Workers,
+    arrive,
+    hold,
+    mapped_bytes,
+    noise,
+    receiver,
+    small_model,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -258,6 +267,32 @@ def test_only_confirmed_requests_are_released(workers: Workers) -> None:
     new.take(state("s", [5], 4), final=True)
     new.takeover.settle()
     assert set(new.scheduler.held) == {"s"}
+
+
+def test_a_rollback_lets_go_of_the_old_cache(workers: Workers) -> None:
+    """The old replica goes on, and when it closes one day its memory must be free."""
+    old, new = Old(workers), New(workers)
+    new.take(state("r", [5], 4), final=False)
+    mine = mapped_bytes("oserve-old-kv")
+    new.takeover.settle()
+    assert mapped_bytes("oserve-old-kv") < mine, "the taker still has it mapped"
+    old.held.close()
+
+
+def test_new_copies_are_followed(workers: Workers) -> None:
+    """The next switch may find the same replica's cache elsewhere: the way of the former one, that
+    was rolled back, leads to a worker that may be gone."""
+    old, new = Old(workers), New(workers)
+    new.take(state("r", [5], 4), final=False)
+    moved = hold(
+        _MODEL, Rank(), old.full, server=workers["c"],
+        replica_id="old", worker_id="c", blocks=12,
+    )  # fmt: skip
+    copies = [Copy(one.sheet, one.area, "c", "old") for one in new.copies]
+    new.takeover.expect(copies, workers.peers("c"), verify=False)
+    taken = new.take(state("r", [5, 6], 8), final=True)
+    assert taken.bytes_by_source == {"b": {"c": new.kv.block_bytes}}
+    moved.close()
 
 
 def test_checksums_are_compared_if_asked(workers: Workers) -> None:

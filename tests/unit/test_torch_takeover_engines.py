@@ -1,5 +1,6 @@
 """Engines of any shape hand requests over in the middle of a text, and the text stays the same."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -10,6 +11,7 @@ pytest.importorskip("torch", reason="needs the torch extra")
 from services.worker.engine.interface import Taken
 from services.worker.engine.torch_engine.config import TorchEngineConfig
 from tests.support.rank_threads import ThreadReplica
+from tests.support.torch_ranks import mapped_bytes
 from tests.unit.engine_contract import Output, finish_all, step
 from tests.unit.torch_oracle import (
     Oracle,
@@ -33,12 +35,19 @@ class Pair:
     """An old replica with four requests under way, and a new one that will take them over."""
 
     def __init__(
-        self, oracle: Oracle, old: str, new: str, *, old_blocks: int = 128, new_blocks: int = 128
+        self,
+        oracle: Oracle,
+        old: str,
+        new: str,
+        *,
+        old_blocks: int = 128,
+        new_blocks: int = 128,
+        names: tuple[str, str] = ("old", "new"),
     ) -> None:
         self.oracle = oracle
         self._end = ExitStack()
-        self.old = self._replica(old, "old", blocks=old_blocks)
-        self.new = self._replica(new, "new", blocks=new_blocks)
+        self.old = self._replica(old, names[0], blocks=old_blocks)
+        self.new = self._replica(new, names[1], blocks=new_blocks)
         self.new.expect_from(self.old)
         self.outputs = {key: Output(0) for key in _LENGTHS}
         for key, length in _LENGTHS.items():
@@ -63,7 +72,7 @@ class Pair:
 
     def take(self, *, final: bool) -> Taken:
         states = self.old.engine.states()
-        taken = self.new.engine.take("old", states, final=final)
+        taken = self.new.engine.take(self.old.spec.replica_id, states, final=final)
         if final:
             assert not self.new.engine.has_work, "a held request runs"
         self.new.engine.check()
@@ -192,3 +201,21 @@ def test_a_rolled_back_takeover_leaves_no_trace(oracle: Oracle, pairs: list[Pair
 
 def _bytes(taken: Taken) -> int:
     return sum(sum(sources.values()) for sources in taken.bytes_by_source.values())
+
+
+def test_closed_engines_give_their_memory_back(oracle: Oracle, pairs: list[Pair]) -> None:
+    """The next replica takes it at once: it cannot wait for a garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        pairs.append(pair := Pair(oracle, "tp2", "tp1pp2", names=("left", "came")))
+        pair.steps(4)
+        pair.take(final=False)
+        pair.take(final=True)
+        assert mapped_bytes("oserve-left") > 0
+        pair.go_on()
+        assert mapped_bytes("oserve-left") == 0, "the old replica's memory is still here"
+        pair.new.engine.close()
+        assert mapped_bytes("oserve-came") == 0, "the new replica's memory is still here"
+    finally:
+        gc.enable()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.torch_engine.arena import Arena, group_of
+from services.worker.engine.torch_engine.exports import Exports
 from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.sharding import kv_shards, weight_shards
 from services.worker.engine.torch_engine.source import Between, Piece, Source
@@ -35,6 +36,7 @@ from tests.support.torch_ranks import (
     Workers,
     arrive,
     hold,
+    mapped_bytes,
     noise,
     plan,
     small_model,
@@ -51,18 +53,6 @@ def workers() -> Iterator[Workers]:
     made = Workers()
     yield made
     made.close()
-
-
-def mapped_bytes(name: str) -> int:
-    """Of this process's mappings of memory segments called so: what is resident."""
-    total, ours = 0, False
-    with Path("/proc/self/smaps").open(encoding="utf-8") as lines:
-        for line in lines:
-            if "-" in line.split(" ", 1)[0]:
-                ours = name in line
-            elif ours and line.startswith("Rss:"):
-                total += int(line.split()[1]) * 1024
-    return total
 
 
 def fill(tensors: list[Tensor]) -> None:
@@ -153,6 +143,13 @@ def test_unchanged_layers_are_shared_and_outlive_the_old_replica(workers: Worker
         "an old layer that nobody needs is still there"
     )
     assert mapped_bytes("shared-model.layers.0") > 0
+    new.exports = Exports(workers["a"], new.arena, replica_id="heir")
+    new.exports.add(new.weights.shards, new.weights.named)
+    copies = all_from("a", model, rank, "heir")
+    third = arrive(model, rank, copies, workers.peers("a"), worker_id="b", blocks=_BLOCKS)
+    for name, tensor in wanted.items():
+        assert torch.equal(third.weights.named[name], tensor), name
+    third.close()
     del shared
     new.close()
 

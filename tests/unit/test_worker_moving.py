@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.worker.config import WorkerConfig
@@ -119,8 +120,7 @@ class TestPreparing:
         weights = Copy("mlp", Area((0, 1), (0, 4)), OLD, "r1")
         cache = Copy("cache", Area((0, 1), (0, 2)), OLD, "r1")
         command = prepare(2, R2, source=("r1", OLD))
-        values = {name: getattr(command, name) for name in command.__struct_fields__}
-        switch.new.feed(type(command)(**values | {"copies": (weights, cache)}))
+        switch.new.feed(msgspec.structs.replace(command, copies=(weights, cache)))
         [job] = switch.new.jobs
         assert isinstance(job, EngineStart)
         assert (job.copies, job.epoch, job.rank) == ((weights,), 2, 0)

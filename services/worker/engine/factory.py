@@ -36,8 +36,8 @@ class EngineFactory:
 
 
 def engine_factory(mesh: MeshConfig, *, peers: PeerServer | None = None) -> EngineFactory:
-    """The factory for the topology's engine; without ``peers``, for replicas of one rank only. Raises
-    ConfigInvalid for settings that cannot work."""
+    """The factory for the topology's engine; without ``peers``, torch replicas have one rank only.
+    Raises ConfigInvalid for settings that cannot work."""
     if mesh.engine.kind == "torch":
         return _torch_factory(mesh, peers)
     return _modelled_factory(mesh)
@@ -92,6 +92,12 @@ def _torch_factory(mesh: MeshConfig, peers: PeerServer | None) -> EngineFactory:
 
         path = mesh.model_of(start.spec.model_id).path
         if peers is None:
+            if len(start.spec.gpus) > 1:
+                raise ConfigInvalid(
+                    field="parallelism",
+                    value=start.spec.parallelism,
+                    remedy="without peers to meet, the torch engine runs on one device: use tp1pp1",
+                )
             return load_torch_engine(path, config)
         return build_torch_engine(start, path, config, peers)
 

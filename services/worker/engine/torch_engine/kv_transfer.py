@@ -70,6 +70,7 @@ class KvTransfer:
         self._between = between
         self._lock = threading.Lock()
         self._expected: tuple[dict[str, list[Copy]], dict[str, str], bool] = ({}, {}, False)
+        self._stale = False  # what is open was opened for an earlier expectation
         self._open: dict[str, list[tuple[Source, list[_Route]]]] = {}  # by replica
 
     @property
@@ -85,13 +86,16 @@ class KvTransfer:
                 by_replica[copy.replica_id].append(copy)
         with self._lock:
             self._expected = dict(by_replica), dict(peers), verify
+            self._stale = True
 
     def pull(self, order: PullOrder) -> Pulled:
         """Do our part. Never raises for what is wrong with the source; then nothing of the order
         is to be relied on."""
         pulled: dict[str, int] = defaultdict(int)
         with self._lock:
-            verify = self._expected[2]
+            verify, stale, self._stale = self._expected[2], self._stale, False
+        if stale:
+            self.close()
         try:
             for source, routes in self._sources(order) if order.own else ():
                 pieces = [_piece(route, order) for route in routes]
@@ -114,6 +118,7 @@ class KvTransfer:
             source.close()
 
     def close(self) -> None:
+        """Unmap everything."""
         for replica_id in list(self._open):
             self.forget(replica_id)
 

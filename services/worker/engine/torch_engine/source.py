@@ -42,7 +42,9 @@ _ANSWER_S = 10.0
 _UNDER_WAY_MAX = 3
 """Questions asked ahead of their answers, so that the stream never waits for us."""
 
-_ROWS_BYTES_MAX = 2**20
+_ROWS_ELEMENTS_MAX = 2**15
+"""Of rows gathered at once: torch does so few in one thread. Each piece would else wait for a
+second one, which on a busy machine takes ten times as long as the copy."""
 
 Between = Callable[[], None]
 """Called between two pieces of work; raises to stop it."""
@@ -261,16 +263,17 @@ class Source:
 
 
 def _split(piece: Piece) -> Iterator[Piece]:
-    """Pieces of at most BULK_BYTES_MAX (of rows, which are gathered first, fewer: so that they stay
-    in the processor's cache) along the first dimension; one row may exceed it."""
+    """Pieces of at most BULK_BYTES_MAX, of rows _ROWS_ELEMENTS_MAX, along the first dimension; one
+    row may exceed it."""
     part, size = piece.part, piece.size
-    if not size:
-        return
-    if size <= (_ROWS_BYTES_MAX if piece.rows else BULK_BYTES_MAX):
+    most = BULK_BYTES_MAX
+    if piece.rows:
+        most = _ROWS_ELEMENTS_MAX * piece.target.element_size()
+    if 0 < size <= most:
         yield piece
         return
-    count = part.shape[0]
-    step = max(1, (_ROWS_BYTES_MAX if piece.rows else BULK_BYTES_MAX) * count // size)
+    count = part.shape[0] if size else 0
+    step = max(1, most * count // max(1, size))
     for first in range(0, count, step):
         last = min(first + step, count)
         if piece.rows:

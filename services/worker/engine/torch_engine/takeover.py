@@ -86,6 +86,7 @@ class Takeover:
         self._followers, self._size = followers, size
         self._arrivals: dict[str, _Arrival] = {}
         self._confirmed: set[str] = set()
+        self._mapped: set[str] = set()  # replicas whose cache some rank has open
 
     def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
         """See Engine; each rank is told its own."""
@@ -125,7 +126,10 @@ class Takeover:
         return Taken(moved=moved, replayed=replayed, bytes_by_source=_bytes(answers), detail=detail)
 
     def settle(self) -> None:
-        """Before held requests are released: forget those that no final call has confirmed."""
+        """Before held requests are released: forget those that no final call has confirmed, and let
+        go of the old replicas' memory. Raises RankLost."""
+        for replica_id in sorted(self._mapped):
+            self._pull(replica_id, (), last=True)
         for key in set(self._scheduler.held) - self._confirmed:
             self._scheduler.forget_held(key)
         self._arrivals.clear()
@@ -205,8 +209,12 @@ class Takeover:
             own += one.own[one.first : one.stop]
         assert len(theirs) == len(own), "a request has fewer blocks than tokens computed"
         order = PullOrder(replica_id, theirs, own, last)
-        if not own and not last:
+        if not own and not (last and replica_id in self._mapped):
             return []
+        if last:
+            self._mapped.discard(replica_id)
+        else:
+            self._mapped.add(replica_id)
         self._tell(PULL, order)
         try:
             pulled = self._kv.pull(order)

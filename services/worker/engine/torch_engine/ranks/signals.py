@@ -58,6 +58,8 @@ class Signals:
                 return
             if time.perf_counter() > until_s:
                 self._poll.poll()
+            else:
+                os.sched_yield()  # the other may be on this very core
 
     def pull(self) -> None:
         """Take what has come, without waiting."""
