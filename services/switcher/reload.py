@@ -60,6 +60,8 @@ def starts(switch: Switch, view: WorkerView, now_s: float) -> tuple[list[Command
             held = view.held(part)
             if view.gone(worker_id, now_s) or view.leaving(worker_id):
                 return [], f"worker {worker_id} of {spec.replica_id} is gone"
+            if refusal := view.refused(part, epoch=switch.epoch):
+                return [], f"{spec.replica_id} failed on {worker_id}: {refusal}"
             current = held is not None and held.epoch >= switch.epoch
             if held is not None and current and held.phase == "failed":
                 return [], f"{spec.replica_id} failed on {worker_id}: {held.detail}"

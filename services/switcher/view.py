@@ -62,6 +62,7 @@ class WorkerView:
         self._turn = 0  # counts what was heard: which of two things happened first
         self._held_since: dict[Part, int] = {}
         self._lost_at: dict[Part, int] = {}
+        self._refused: dict[Part, tuple[int, str]] = {}
         self.failures: dict[Part, int] = {}
         self.epoch_max = 0  # highest epoch that any worker has spoken of
 
@@ -107,6 +108,7 @@ class WorkerView:
             case ReplicaFailed():
                 self.failures[part] = self.failures.get(part, 0) + 1
                 self._update(part, event.epoch, phase="failed", detail=event.detail)
+                self._refused[part] = (event.epoch, event.detail)
             case ReplicaStopped():
                 self._stopped[part] = max(event.epoch, self._stopped.get(part, 0))
                 held = self.held(part)
@@ -135,6 +137,7 @@ class WorkerView:
         self._stopped = {p: e for p, e in self._stopped.items() if e >= epoch}
         self._drained = {p: e for p, e in self._drained.items() if e >= epoch}
         self.failures.clear()
+        self._refused.clear()
         self._starting_s = {p: s for p, s in self._starting_s.items() if p[0] in self._workers}
         self._workers = {w: v for w, v in self._workers.items() if not self.gone(w, now_s)}
         held = {(w, r) for w, worker in self._workers.items() for r in worker.hosted}
@@ -198,6 +201,12 @@ class WorkerView:
     def drained(self, part: Part, *, epoch: int) -> bool:
         return self._drained.get(part, -1) >= epoch
 
+    def refused(self, part: Part, *, epoch: int) -> str:
+        """Why the worker never began what a command of ``epoch`` or later asked of it; "" if it did.
+        It holds nothing of it, so its reports do not say it."""
+        at, detail = self._refused.get(part, (-1, ""))
+        return detail if at >= epoch and self.held(part) is None else ""
+
     def starting_for_s(self, part: Part, now_s: float) -> float:
         """How long the worker has said that it starts or prepares the replica; 0 if it does not."""
         return now_s - self._starting_s.get(part, now_s)
@@ -231,7 +240,7 @@ class WorkerView:
         """A new incarnation has none of what the former one held, and nothing refused."""
         for replica_id in self.hosted(worker_id):
             self._lose((worker_id, replica_id))
-        for memory in (self._stopped, self._drained, self._starting_s):
+        for memory in (self._stopped, self._drained, self._starting_s, self._refused):
             for part in [p for p in memory if p[0] == worker_id]:
                 del memory[part]
 

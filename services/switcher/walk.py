@@ -172,8 +172,12 @@ def restored(
 ) -> tuple[list[Command], bool]:
     """What a rollback still has to command, and whether it is done: every live worker holds
     what the plan says under the new epoch, and none holds a part of the failed target. A replica
-    of which a rank is away can only be planned anew."""
-    pending = repairs(switch.target, view, now_s, epoch=epoch, fence=True)
+    of which a rank is away, or that its worker refuses, can only be planned anew."""
+    pending = [
+        command
+        for command in repairs(switch.target, view, now_s, epoch=epoch, fence=True)
+        if not view.refused(part_of(command), epoch=epoch)
+    ]
     mine = {part_of(command) for command in pending}
     wanted: dict[str, Wanted] = wanted_by_worker(switch.target)
     kept = {(worker_id, want.spec.replica_id) for worker_id, want in wanted.items()}
@@ -193,5 +197,6 @@ def restored(
             (held := view.held(part := (worker_id, want.spec.replica_id))) is None
             or held.phase != "serving"
         )
+        and not view.refused(part, epoch=epoch)
     ]
     return pending, not pending and not waiting

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
 
+from services.worker import follower_host
 from services.worker.config import WorkerConfig
 from services.worker.engine.factory import EngineFactory
 from services.worker.engine.interface import Engine, StepResult
@@ -16,19 +17,24 @@ from services.worker.engine_host import EngineHost
 from services.worker.events import (
     Admission,
     EngineBroken,
+    EnginePaused,
     EngineReady,
     EngineStart,
     EngineStopped,
     RequestRefused,
     RequestsEnded,
 )
+from services.worker.follower_host import FollowerHost
 from services.worker.host_context import HostContext
 from services.worker.outbox import Outbox
 from shared.bus_memory import MemoryBus
 from shared.clock import SystemClock
+from shared.errors import EngineFailed
 from shared.mesh import ModelledEngineSettings
 from shared.messages.base import Message, decode
+from shared.messages.replicas import Shares
 from shared.messages.requests import TokenChunk, TokenChunks
+from shared.placement.copies import Copy
 from shared.telemetry import Metrics
 from tests.worker_driver import spec, submit
 
@@ -268,3 +274,107 @@ def test_broken_invariant_of_an_engine_is_not_taken_for_a_failure() -> None:
     with pytest.raises(ExceptionGroup) as raised:
         run(scenario)
     assert raised.group_contains(AssertionError, match="leaked")
+
+
+def test_a_blocking_engine_stands_still_at_a_step_boundary() -> None:
+    """Otherwise its requests would change while another worker copies them."""
+
+    async def scenario() -> None:
+        async with bench() as b:
+            await b.heard(EngineReady)
+            b.admit("a", tokens=1000)
+            b.engine.may_step.set()
+            await b.until(b.chunks)
+            b.host.pause(Shares(rows={"*": {"r2": 1.0}}, leaders={"r2": "n0-g1"}))
+            paused = await b.heard(EnginePaused)
+            assert isinstance(paused, EnginePaused)
+            assert paused.moving == {"a": "n0-g1"}
+            count = len(b.chunks())
+            b.admit("late", tokens=1)
+            b.host.abort("a/0")
+            await b.until(lambda: not b.engine.states())
+            assert len(b.chunks()) == count
+            b.host.resume()
+            await b.heard(RequestsEnded)
+            assert [chunk.request_id for chunk in b.chunks()[count:]] == ["late"]
+
+    run(scenario)
+
+
+class Rank:
+    """A follower whose leader says goodbye, or is lost, when the test lets it."""
+
+    fetched = {"n0-g1": 3}
+    cache_bytes = 7
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.fault: Exception | None = None
+        self.closed = False
+
+    def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
+        """Nothing: no cache."""
+
+    def serve(self) -> None:
+        self.over.wait(5)
+        if self.fault is not None:
+            raise self.fault
+
+    def stop(self) -> None:
+        self.over.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def follow(rank: Rank, then: Callable[[FollowerHost], None]) -> list[Message]:
+    """Run a rank; ``then`` once it is ready. What its host said."""
+    events: list[Message] = []
+    async with asyncio.TaskGroup() as tasks:
+        context = HostContext(
+            config=WorkerConfig(worker_id="n0-g0"),
+            factory=EngineFactory(
+                build=lambda _: SlowEngine(), follow=lambda _: rank, running_max=2, waiting_max=2
+            ),
+            outbox=Outbox(MemoryBus(), incarnation="run", delay_s=0.001, metrics=Metrics("worker")),
+            clock=SystemClock(),
+            feed=events.append,
+            tasks=tasks,
+        )
+        host = FollowerHost(EngineStart(spec(), 1, rank=1), context)
+        task = tasks.create_task(host.run())
+        async with asyncio.timeout(5):
+            while not events:
+                await asyncio.sleep(0.001)
+            then(host)
+            await task
+    assert rank.closed
+    return events
+
+
+def test_a_rank_takes_part_until_it_is_stopped() -> None:
+    """Otherwise a GPU would stay taken, or its memory be told of before it is there."""
+    ready, stopped = asyncio.run(follow(Rank(), FollowerHost.stop))
+    assert isinstance(ready, EngineReady)
+    assert (ready.bytes_by_source, ready.cache_bytes) == ({"n0-g1": 3}, 7)
+    assert isinstance(stopped, EngineStopped)
+
+
+def test_a_rank_whose_leader_is_lost_is_broken() -> None:
+    """Otherwise it would seem to serve, and nobody would start it again."""
+    rank = Rank()
+    rank.fault = EngineFailed("the leader is silent")
+    _, broken = asyncio.run(follow(rank, lambda _: rank.over.set()))
+    assert isinstance(broken, EngineBroken)
+    assert broken.detail == "EngineFailed: the leader is silent"
+
+
+def test_a_rank_whose_leader_has_closed_the_replica_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise it would wait for ever for a leader that starts without it."""
+    monkeypatch.setattr(follower_host, "FAREWELL_S", 0.01)
+    rank = Rank()
+    _, broken = asyncio.run(follow(rank, lambda _: rank.over.set()))
+    assert isinstance(broken, EngineBroken)
+    assert "closed the replica" in broken.detail
