@@ -304,10 +304,10 @@ def test_a_blocking_engine_stands_still_at_a_step_boundary() -> None:
 class Rank:
     """A follower whose leader says goodbye, or is lost, when the test lets it."""
 
-    fetched = {"n0-g1": 3}
     cache_bytes = 7
 
     def __init__(self) -> None:
+        self.fetched = {"n0-g1": 3}
         self.over = threading.Event()
         self.fault: Exception | None = None
         self.closed = False

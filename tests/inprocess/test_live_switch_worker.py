@@ -4,13 +4,17 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+
+import pytest
 
 from services.worker.config import WorkerConfig
 from services.worker.service import serve
 from shared.bus import Delivery
 from shared.bus_memory import MemoryBus
 from shared.clock import SystemClock
+from shared.hardware import Parallelism
 from shared.ids import CountedIds
 from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings, NodeSpec
 from shared.messages.base import DataMessage, Message, decode, encode
@@ -39,6 +43,8 @@ from shared.messages.requests import (
     TokenChunks,
 )
 from shared.models import ModelSpec
+from shared.placement.copies import Copy
+from shared.placement.sheets import Rank, areas_of
 from shared.service import ServiceContext
 from shared.subjects import (
     ABORT_REQUEST,
@@ -185,7 +191,7 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair() -> AsyncGenerator[Pair]:
+async def pair(topology: MeshConfig) -> AsyncGenerator[Pair]:
     bus, stopping = MemoryBus(), asyncio.Event()
     mesh = Pair(bus, stopping)
     for subject in (REPLICA_STARTED, REPLICA_STOPPED, REPLICA_PREPARED, REPLICA_PAUSED):
@@ -201,7 +207,7 @@ async def pair() -> AsyncGenerator[Pair]:
                 bus=bus,
                 clock=SystemClock(),
                 ids=ids,
-                mesh=MESH,
+                mesh=topology,
                 metrics=Metrics("worker"),
                 tracing=Tracing(TelemetryConfig(), service="worker", instance_id=worker_id),
                 stopping=stopping,
@@ -216,9 +222,9 @@ async def pair() -> AsyncGenerator[Pair]:
         stopping.set()
 
 
-def run(scenario: Callable[[Pair], Awaitable[None]]) -> None:
+def run(scenario: Callable[[Pair], Awaitable[None]], topology: MeshConfig = MESH) -> None:
     async def main() -> None:
-        async with pair() as mesh:
+        async with pair(topology) as mesh:
             await scenario(mesh)
 
     asyncio.run(main())
@@ -342,3 +348,55 @@ def test_a_source_that_cannot_be_reached_is_told() -> None:
         await mesh.until(lambda: mesh.of(RequestsTaken))
 
     run(scenario)
+
+
+@pytest.mark.torch
+def test_real_weights_and_cache_move_to_two_ranks(tmp_path: Path) -> None:
+    """Otherwise only made-up engines could change shape in place."""
+    pytest.importorskip("torch", reason="needs the torch extra")
+    from services.worker.engine.torch_engine.make_model import make_model
+
+    make_model(tmp_path)
+    topology = MeshConfig(
+        model=ModelSpec(model_id="tiny", path=str(tmp_path)),
+        engine=EngineSpec(kind="torch", torch={"threads": 1, "kv_blocks": 128}),
+        nodes=(NodeSpec(node_id="n0", gpus=2),),
+    )
+    both = ReplicaSpec(replica_id="r2", model_id="tiny", parallelism="tp2pp1", gpus=(NEW, OLD))
+
+    async def everywhere(mesh: Pair, subject: Subject[Any], kind: type[Any], **more: Any) -> None:
+        for rank, worker_id in enumerate(both.gpus):
+            shape = mesh.of(WorkerReport)[-1].shapes[0]
+            areas = areas_of(shape, Rank.of(rank, Parallelism.parse(both.parallelism)))
+            copies = tuple(Copy(name, area, OLD, "r1") for name, area in areas.items())
+            fields: dict[str, Any] = dict(more)
+            if kind is PrepareReplica:
+                fields["copies"] = copies
+            message = kind(epoch=2, worker_id=worker_id, replica=both, peers=mesh.peers(), **fields)
+            await mesh.tell(subject, message, worker_id)
+
+    async def scenario(mesh: Pair) -> None:
+        names = [f"q{n}" for n in range(4)]
+        for name in names:
+            await mesh.submit(name, tokens=120)
+        order: dict[str, Any] = {"sources": {"r1": OLD}, "shares": SHARES, "verify": True}
+        await everywhere(mesh, PREPARE_REPLICA, PrepareReplica, **order)
+        await mesh.until(lambda: len(mesh.of(ReplicaPrepared)) == 2)
+        assert all(event.bytes_by_source[OLD] > 0 for event in mesh.of(ReplicaPrepared))
+        await mesh.until(lambda: all(len(mesh.tokens(name)) > 2 for name in names))
+        await mesh.pause()
+        await mesh.take()
+        [taken] = mesh.of(RequestsTaken)
+        assert (taken.moved, taken.replayed) == (4, 0)
+        assert set(taken.bytes_by_source) == {OLD, NEW}
+        mesh.forget(ReplicaStarted)
+        await everywhere(mesh, START_REPLICA, StartReplica)
+        await mesh.until(lambda: len(mesh.of(ReplicaStarted)) == 2)
+        await mesh.stop()
+        await mesh.until(lambda: all(mesh.last(name) for name in names))
+        await mesh.submit("undisturbed", tokens=120, worker_id=NEW)
+        await mesh.until(lambda: mesh.last("undisturbed"))
+        for name in names:
+            assert mesh.tokens(name) == mesh.tokens("undisturbed")
+
+    run(scenario, topology)

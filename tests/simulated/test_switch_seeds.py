@@ -9,14 +9,12 @@ from loadgen.simulator.engine import Engine
 from loadgen.simulator.mesh import Mesh, Outcome, replay_command
 from loadgen.simulator.ranks import Ranks
 from loadgen.simulator.switch_mesh import CalmSwitchMesh, SwitchMesh
-from loadgen.simulator.takeovers import Takeovers
+from services.switcher.core import Switcher
 from services.switcher.view import WorkerView
-from services.worker.engine.batching import Batch
-from services.worker.moving import Moving
 from shared.core import Publish
 from shared.messages import plans, replicas
 
-SEEDS, CALM_SEEDS, SEEDS_PER_TEST = 400, 100, 50
+SEEDS, CALM_SEEDS, SEEDS_PER_TEST = 200, 100, 25
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))
@@ -83,13 +81,10 @@ def test_faults_strike_every_phase_of_a_live_switch() -> None:
 @pytest.mark.parametrize(
     ("owner", "guard", "answer"),
     [
-        (Moving, "give_up", ()),
-        (Moving, "leave_behind", None),
         (WorkerView, "gone", False),
-        (Takeovers, "_resume", None),
-        (Batch, "_make_room", None),
+        (Switcher, "_on_phase_deadline", ()),
     ],
-    ids=["held-forgotten", "moved-forgotten", "vanished-workers", "resume", "held-give-way"],
+    ids=["vanished-workers", "phase-deadlines"],
 )
 def test_the_loss_of_a_guard_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch, owner: object, guard: str, answer: object

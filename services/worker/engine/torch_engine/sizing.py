@@ -64,7 +64,7 @@ def kv_blocks(
     bytes_max: int = 0,
 ) -> int:
     """As many as ``rank`` has memory for, never more than all rows could fill. ``bytes_max``: of
-    the rank's cache for now; 0 as configured. Raises ConfigInvalid if that is not one."""
+    the rank's cache; 0 as configured. Raises ConfigInvalid if that is not one."""
     shards = kv_shards(model, rank, blocks=1, block_tokens=config.block_tokens)
     block_bytes = sum(torch.Size(shard.shape).numel() for shard in shards) * dtype.itemsize
     limit = min(bytes_max or config.kv_memory_bytes, config.kv_memory_bytes) // block_bytes

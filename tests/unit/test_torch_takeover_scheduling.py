@@ -1,0 +1,130 @@
+"""Steps under way at once, requests held for another replica's, and what followers are told."""
+
+import numpy as np
+import pytest
+
+from services.worker.engine.interface import EngineRequest, LiveState
+from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler
+from services.worker.engine.torch_engine.kv_cache import BlockTable, KvBlocks
+from services.worker.engine.torch_engine.sequences import Chunk, Sequence
+from services.worker.engine.torch_engine.step_plan import PlanReader, PlanWriter, plan_bytes_max
+from shared.messages.requests import SamplingParams
+
+
+def make(*, blocks: int = 20, running: int = 4, micro_batches: int = 1) -> BatchScheduler:
+    kv = KvBlocks(blocks=blocks, block_tokens=4, rows=running, row_tokens_max=40)
+    return BatchScheduler(
+        kv, batch_tokens_max=16, running_max=running, waiting_max=3, micro_batches=micro_batches
+    )
+
+
+def request(key: str, prompt: int) -> EngineRequest:
+    sampling = SamplingParams(output_tokens_max=20)
+    return EngineRequest(key=key, prompt_tokens=[1] * prompt, sampling=sampling)
+
+
+def state(key: str, prompt: int, *, output: int, computed: int) -> LiveState:
+    return LiveState(request=request(key, prompt), output_tokens=[2] * output, computed=computed)
+
+
+def commit(scheduler: BatchScheduler, chunks: list[Chunk]) -> None:
+    for chunk in chunks:
+        samples = chunk.samples and scheduler.is_live(chunk.sequence)
+        scheduler.commit(chunk)
+        if samples:
+            chunk.sequence.tokens.append(2)
+    scheduler.check()
+
+
+def test_steps_under_way_share_the_requests() -> None:
+    """Otherwise one stage of a pipeline would work while the others wait."""
+    scheduler = make(micro_batches=2)
+    for key in "abcd":
+        scheduler.add(Sequence(request(key, 4)))
+    one, two = scheduler.schedule(), scheduler.schedule()
+    assert [[chunk.sequence.request.key for chunk in step] for step in (one, two)] == [
+        ["a", "b"], ["c", "d"],
+    ]  # fmt: skip
+    assert scheduler.schedule() == [], "nothing may run twice at once"
+    commit(scheduler, one)
+    assert [chunk.sequence.request.key for chunk in scheduler.schedule()] == ["a", "b"]
+
+
+def test_removed_in_flight_keeps_its_blocks_until_the_step_ends() -> None:
+    """Otherwise another request would get blocks that a step still writes to."""
+    scheduler = make()
+    scheduler.add(Sequence(request("a", 8)))
+    chunks = scheduler.schedule()
+    assert scheduler.remove("a")
+    assert scheduler.kv.used == 2
+    scheduler.check()
+    commit(scheduler, chunks)
+    assert scheduler.kv.used == 0
+
+
+def test_held_requests_run_once_released_before_those_that_wait() -> None:
+    """Otherwise a request in the middle of its answer would queue behind new ones."""
+    scheduler = make(running=2)
+    assert scheduler.take(state("a", 8, output=3, computed=10)) is not None
+    scheduler.add(Sequence(request("new", 3)))
+    assert scheduler.take(state("waiting", 5, output=0, computed=0)) == []
+    assert [chunk.sequence.request.key for chunk in scheduler.schedule()] == ["new"]
+    assert list(scheduler.held) == ["a", "waiting"]
+    assert [s.request.key for s in scheduler.release_held(keep=True)] == ["a", "waiting"]
+    scheduler.check()
+    assert [s.request.key for s in scheduler.states()] == ["new", "a", "waiting"]
+    (chunk,) = scheduler.schedule()
+    assert (chunk.sequence.request.key, chunk.start, chunk.count) == ("a", 10, 1)
+
+
+def test_taken_again_a_request_grows_and_keeps_its_blocks() -> None:
+    """Otherwise what was copied ahead would have to be copied again."""
+    scheduler = make()
+    first = scheduler.take(state("a", 8, output=1, computed=8))
+    second = scheduler.take(state("a", 8, output=9, computed=16))
+    assert first is not None
+    assert second is not None
+    assert len(second) == 5
+    assert second[: len(first)] == first
+    scheduler.check()
+    assert scheduler.forget_held("a")
+    assert scheduler.kv.used == 0
+
+
+def test_what_does_not_fit_is_not_held() -> None:
+    """Otherwise a takeover could fail a replica that serves."""
+    scheduler = make(blocks=4)
+    assert scheduler.take(state("a", 8, output=1, computed=8)) is not None
+    assert scheduler.take(state("b", 8, output=1, computed=8)) is None
+    assert list(scheduler.held) == ["a"]
+    scheduler.release_held(keep=False)
+    assert scheduler.kv.used == 0
+    scheduler.check()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_followers_build_the_leaders_plan_from_what_has_changed(micro_batches: int) -> None:
+    """Otherwise ranks would read and write different KV blocks."""
+    scheduler = make(blocks=12, micro_batches=micro_batches)
+    writer = PlanWriter(scheduler.kv)
+    reader = PlanReader(BlockTable(blocks=12, block_tokens=4, rows=4, row_tokens_max=40))
+    limit = plan_bytes_max(scheduler.kv, batch_tokens_max=16)
+    for number in range(40):
+        if scheduler.waiting < 2:
+            scheduler.add(Sequence(request(f"r{number}", 1 + 5 * number % 13)))
+        chunks = scheduler.schedule()
+        plan = writer.plan(chunks)
+        data = writer.encode(plan, chunks)
+        assert len(data) <= limit
+        told = reader.decode(data)
+        for field in ("rows", "starts", "counts", "samples", "tokens"):
+            assert np.array_equal(getattr(told, field), getattr(plan, field))
+        for chunk in chunks:
+            count = scheduler.kv.count(chunk.row)
+            ours = scheduler.kv.table[chunk.row, :count]
+            assert np.array_equal(reader.table.table[chunk.row, :count], ours)
+        commit(scheduler, chunks)
+        for chunk in chunks:
+            if len(chunk.sequence.tokens) >= chunk.sequence.tokens_max - number % 7:
+                scheduler.remove(chunk.sequence.request.key)
+    assert scheduler.preemptions, "rows must change hands"
