@@ -1,7 +1,7 @@
 """Asks a running mesh for plans, and hears how the switches to them go."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import msgspec
@@ -21,9 +21,10 @@ from shared.messages.plans import (
     SwitchProgress,
     SwitchStarted,
 )
-from shared.messages.replicas import ReplicaPrepared
+from shared.messages.replicas import ReplicaPrepared, RequestsTaken
 
 ANSWER_S = 5.0
+News = SwitchStarted | SwitchProgress | ReplicaPrepared | RequestsTaken | SwitchEnded
 
 
 class SwitchFailed(OServeError):
@@ -67,6 +68,7 @@ class Switching:
         self._news = asyncio.Event()
         self.in_force: PlanInForce | None = None
         self.phase = ""  # of the switch under way
+        self.on_news: Callable[[News], None] | None = None  # told at once, in the bus's callback
 
     async def __aenter__(self) -> Self:
         await self._bus.connect(name="switching")
@@ -76,6 +78,7 @@ class Switching:
             (subjects.SWITCH_ENDED, self._on_ended),
             (subjects.SWITCH_PROGRESS, self._on_progress),
             (subjects.REPLICA_PREPARED, self._on_prepared),
+            (subjects.REQUESTS_TAKEN, self._on_taken),
         ):
             self._subscriptions.append(await self._bus.subscribe(subject.wildcard, handler))
         return self
@@ -105,12 +108,6 @@ class Switching:
         started = self._started.get(answer.plan_id)
         return Seen(started=started, ended=ended, prepared=tuple(self._prepared))
 
-    async def until_phase(self, phase: str) -> None:
-        """Return when the switch under way is in ``phase``; for ever if it never is."""
-        while self.phase != phase:
-            self._news.clear()
-            await self._news.wait()
-
     def _on_plan(self, delivery: Delivery) -> None:
         self.in_force = decode(delivery.payload, PlanInForce)
         self._news.set()
@@ -118,16 +115,28 @@ class Switching:
     def _on_started(self, delivery: Delivery) -> None:
         started = decode(delivery.payload, SwitchStarted)
         self._started[started.plan_id] = started
+        self._tell(started)
 
     def _on_ended(self, delivery: Delivery) -> None:
         ended = decode(delivery.payload, SwitchEnded)
         self._ended[ended.plan_id] = ended
         self.phase = ""
-        self._news.set()
+        self._tell(ended)
 
     def _on_progress(self, delivery: Delivery) -> None:
-        self.phase = decode(delivery.payload, SwitchProgress).phase
-        self._news.set()
+        progress = decode(delivery.payload, SwitchProgress)
+        self.phase = progress.phase
+        self._tell(progress)
 
     def _on_prepared(self, delivery: Delivery) -> None:
-        self._prepared.append(decode(delivery.payload, ReplicaPrepared))
+        prepared = decode(delivery.payload, ReplicaPrepared)
+        self._prepared.append(prepared)
+        self._tell(prepared)
+
+    def _on_taken(self, delivery: Delivery) -> None:
+        self._tell(decode(delivery.payload, RequestsTaken))
+
+    def _tell(self, news: News) -> None:
+        if self.on_news is not None:
+            self.on_news(news)
+        self._news.set()

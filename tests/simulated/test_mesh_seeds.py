@@ -90,7 +90,7 @@ def test_faults_are_severe_enough_to_matter() -> None:
     assert sum(outcome.rollbacks for outcome in outcomes) > 10
     assert sum(outcome.switches for outcome in outcomes) > 60
     assert sum(outcome.attempts for outcome in outcomes) > sum(o.requests for o in outcomes) * 1.5
-    assert sum(outcome.lost for outcome in outcomes) > 10, "the ingress should crash now and then"
+    assert sum(outcome.lost for outcome in outcomes) > 5, "the ingress should crash now and then"
     assert sum(outcome.failed for outcome in outcomes) > 10, "some ingresses should give up"
 
 

@@ -53,6 +53,8 @@ def _strategy(kind: shapes.Type) -> st.SearchStrategy[Any]:
             return st.lists(_strategy(kind.item_type), max_size=4)
         case shapes.VarTupleType():
             return st.lists(_strategy(kind.item_type), max_size=4).map(tuple)
+        case shapes.TupleType():
+            return st.tuples(*(_strategy(item) for item in kind.item_types))
         case shapes.DictType():
             return st.dictionaries(_strategy(kind.key_type), _strategy(kind.value_type), max_size=4)
         case _:
@@ -93,6 +95,8 @@ def _example(kind: shapes.Type, name: str, *, full: bool) -> Any:
             value = [_example(kind.item_type, name, full=full)] if full else []
         case shapes.VarTupleType():
             value = (_example(kind.item_type, name, full=full),) if full else ()
+        case shapes.TupleType():
+            value = tuple(_example(item, name, full=full) for item in kind.item_types)
         case shapes.DictType():
             item = _example(kind.value_type, name, full=full)
             value = {_example(kind.key_type, name, full=full): item} if full else {}
