@@ -48,6 +48,10 @@ def plan_of(shapes: Sequence[tuple[str, Sequence[str]]], *, model_id: str) -> De
     return DeploymentPlan(plan_id="", replicas=specs, weights={"*": row})
 
 
+class PlanRefused(SwitchFailed):
+    """Nothing was begun: the scheduler says that the plan cannot be."""
+
+
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """One switch, from its wish to its end."""
 
@@ -87,7 +91,7 @@ class Switching:
         await self._bus.close()
 
     async def to(self, plan: DeploymentPlan, *, timeout_s: float = 60.0) -> Seen:
-        """Pin ``plan`` and wait until it is in force. Raises SwitchFailed."""
+        """Pin ``plan`` and wait until it is in force. Raises SwitchFailed, and PlanRefused."""
         self._prepared.clear()
         self._ended.clear()
         self._started.clear()
@@ -95,7 +99,7 @@ class Switching:
         reply = await self._bus.request(subjects.PIN_PLAN.pattern, payload, timeout_s=ANSWER_S)
         answer = decode(reply, PinAnswer)
         if answer.wrong:
-            raise SwitchFailed("refused: " + "; ".join(answer.wrong))
+            raise PlanRefused("refused: " + "; ".join(answer.wrong))
         try:
             async with asyncio.timeout(timeout_s):
                 while (ended := self._ended.get(answer.plan_id)) is None:
