@@ -56,6 +56,7 @@ PREPARE_REPLICA = Subject("oserve.v1.cmd.worker.{worker_id}.prepare", replicas.P
 PAUSE_REPLICA = Subject("oserve.v1.cmd.worker.{worker_id}.pause", replicas.PauseReplica)
 TAKE_REQUESTS = Subject("oserve.v1.cmd.worker.{worker_id}.take", replicas.TakeRequests)
 ADVANCE_STAGE = Subject("oserve.v1.cmd.worker.{worker_id}.stage", replicas.AdvanceStage)
+GROW_CACHE = Subject("oserve.v1.cmd.worker.{worker_id}.grow", replicas.GrowCache)
 REPLICA_STARTED = Subject("oserve.v1.evt.replica.{replica_id}.started", replicas.ReplicaStarted)
 REPLICA_DRAINED = Subject("oserve.v1.evt.replica.{replica_id}.drained", replicas.ReplicaDrained)
 REPLICA_STOPPED = Subject("oserve.v1.evt.replica.{replica_id}.stopped", replicas.ReplicaStopped)

@@ -202,7 +202,7 @@ class WorkerView:
         return self._drained.get(part, -1) >= epoch
 
     def refused(self, part: Part, *, epoch: int) -> str:
-        """Why the worker never began what a command of ``epoch`` or later asked of it; "" if it did.
+        """Why the worker never began what a command of ``epoch`` or later asked; "" if it did.
         It holds nothing of it, so its reports do not say it."""
         at, detail = self._refused.get(part, (-1, ""))
         return detail if at >= epoch and self.held(part) is None else ""

@@ -26,6 +26,7 @@ RESUME_ENGINE = "resume_engine"  # EngineResume   -> nothing
 TAKE = "take_requests"  # EngineTake     -> EngineTook
 RELEASE = "release_requests"  # EngineRelease  -> EngineReleased if they are kept, else nothing
 STAGE = "advance_stage"  # EngineStage    -> EngineStaged
+GROW = "grow_cache"  # EngineGrow     -> nothing: what is measured tells
 
 
 class EngineStart(msgspec.Struct, frozen=True):
@@ -102,6 +103,13 @@ class EngineStage(msgspec.Struct, frozen=True):
     layers: tuple[int, int]
 
 
+class EngineGrow(msgspec.Struct, frozen=True):
+    """Give the KV cache its full size."""
+
+    replica_id: str
+    generation: int
+
+
 class EngineStop(msgspec.Struct, frozen=True):
     """Drop what runs and free the memory, even if the engine is still starting."""
 
@@ -124,13 +132,15 @@ class EngineAbort(msgspec.Struct, frozen=True):
 
 
 class EngineReady(Message, frozen=True, kw_only=True):
-    """``bytes_by_source`` as in ReplicaPrepared; ``cache_bytes``: this rank's KV cache."""
+    """``bytes_by_source`` as in ReplicaPrepared; ``cache_bytes``: this rank's KV cache, and what it
+    can grow to."""
 
     replica_id: str
     generation: int
     bytes_by_source: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     took_s: float = 0.0
     cache_bytes: int = 0
+    cache_bytes_full: int = 0
 
 
 class EngineBroken(Message, frozen=True, kw_only=True):
@@ -233,6 +243,7 @@ class MeasuredEngine(Message, frozen=True, kw_only=True):
     stalled: bool = False
     cache_tokens: int = 0  # of live requests, in the KV cache
     fetched_bytes: int = 0  # by a preparation under way, or the last one
+    cache_bytes: int = 0  # of this rank's KV cache; 0 where it never changes
 
 
 class EngineLoads(Message, frozen=True, kw_only=True):

@@ -34,6 +34,8 @@ class HostedReplica(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     fetched_bytes: int = 0  # by the preparation under way, or the last one
     cache_tokens: int = 0  # tokens of live requests in the KV cache (leader only)
     cache_bytes: int = 0  # of this rank's KV cache, used or not
+    cache_bytes_full: int = 0  # what it grows to when the replicas before it have left
+    stages: int = 1  # in which its weights come, as it was told when it was prepared
 
 
 class WorkerReport(Message, frozen=True, kw_only=True):
@@ -142,6 +144,16 @@ class AdvanceStage(Message, frozen=True, kw_only=True):
     replica_id: str
     stage: int
     layers: tuple[int, int] = (0, 0)  # of the weights that the one that goes may free
+
+
+class GrowCache(Message, frozen=True, kw_only=True):
+    """Nothing else is on your GPUs any more: give the KV cache, which was small to fit beside the
+    replicas before you, its full size on all ranks. To leaders only. Done, or put off, between two
+    steps; the ranks' reports tell."""
+
+    epoch: int
+    worker_id: str
+    replica_id: str
 
 
 class DrainReplica(Message, frozen=True, kw_only=True):

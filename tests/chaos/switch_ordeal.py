@@ -148,7 +148,8 @@ async def under_load(
     async def suffer() -> None:
         try:
             for sequence in sequences:
-                told.append(await endure(watch, switching, sequence, progress))
+                ended = await endure(watch, switching, sequence, progress)
+                told.append(ended)
         except BaseException:
             progress.stop.set()  # nothing to wait for: the test has failed
             raise

@@ -4,17 +4,21 @@ import gc
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from loadgen.client import ClientOptions
+from deploy.local import LocalMesh
+from loadgen.bench.switching import Switching
+from loadgen.client import ClientOptions, closed_loop
 from loadgen.results import RequestResult
 from loadgen.workload.prompts import PromptSource
 from loadgen.workload.records import TraceRecord
-from services.worker.engine.made_up import letter_tokens
+from services.worker.engine.made_up import LETTER_MASK, letter_tokens, mix, root_of
 from shared.text import byte_tokenizer
-from tests.chaos.ordeal import assert_nothing_left
-from tests.chaos.switch_ordeal import PHASES, until_at_rest
+from tests.chaos.ordeal import Resources, assert_each_ended_once, assert_nothing_left
+from tests.chaos.switch_ordeal import PHASES, assert_worth_it, draw, under_load, until_at_rest
+from tests.support.watch import watching
 
 pytestmark = [
     pytest.mark.nats,

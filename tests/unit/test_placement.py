@@ -75,10 +75,12 @@ def test_tied_embeddings_are_on_the_first_and_the_last_stage() -> None:
 
 
 def test_intervals_are_nearly_equal_and_leave_nothing_out() -> None:
+    """Some columns would be on no rank, or on two."""
     assert [interval(7, part=part, parts=3) for part in range(3)] == [(0, 3), (3, 5), (5, 7)]
 
 
 def test_areas_meet_where_both_are() -> None:
+    """Copies would fetch cells that their source does not hold, or leave some out."""
     one, other = Area((0, 4), (2, 6)), Area((3, 8), (0, 3))
     assert one.meet(other) == Area((3, 4), (2, 3))
     assert one.meet(Area((4, 8), (2, 6))) is None
@@ -86,6 +88,7 @@ def test_areas_meet_where_both_are() -> None:
 
 
 def test_shapes_that_cannot_be_are_refused() -> None:
+    """A rank without a head or a layer would compute nothing."""
     with pytest.raises(ConfigInvalid):
         check_shape(SMALL, Parallelism(tp=9))
     with pytest.raises(ConfigInvalid):
@@ -110,6 +113,7 @@ def test_a_replica_that_comes_takes_requests_and_moves_no_others() -> None:
 
 
 def test_rows_are_chosen_by_type() -> None:
+    """Requests of a type would be spread as another type is."""
     rows = {"1": {"a": 1.0}, "*": {"b": 1.0}}
     assert target_of("r", 1, rows) == "a"
     assert target_of("r", 2, rows) == "b"

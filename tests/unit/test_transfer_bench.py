@@ -21,6 +21,7 @@ def test_every_case_is_within_five_percent_of_its_bound(case: Case) -> None:
 
 
 def test_a_line_tells_both_planners() -> None:
+    """The figures of one would be told as those of the other."""
     case = next(case for case in CASES if case.lost)
     result = measure(case, repeats=1, seed=1, where=NOWHERE)
     assert result.ratio_planner < result.ratio_greedy

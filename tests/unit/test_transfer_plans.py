@@ -33,6 +33,7 @@ def planned(problem: TransferProblem) -> TransferPlan:
 
 
 def test_a_replica_that_becomes_two_ranks_keeps_its_half() -> None:
+    """Bytes that are in place already would be moved."""
     old, new = replicas("old", ["tp1"], ["a0"]), replicas("new", ["tp2"], ["a0", "a1"])
     plan = planned(
         TransferProblem(
@@ -105,6 +106,7 @@ def test_what_is_taken_over_as_it_lies_keeps_no_link_busy() -> None:
 
 
 def test_only_what_no_gpu_holds_comes_from_the_disk() -> None:
+    """A switch would wait for the disk although a GPU has the bytes."""
     old, new = replicas("old", ["tp2"], ["a0", "a1"]), replicas("new", ["tp1"], ["a2"])
     plan = planned(
         TransferProblem(
@@ -120,6 +122,7 @@ def test_only_what_no_gpu_holds_comes_from_the_disk() -> None:
 
 
 def test_a_way_is_planned_for_requests_that_are_yet_to_come() -> None:
+    """Requests that arrive during the switch could not be taken over."""
     old, new = replicas("old", ["tp1"], ["a0"]), replicas("new", ["tp1"], ["a1"])
     plan = planned(
         TransferProblem(
@@ -133,6 +136,7 @@ def test_a_way_is_planned_for_requests_that_are_yet_to_come() -> None:
 
 
 def test_one_that_stays_takes_requests_and_no_weights() -> None:
+    """A replica that serves would be sent weights that it has."""
     old, stays = replicas("old", ["tp1"], ["a0"]), replicas("stays", ["tp2"], ["a1", "a2"])
     problem = TransferProblem(
         models={"m": SMALL}, nodes=NODES, leaving=old, staying=stays,
@@ -161,6 +165,7 @@ def tight(room: int, tokens: int = 0) -> TransferProblem:
 
 
 def test_what_fits_side_by_side_needs_one_stage_and_leaves_the_rest_to_the_cache() -> None:
+    """Requests would wait for weights that could have come before the pause."""
     plan = planned(tight(WHOLE))
     assert plan.stages == ((0, 0),)
     largest = plan_room(WHOLE)
@@ -200,6 +205,7 @@ def test_a_replica_that_lost_a_rank_frees_nothing() -> None:
 
 
 def test_cache_that_does_not_fit_is_given_up_before_the_switch_is() -> None:
+    """A switch would fail for want of memory that replayed requests do not need."""
     assert planned(tight(WHOLE // 4, tokens=4)).replayed == ()
     plan = planned(tight(WHOLE // 4, tokens=WHOLE // TOKEN))
     assert plan.replayed == (("old0", "new0"),)
@@ -208,6 +214,7 @@ def test_cache_that_does_not_fit_is_given_up_before_the_switch_is() -> None:
 
 
 def test_a_switch_that_cannot_be_says_why() -> None:
+    """An operator would see a reload and no reason for it."""
     plan = plan_transfer(tight(-1))
     assert "a0" in plan.infeasible or "a1" in plan.infeasible
     assert plan.copies == {}
@@ -226,6 +233,7 @@ def test_a_switch_that_cannot_be_says_why() -> None:
     ],
 )
 def test_what_is_no_switch_is_refused(change: dict[str, object], word: str) -> None:
+    """A wrong question would get an answer that nobody can perform."""
     arguments: dict[str, object] = {
         "models": {"m": SMALL},
         "nodes": NODES,
@@ -237,6 +245,7 @@ def test_what_is_no_switch_is_refused(change: dict[str, object], word: str) -> N
 
 
 def test_nothing_to_do_is_a_plan() -> None:
+    """A change of weights alone would be taken for one that cannot be."""
     assert plan_transfer(TransferProblem(models={}, nodes={})) == TransferPlan()
 
 

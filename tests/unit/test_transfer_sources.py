@@ -45,6 +45,7 @@ def test_the_own_node_is_preferred_where_time_does_not_tell(near: str, far: str)
 
 @pytest.mark.parametrize("share", [0.0001, 0.1, 0.25, 1 / 3, 0.5, 0.77777, 0.99999])
 def test_a_cut_is_as_near_to_its_share_as_may_be(share: float) -> None:
+    """A link would carry more than the plan says."""
     one, other = ("a0", "x"), ("a1", "y")
     whole = want("a2", "a0", "a1")
     shares: dict[Holder, float] = {one: share, other: 1 - share}

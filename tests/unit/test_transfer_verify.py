@@ -38,6 +38,7 @@ def with_copies(plan: TransferPlan, copies: tuple[Copy, ...]) -> TransferPlan:
 
 
 def test_a_right_plan_has_no_faults() -> None:
+    """The check would refuse plans that are right."""
     assert len(PLAN.stages) > 1
     assert verify_transfer(PROBLEM, PLAN) == []
 
