@@ -2,10 +2,10 @@
 
 Real processes, the torch engine on CPU, 8 streams in a closed loop on a checkpoint of random
 weights of at least 0.5 GB. Each change is made there and back, ``--rounds`` times, live; then once
-by stop, reload from disk and start, on the same mesh. Told are requests lost, the pause of requests
-that were taken over, the longest silence of any stream around the switch, bytes against the least
-possible, and what the copies reached against a plain copy between two processes under the same
-load. ``--part endurance``: 200 switches in a row on the tiny checkpoint, and what every process
+by draining, stopping and loading from disk, and last the workers are killed and started anew, as
+where nothing can be moved. Told are requests lost, the pause of requests that were taken over, how
+long nobody got a token, bytes against the least possible, and what the copies reached against a
+plain copy between two processes under the same load. ``--part endurance``: 200 switches in a row on the tiny checkpoint, and what every process
 holds before and after.
 """
 
@@ -14,33 +14,24 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
 from pathlib import Path
-from time import monotonic
-from typing import Self
 
 import msgspec
 
 from loadgen.bench.environment import Environment, environment
 from loadgen.bench.plain_copy import plain_copy_bytes_per_s
 from loadgen.bench.rig import Rig
+from loadgen.bench.switch_endurance import endurance
+from loadgen.bench.switch_load import MODEL_ID, READY_TIMEOUT_S, STREAMS, Load, topology
 from loadgen.bench.switching import Seen, Switching, plan_of
-from loadgen.client import ClientOptions, Progress, closed_loop
-from loadgen.results import OK, RequestResult
-from loadgen.workload.records import TraceRecord
 from services.worker.engine.torch_engine.make_model import make_model
-from shared.mesh import EngineSpec, MeshConfig, NodeSpec, ReplicaWish
 from shared.messages.plans import DeploymentPlan, SwitchReport
-from shared.models import ModelSpec
 
-STREAMS = 8
-INPUT_TOKENS, OUTPUT_TOKENS = 96, 160
-MODEL_ID = "bench"
 SETTLE_S = 4.0  # of load between two switches
+RESTART_S = 25.0  # within which killed workers serve again
 MODEL = "medium"
-READY_TIMEOUT_S = 120.0
 Shapes = Sequence[tuple[str, Sequence[str]]]
 G0, G1, G2, G3 = (f"n0-g{i}" for i in range(4))
 CASES: dict[str, tuple[Shapes, Shapes]] = {
@@ -54,15 +45,17 @@ CASES: dict[str, tuple[Shapes, Shapes]] = {
 
 
 class Switched(msgspec.Struct, frozen=True, kw_only=True):
-    """One switch. ``silence_s``: the longest that any stream waited for its next token while the
-    switch was under way, and ``usual_silence_s`` in as long a time before it."""
+    """One switch. ``outage_s``: the longest time without a token for anyone while it was under
+    way, ``wait_s``: the longest that any request waited for its next token (or first one), and
+    ``usual_wait_s`` the same in as long a time before it."""
 
     way: str
     took_s: float
     pause_p50_s: float
     pause_p99_s: float
-    silence_s: float
-    usual_silence_s: float
+    outage_s: float
+    wait_s: float
+    usual_wait_s: float
     moved: int
     replayed: int
     bytes_moved: int
@@ -70,6 +63,14 @@ class Switched(msgspec.Struct, frozen=True, kw_only=True):
     bytes_in_place: int
     copy_bytes_per_s: float  # of the workers that fetched weights from others; 0: none did
     phase_s: dict[str, float]
+
+
+class Restarted(msgspec.Struct, frozen=True, kw_only=True):
+    """Stop, load from disk, start, as without any way to move what runs: all workers killed and
+    started anew under the same load. Requests are replayed by the ingress."""
+
+    outage_s: float
+    wait_s: float
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,9 +82,11 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     requests_lost: int
     live: tuple[Switched, ...]
-    reload: tuple[Switched, ...]
+    reload: Switched
+    restart: Restarted
     pause_p99_s: float  # the worst of the live switches
-    silence_ratio: float  # median silence by reload over median silence live
+    outage_ratio: float  # of the restart's over the live switches' median
+    outage_ratio_reload: float  # the same for the reload, which drains first
     bytes_ratio: float  # moved over the bound, worst
     plain_copy_bytes_per_s: float  # between two processes, under the same load
     copy_ratio: float  # median of the live switches' over it; 0 where nothing moves
@@ -100,8 +103,6 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="oserve-switch-") as folder:
         if arguments.part == "endurance":
-            from loadgen.bench.switch_endurance import endurance  # noqa: PLC0415  # its own part
-
             path = Path(folder) / "tiny"
             make_model(path, "tiny")
             _print(asyncio.run(endurance(path, switches=arguments.switches)))
@@ -123,77 +124,6 @@ class Timed:
     seen: Seen
     began_s: float
     over_s: float
-
-
-class Load:
-    """``STREAMS`` streams in a closed loop, for as long as the ``async with`` lasts."""
-
-    def __init__(self, url: str) -> None:
-        self._options = ClientOptions(url=url, model=MODEL_ID, timeout_s=300.0)
-        self._progress = Progress()
-        self.results: list[RequestResult] = []
-        self._over = False
-
-    async def __aenter__(self) -> Self:
-        self._origin_s = monotonic()
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._over = True
-        await self._task
-
-    @property
-    def now_s(self) -> float:
-        return monotonic() - self._origin_s
-
-    @property
-    def lost(self) -> int:
-        return sum(result.error_code != OK for result in self.results)
-
-    def silence_s(self, from_s: float, to_s: float) -> float:
-        """The longest that a stream waited for its next token, of the waits that touch the span."""
-        longest_s = 0.0
-        for result in self.results:
-            for before_s, after_s in pairwise(result.chunk_times_s):
-                if after_s > from_s and before_s < to_s:
-                    longest_s = max(longest_s, after_s - before_s)
-        return longest_s
-
-    async def _run(self) -> None:
-        self.results = await closed_loop(
-            self._records(), self._options, concurrency=STREAMS, progress=self._progress
-        )
-
-    def _records(self) -> Iterator[TraceRecord]:
-        for number in count():
-            if self._over:
-                return
-            yield TraceRecord(
-                timestamp_s=0.0,
-                input_tokens=INPUT_TOKENS,
-                output_tokens=OUTPUT_TOKENS,
-                hash_ids=(number,),
-            )
-
-
-def topology(path: Path, *, gpus: int) -> MeshConfig:
-    """``gpus`` CPU devices of one node, a replica on each to begin with."""
-    return MeshConfig(
-        name="switch",
-        model=ModelSpec(model_id=MODEL_ID, path=str(path), context_tokens_max=1024),
-        engine=EngineSpec(
-            kind="torch",
-            torch={
-                "dtype": "float32",
-                "threads": 1,
-                "kv_memory_bytes": 256 << 20,
-                "running_max": 16,
-            },
-        ),
-        nodes=(NodeSpec(node_id="n0", gpus=gpus),),
-        replicas=tuple(ReplicaWish(replica_id=f"r{i}") for i in range(gpus)),
-    )
 
 
 def same_ids(plan: DeploymentPlan, other: DeploymentPlan) -> DeploymentPlan:
@@ -228,9 +158,18 @@ async def _measure(case: str, path: Path, *, rounds: int) -> Measured:
                 plain = await asyncio.to_thread(plain_copy_bytes_per_s)
                 reload = await _switched(switching, load, same_ids(first, second))
                 await _switched(switching, load, first)
-    switched = tuple(_told(timed, load) for timed in live)
-    reloaded = (_told(reload, load),)
+                await asyncio.sleep(SETTLE_S)
+                killed_s = load.now_s
+                await asyncio.to_thread(rig.restart, [f"worker-{gpu}" for gpu in gpus])
+                await asyncio.sleep(RESTART_S)
+    switched = [_told(timed, load) for timed in live]
+    reloaded = _told(reload, load)
+    over_s = killed_s + RESTART_S
+    restarted = Restarted(
+        outage_s=load.outage_s(killed_s, over_s), wait_s=load.wait_s(killed_s, over_s)
+    )
     rates = [one.copy_bytes_per_s for one in switched if one.copy_bytes_per_s]
+    outage_s = statistics.median(one.outage_s for one in switched)
     return Measured(
         benchmark="switch",
         case=case,
@@ -239,10 +178,12 @@ async def _measure(case: str, path: Path, *, rounds: int) -> Measured:
         streams=STREAMS,
         requests=len(load.results),
         requests_lost=load.lost,
-        live=switched,
+        live=tuple(switched),
         reload=reloaded,
+        restart=restarted,
         pause_p99_s=max(one.pause_p99_s for one in switched),
-        silence_ratio=reloaded[0].silence_s / statistics.median(one.silence_s for one in switched),
+        outage_ratio=restarted.outage_s / outage_s,
+        outage_ratio_reload=reloaded.outage_s / outage_s,
         bytes_ratio=max(one.bytes_moved / max(1, one.bytes_bound) for one in switched),
         plain_copy_bytes_per_s=plain,
         copy_ratio=statistics.median(rates) / plain if rates else 0.0,
@@ -259,32 +200,34 @@ async def _switched(switching: Switching, load: Load, plan: DeploymentPlan) -> T
 
 def _told(timed: Timed, load: Load) -> Switched:
     report = timed.seen.ended.report or SwitchReport()
-    fetched = [
-        (
-            sum(
-                n for source, n in one.bytes_by_source.items() if source not in ("", one.worker_id)
-            ),
-            one,
-        )
-        for one in timed.seen.prepared
-    ]
-    rates = [n / one.took_s for n, one in fetched if n and one.took_s]
-    span_s = timed.over_s - timed.began_s
+    began_s, over_s = timed.began_s, timed.over_s
     return Switched(
         way=report.way,
         took_s=timed.seen.ended.took_s,
         pause_p50_s=report.pause_p50_s,
         pause_p99_s=report.pause_p99_s,
-        silence_s=load.silence_s(timed.began_s, timed.over_s),
-        usual_silence_s=load.silence_s(timed.began_s - min(span_s, SETTLE_S), timed.began_s),
+        outage_s=load.outage_s(began_s, over_s),
+        wait_s=load.wait_s(began_s, over_s),
+        usual_wait_s=load.wait_s(began_s - min(over_s - began_s, SETTLE_S), began_s),
         moved=report.moved,
         replayed=report.replayed,
         bytes_moved=sum(report.bytes_by_link.values()),
         bytes_bound=report.bytes_bound,
         bytes_in_place=report.bytes_in_place,
-        copy_bytes_per_s=statistics.median(rates) if rates else 0.0,
+        copy_bytes_per_s=_copy_bytes_per_s(timed.seen),
         phase_s=report.phase_s,
     )
+
+
+def _copy_bytes_per_s(seen: Seen) -> float:
+    """The median over the workers that fetched weights from others; 0 if none did."""
+    rates: list[float] = []
+    for one in seen.prepared:
+        own = ("", one.worker_id)
+        fetched = sum(n for source, n in one.bytes_by_source.items() if source not in own)
+        if fetched and one.took_s:
+            rates.append(sum(one.bytes_by_source.values()) / one.took_s)
+    return statistics.median(rates) if rates else 0.0
 
 
 def _weight_bytes(path: Path) -> int:

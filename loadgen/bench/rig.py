@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
@@ -72,6 +72,7 @@ class Rig:
         self._broker_port, self.port = free_port(), free_port()
         self._level = "INFO" if log_requests else "WARNING"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[list[str], set[int]]] = {}
 
     @property
     def url(self) -> str:
@@ -110,6 +111,16 @@ class Rig:
             process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def restart(self, names: Iterable[str]) -> None:
+        """Kill these processes, all at once, and start them anew as they were."""
+        chosen = list(names)
+        for name in chosen:
+            self.processes[name].send_signal(signal.SIGKILL)
+        for name in chosen:
+            self.processes[name].wait()
+        for name in chosen:
+            self._spawn(name, *self._commands[name])
+
     def cpu_ms(self) -> dict[str, float]:
         """CPU time of each process so far, user and system."""
         used: dict[str, float] = {}
@@ -126,7 +137,8 @@ class Rig:
         return [sys.executable, "-m", f"services.{name}", "--config", str(config)]
 
     def _spawn(self, name: str, command: list[str], core: set[int]) -> None:
-        with (self._folder / f"{name}.log").open("wb") as output:
+        self._commands[name] = (command, core)
+        with (self._folder / f"{name}.log").open("ab") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )

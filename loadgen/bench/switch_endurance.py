@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from loadgen.bench.bench_switch import MODEL_ID, READY_TIMEOUT_S, Load, topology
 from loadgen.bench.environment import Environment, environment
 from loadgen.bench.rig import Rig
+from loadgen.bench.switch_load import MODEL_ID, READY_TIMEOUT_S, Load, topology
 from loadgen.bench.switching import Switching, plan_of
 
 WARM_SWITCHES = 20  # caches, allocators and connection pools have their size by then

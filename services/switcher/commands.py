@@ -8,6 +8,7 @@ from shared.core import Publish
 from shared.messages.replicas import (
     AdvanceStage,
     DrainReplica,
+    GrowCache,
     PauseReplica,
     PrepareReplica,
     ResumeReplica,
@@ -26,6 +27,7 @@ Command = (
     | PauseReplica
     | TakeRequests
     | AdvanceStage
+    | GrowCache
 )
 
 
@@ -38,6 +40,7 @@ SUBJECTS: dict[type[Command], Subject[Any]] = {
     PauseReplica: subjects.PAUSE_REPLICA,
     TakeRequests: subjects.TAKE_REQUESTS,
     AdvanceStage: subjects.ADVANCE_STAGE,
+    GrowCache: subjects.GROW_CACHE,
 }
 
 

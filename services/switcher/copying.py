@@ -44,7 +44,7 @@ def wanted(live: Live) -> TransferWanted | None:
         dead=tuple(w for w in workers if live.gone(w)),
         moves=tuple(_moves(live, going)),
         held=_held(live, (*going, *stays)),
-        cache_tokens_min=max(1, _capacity(live, (*going, *stays))),
+        cache_tokens_min=max(1, min(live.cache_tokens_min, _capacity(live, (*going, *stays)))),
     )
 
 
@@ -74,8 +74,8 @@ def _moves(live: Live, going: tuple[ReplicaSpec, ...]) -> Iterable[RequestMove]:
 
 def _capacity(live: Live, specs: Iterable[ReplicaSpec]) -> int:
     """Tokens that the smallest of the replicas has KV cache for; 0 if nobody says. A new replica
-    keeps the KV cache that it gets beside the old ones: with less it would refuse, for good,
-    requests that are served now."""
+    needs no more to begin with. What its requests need now, and a share more, the planner counts
+    by itself; when the old replicas have left it grows."""
     found = [
         held.cache_bytes // token_bytes
         for spec in specs

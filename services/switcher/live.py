@@ -39,6 +39,7 @@ class Live:
     view: WorkerView
     now_s: float
     verify: bool = False
+    cache_tokens_min: int = 1
 
     @property
     def takeovers(self) -> tuple[Takeover, ...]:

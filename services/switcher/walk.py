@@ -5,6 +5,7 @@ lost command is found again and a switcher started anew needs no history. An emp
 that the phase is done.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.switcher import copying, live, reload
@@ -22,7 +23,13 @@ from services.switcher.machine import State, Switch
 from services.switcher.view import WorkerView
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec, StoredPlan
-from shared.messages.replicas import HostedReplica, ResumeReplica, StartReplica, StopReplica
+from shared.messages.replicas import (
+    GrowCache,
+    HostedReplica,
+    ResumeReplica,
+    StartReplica,
+    StopReplica,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +171,26 @@ def upkeep(
         if view.starting_for_s((worker_id, replica_id), now_s) > start_timeout_s
         and not view.gone(worker_id, now_s)
     ]
-    return [*repairs(plan, view, now_s, epoch=epoch), *hung]
+    return [
+        *repairs(plan, view, now_s, epoch=epoch),
+        *hung,
+        *_grows(plan, view, now_s, epoch=epoch),
+    ]
+
+
+def _grows(
+    plan: DeploymentPlan, view: WorkerView, now_s: float, *, epoch: int
+) -> Iterable[Command]:
+    """Replicas whose KV cache was to fit beside those that have left by now: all ranks serve,
+    nothing else is on their GPUs, and some have less than they could."""
+    for spec in plan.replicas:
+        hosted = [view.hosted(gpu) for gpu in spec.gpus if not view.gone(gpu, now_s)]
+        ranks = [held for here in hosted if (held := here.get(spec.replica_id)) is not None]
+        whole = len(ranks) == len(spec.gpus) and all(held.phase == "serving" for held in ranks)
+        alone = all(len(here) == 1 for here in hosted)
+        small = any(held.cache_bytes < held.cache_bytes_full for held in ranks)
+        if whole and alone and small:
+            yield GrowCache(epoch=epoch, worker_id=spec.gpus[0], replica_id=spec.replica_id)
 
 
 def restored(

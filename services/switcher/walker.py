@@ -222,6 +222,7 @@ class Walker:
             view=self.view,
             now_s=now_s,
             verify=self._config.verify,
+            cache_tokens_min=self._config.cache_tokens_min,
         )
 
     def _move(self, state: State, now_s: float) -> None:

@@ -48,6 +48,7 @@ from shared.subjects import (
     ABORT_REQUEST,
     ADVANCE_STAGE,
     DRAIN_REPLICA,
+    GROW_CACHE,
     PAUSE_REPLICA,
     PREPARE_REPLICA,
     RESUME_REPLICA,
@@ -59,7 +60,7 @@ from shared.subjects import (
 
 INPUTS = (
     SUBMIT_REQUEST, ABORT_REQUEST, START_REPLICA, DRAIN_REPLICA, STOP_REPLICA, RESUME_REPLICA,
-    PREPARE_REPLICA, PAUSE_REPLICA, TAKE_REQUESTS, ADVANCE_STAGE,
+    PREPARE_REPLICA, PAUSE_REPLICA, TAKE_REQUESTS, ADVANCE_STAGE, GROW_CACHE,
 )  # fmt: skip
 EngineEvent = (
     EngineReady | EngineBroken | EngineStopped
@@ -209,10 +210,11 @@ class WorkerCore:
             yield from self._abort(live)
             yield from self._settle(live.replica_id)
         yield from self._moving.drop_held(abort.request_id, abort.attempt)
-        leader = self._moved.leader_of(abort.request_id, abort.attempt)
+        leader = self._moved.pursue(abort.request_id, abort.attempt)
         if leader:
             yield ABORT_REQUEST.send(abort, worker_id=leader)
-        # It may have overtaken the submission, which must then not be run.
+        # It may have overtaken the submission, or the request may have moved away from here:
+        # neither must be run after this.
         self._settled.add(abort.request_id, abort.attempt)
 
     def _on_replica_report_tick(self, now_s: float) -> Iterable[Effect]:

@@ -10,6 +10,7 @@ from services.worker.events import (
     ABORT,
     ADMIT,
     EXPECT,
+    GROW,
     MEASURE,
     PAUSE_ENGINE,
     RELEASE,
@@ -21,6 +22,7 @@ from services.worker.events import (
     Admission,
     EngineAbort,
     EngineExpect,
+    EngineGrow,
     EngineLoads,
     EnginePause,
     EngineRelease,
@@ -40,7 +42,7 @@ from shared.messages.requests import TokenChunks
 from shared.runtime import Job
 from shared.telemetry import Metrics
 
-Order = EnginePause | EngineResume | EngineTake | EngineRelease | EngineStage
+Order = EnginePause | EngineResume | EngineTake | EngineRelease | EngineStage | EngineGrow
 
 
 class DataPlane:
@@ -63,6 +65,7 @@ class DataPlane:
             TAKE: self._ordered(_take),
             RELEASE: self._ordered(_release),
             STAGE: self._ordered(_stage),
+            GROW: self._ordered(_grow),
         }
 
     def close(self) -> None:
@@ -146,6 +149,10 @@ def _release(host: EngineHost, order: EngineRelease) -> None:
 
 def _stage(host: EngineHost, order: EngineStage) -> None:
     host.takeover.advance_stage(order)
+
+
+def _grow(host: EngineHost, _: EngineGrow) -> None:
+    host.grow()
 
 
 class ChunksApart:

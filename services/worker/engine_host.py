@@ -109,6 +109,10 @@ class EngineHost:
         self._handover.resume()
         self._wake.set()
 
+    def grow(self) -> None:
+        """Between two steps; what is measured tells of it."""
+        self._between.post(lambda engine: engine.grow_cache())
+
     def release(self, order: EngineRelease) -> None:
         self.requests_total += self.takeover.release(order)
 
@@ -136,6 +140,7 @@ class EngineHost:
             stalled=since_s is not None and self._clock.now_s() - since_s > stall_s,
             cache_tokens=self._load.kv_blocks_used * self._block_tokens,
             fetched_bytes=self.takeover.fetched_bytes,
+            cache_bytes=self._engine.cache_bytes if self._engine is not None else 0,
         )
 
     async def run(self) -> None:
@@ -198,6 +203,7 @@ class EngineHost:
             bytes_by_source=fetched,
             took_s=took_s,
             cache_bytes=engine.cache_bytes,
+            cache_bytes_full=engine.cache_bytes_full,
         )
         self._feed(ready)
 

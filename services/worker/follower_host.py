@@ -53,6 +53,7 @@ class FollowerHost:
             generation=self.generation,
             load=EngineLoad(),
             fetched_bytes=self._fetched_bytes,
+            cache_bytes=self._follower.cache_bytes if self._follower is not None else 0,
         )
 
     async def run(self) -> None:
@@ -101,5 +102,6 @@ class FollowerHost:
             bytes_by_source=fetched,
             took_s=took_s,
             cache_bytes=follower.cache_bytes,
+            cache_bytes_full=follower.cache_bytes_full,
         )
         self._feed(ready)

@@ -32,6 +32,7 @@ from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import (
     AdvanceStage,
     DrainReplica,
+    GrowCache,
     PauseReplica,
     PrepareReplica,
     ResumeReplica,
@@ -45,7 +46,7 @@ LEAVING, GONE = "the worker is leaving", "not hosted here any more"
 
 Command = (
     StartReplica | DrainReplica | StopReplica | ResumeReplica
-    | PrepareReplica | PauseReplica | TakeRequests | AdvanceStage
+    | PrepareReplica | PauseReplica | TakeRequests | AdvanceStage | GrowCache
 )  # fmt: skip
 
 
@@ -140,6 +141,7 @@ class Hosting:
 
     def _ready(self, hosted: Hosted, event: EngineReady) -> Iterator[Effect]:
         hosted.engine, hosted.cache_bytes = "ready", event.cache_bytes
+        hosted.cache_bytes_full = event.cache_bytes_full
         moves = hosted.moves
         moves.bytes_by_source, moves.took_s = dict(event.bytes_by_source), event.took_s
         self._roster.changed.add(event.replica_id)
@@ -208,6 +210,8 @@ class Hosting:
                 yield self._announce.drained(replica_id, command.epoch)
             case StopReplica():
                 yield self._announce.stopped(replica_id, command.epoch)
+            case GrowCache():
+                pass  # it has left since
             case _:
                 detail = LEAVING if self._roster.leaving else GONE
                 yield from self._announce.failed(replica_id, command.epoch, detail)
@@ -231,6 +235,8 @@ class Hosting:
                 yield from self.moving.take(hosted, command)
             case AdvanceStage():
                 yield from self.moving.advance(hosted, command)
+            case GrowCache():
+                yield from self.moving.grow(hosted, command)
             case StartReplica() | PrepareReplica():
                 raise AssertionError(command)
 

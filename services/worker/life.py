@@ -82,7 +82,8 @@ class Life:
     ) -> Iterator[Effect]:
         self._generation += 1
         hosted.generation, hosted.engine, hosted.phase = self._generation, "starting", phase
-        hosted.detail, hosted.measured, hosted.cache_bytes = "", None, 0
+        hosted.detail, hosted.measured = "", None
+        hosted.cache_bytes = hosted.cache_bytes_full = 0
         hosted.moves = Moves(order=order)
         start = EngineStart(
             hosted.spec,

@@ -11,6 +11,7 @@ from services.worker.announce import Announcer
 from services.worker.events import (
     ABORT,
     EXPECT,
+    GROW,
     PAUSE_ENGINE,
     RELEASE,
     RESUME_ENGINE,
@@ -18,6 +19,7 @@ from services.worker.events import (
     TAKE,
     EngineAbort,
     EngineExpect,
+    EngineGrow,
     EnginePause,
     EnginePaused,
     EngineRelease,
@@ -32,7 +34,13 @@ from services.worker.events import (
 from services.worker.replica import Hosted, LiveRequest
 from services.worker.roster import Roster
 from shared.core import Effect, Log, Start
-from shared.messages.replicas import AdvanceStage, PauseReplica, PrepareReplica, TakeRequests
+from shared.messages.replicas import (
+    AdvanceStage,
+    GrowCache,
+    PauseReplica,
+    PrepareReplica,
+    TakeRequests,
+)
 
 
 class Moving:
@@ -213,6 +221,15 @@ class Moving:
         self._roster.changed.add(hosted.replica_id)
         if hosted.phase == "prepared":
             yield self._announce.prepared(hosted)
+
+    def grow(self, hosted: Hosted, command: GrowCache) -> Iterator[Effect]:
+        """Not in the middle of a switch, whose sides know the blocks by what they are now: the
+        command comes again when that has ended."""
+        moves = hosted.moves
+        busy = moves.pausing or moves.expecting or moves.taking or moves.taken or moves.releasing
+        if hosted.leads and hosted.phase == "serving" and not busy:
+            hosted.epoch = command.epoch
+            yield Start(GROW, EngineGrow(hosted.replica_id, hosted.generation))
 
     def drop_held(self, request_id: str, attempt: int) -> Iterator[Effect]:
         """Nobody wants the attempt any more, or an older one: not even once it may go on."""

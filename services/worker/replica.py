@@ -95,7 +95,8 @@ class Hosted:
     drained: bool = False
     handed_back: int = 0
     peers: dict[str, str] = field(default_factory=dict[str, str])  # where its other workers are
-    cache_bytes: int = 0  # of this rank's KV cache
+    cache_bytes: int = 0  # of this rank's KV cache when its engine was ready
+    cache_bytes_full: int = 0  # what it can grow to
     heartbeat_s: float = float("-inf")  # when the last heartbeats were sent
     measured: MeasuredEngine | None = None
     told: ReplicaReport | None = None  # the last report sent, and when
@@ -163,7 +164,8 @@ class Hosted:
                 measured.fetched_bytes if measured is not None else 0,
             ),
             cache_tokens=measured.cache_tokens if measured is not None else 0,
-            cache_bytes=self.cache_bytes,
+            cache_bytes=(measured.cache_bytes if measured else 0) or self.cache_bytes,
+            cache_bytes_full=self.cache_bytes_full,
         )
 
 

@@ -31,7 +31,7 @@ class Settled:
 
 class Moved:
     """Attempts that went on elsewhere: which attempt, and the worker that leads it now. What comes
-    for them late is not run here again, and aborts follow them. Bounded: the oldest go."""
+    for them late is not run here again, and an abort follows them. Bounded: the oldest go."""
 
     def __init__(self, moved_max: int) -> None:
         self._max = moved_max
@@ -54,10 +54,14 @@ class Moved:
         known = self._attempts.get(request_id)
         return known is not None and attempt <= known[0]
 
-    def leader_of(self, request_id: str, attempt: int) -> str:
-        """Where an abort of ``attempt`` is to go as well; "" for nowhere."""
+    def pursue(self, request_id: str, attempt: int) -> str:
+        """Where an abort of ``attempt`` is to go as well; "" for nowhere. An abort follows once: two
+        workers that have moved an attempt to each other would else send it to and fro for ever."""
         known = self._attempts.get(request_id)
-        return known[1] if known is not None and known[0] <= attempt else ""
+        if known is None or known[0] > attempt:
+            return ""
+        del self._attempts[request_id]
+        return known[1]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -4,7 +4,6 @@ import gc
 import os
 from itertools import cycle
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -12,8 +11,6 @@ pytest.importorskip("torch", reason="needs the torch extra")
 
 from deploy.local import LocalMesh
 from loadgen.client import ClientOptions, closed_loop
-from loadgen.results import RequestResult
-from loadgen.workload.prompts import PromptSource
 from loadgen.workload.records import TraceRecord
 from services.worker.engine.torch_engine.make_model import make_model
 from tests.chaos.ordeal import (
@@ -24,8 +21,8 @@ from tests.chaos.ordeal import (
     assert_only_victims_died,
     endure,
 )
+from tests.chaos.reference import TIE, Reference, assert_same_text
 from tests.support.watch import watching
-from tests.unit.torch_oracle import Oracle, hf
 
 pytestmark = [
     pytest.mark.nats,
@@ -61,7 +58,6 @@ routers = 2
 """
 DISTINCT, REQUESTS_MIN = 48, 100
 CONCURRENCY = 6
-TIE = 1e-4  # logits as near as this may swap with the batch they are computed in
 FAULTS = (
     Fault("worker-n0-g0"),
     Fault("broker"),
@@ -82,40 +78,6 @@ def _records() -> list[TraceRecord]:
         )
         for number in range(DISTINCT)
     ]
-
-
-class Reference:
-    """The checkpoint in transformers, asked how close a choice of token was."""
-
-    def __init__(self, folder: Path, options: ClientOptions) -> None:
-        model = hf.LlamaForCausalLM.from_pretrained(folder).float().eval()
-        self._oracle = Oracle(folder, model)
-        self._prompts = PromptSource(
-            seed=options.seed,
-            vocabulary_min=options.vocabulary_min,
-            vocabulary_max=options.vocabulary_max,
-        )
-
-    def shortfalls(self, record: TraceRecord, tokens: list[int]) -> list[float]:
-        """For each token, how far its logit is below the best one, given those before it."""
-        prompt = self._prompts.prompt(record, 0)
-        logits = self._oracle.logits(prompt + tokens)[len(prompt) - 1 : -1]
-        chosen = logits.gather(1, logits.new_tensor(tokens).long().unsqueeze(1)).squeeze(1)
-        below = logits.max(dim=1).values - chosen
-        return cast("list[float]", below.tolist())  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
-
-
-def assert_same_text(
-    reference: Reference, record: TraceRecord, before: RequestResult, after: RequestResult
-) -> None:
-    """Up to the first tie: beyond it the two are different texts."""
-    pairs = zip(before.token_ids, after.token_ids, strict=True)
-    at = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
-    if at is None:
-        return
-    for result in (before, after):
-        shortfall = reference.shortfalls(record, result.token_ids[: at + 1])[at]
-        assert shortfall < TIE, f"request {after.index}, position {at}: {shortfall} is no tie"
 
 
 async def test_a_real_model_says_the_same_when_its_processes_die(tmp_path: Path) -> None:

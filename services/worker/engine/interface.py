@@ -102,6 +102,18 @@ class Engine(Protocol):
         """Of this rank's KV cache, used or not."""
         ...
 
+    @property
+    def cache_bytes_full(self) -> int:
+        """What ``grow_cache`` makes of it."""
+        ...
+
+    def grow_cache(self) -> None:
+        """Give the KV cache of all ranks its full size, if it was made smaller to fit beside other
+        replicas; live requests keep what they have. Put off, and to be asked for again, while a
+        peer reads the cache or requests are taken over. Until then ``add`` refuses as
+        ``overloaded`` what only the full size has room for."""
+        ...
+
     def states(self) -> list[LiveState]:
         """Everything live that is not held, oldest first."""
         ...
@@ -116,7 +128,8 @@ class Engine(Protocol):
         copies ahead what will not change any more, a bounded part of it each time, and holds
         nothing that a later call does not confirm; what is not among the states of the final call
         is forgotten. A request that does not fit, or whose KV cache cannot be had, is held
-        without it (``replayed``). Raises PeerLost when the source is gone and Rejected never."""
+        without it (``replayed``); one that never fits here, not even alone in the full cache, ends
+        with ``failed`` once it is let go on. Raises PeerLost when the source is gone and Rejected never."""
         ...
 
     def release(self, *, keep: bool) -> None:
@@ -176,6 +189,9 @@ class Follower(Protocol):
 
     @property
     def cache_bytes(self) -> int: ...
+
+    @property
+    def cache_bytes_full(self) -> int: ...
 
     def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
         """As Engine.expect; may be called while ``serve`` runs in another thread."""

@@ -32,7 +32,6 @@ _ANSWER_S = 60.0
 
 
 _NO_ROOM = "no KV blocks or no row free"
-_NOT_BEGUN = "nothing computed yet"
 
 _Answer = TypeVar("_Answer", Pulled, Staged)
 
@@ -172,14 +171,15 @@ class Takeover:
         reasons: set[str] = set()
         for state in states:
             key = state.request.key
-            own = self._scheduler.take(state) if state.computed else None
+            # Of a request that waits nothing is copied, and so nothing is lost: it is moved.
+            own = self._scheduler.take(state) if state.computed or final else None
             if own is None:
                 self._arrivals.pop(key, None)
                 self._scheduler.forget_held(key)
                 if final:
                     replayed.append(key)
                     self._hold_without_cache(state)
-                    reasons.add(_NO_ROOM if state.computed else _NOT_BEGUN)
+                    reasons.add(_NO_ROOM)
                 continue
             arrival = self._arrivals.setdefault(key, _Arrival(replica_id))
             if arrival.admission != state.admission:
