@@ -149,13 +149,22 @@ class Outgoing:
         default_factory=dict[Engine, list[EndedAttempt]]
     )
 
-    def add(self, home: Engine, ingress_id: str, chunk: TokenChunk) -> None:
-        key = (home, ingress_id)
-        known = self.chunks.get(key)
-        if known is None:
-            self.chunks[key] = [chunk]
-        else:
-            known.append(chunk)
+    def add(self, run: Run, tokens: list[int], *, ended: bool) -> None:
+        """The next ``tokens`` of ``run`` leave; with the last of them its attempt ends."""
+        request, shown = run.request, run.shown
+        run.shown = made = shown + len(tokens)
+        limit = request.sampling.output_tokens_max
+        chunk = TokenChunk(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            position=shown,
+            tokens=tokens,
+            finish=("length" if made >= limit else "stop") if ended else None,
+        )
+        self.chunks.setdefault((run.home, request.ingress_id), []).append(chunk)
+        if ended:
+            attempt = EndedAttempt(request_id=request.request_id, attempt=request.attempt)
+            self.ended.setdefault(run.home, []).append(attempt)
 
     def send(self) -> None:
         """The dead say nothing, wherever their requests go on."""

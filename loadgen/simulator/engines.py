@@ -17,6 +17,7 @@ from loadgen.simulator.peers import Peers
 from loadgen.simulator.process import Job, Port
 from loadgen.simulator.pulse import Pulse
 from loadgen.simulator.ranks import LOOK_S, Ranks
+from loadgen.simulator.stages import Stages
 from loadgen.simulator.takeovers import Takeovers
 from loadgen.simulator.workshop import Workshop
 from services.worker.engine.batching_types import DECODE
@@ -24,10 +25,10 @@ from services.worker.events import (
     ABORT,
     ADMIT,
     MEASURE,
+    STAGE,
     START_ENGINE,
     STOP_ENGINE,
     Admission,
-    EndedAttempt,
     EngineAbort,
     EngineBroken,
     EngineLoads,
@@ -38,7 +39,7 @@ from services.worker.events import (
 )
 from shared.cost.step import PS_PER_S
 from shared.errors import Rejected
-from shared.messages.requests import FailureCode, SubmitRequest, TokenChunk
+from shared.messages.requests import FailureCode, SubmitRequest
 
 STEP_WEIGHT = 0.1  # of the newest step in the mean step time, as in production
 LATE_PS = PS_PER_S // 1_000_000
@@ -65,6 +66,7 @@ class Engines:
         self._port, self._incarnation = port, incarnation
         self._workshop, self._rng, self._pulse = workshop, rng, pulse
         self._takeovers = Takeovers(self, peers, workshop, rng)
+        self._stages = Stages(self, peers, workshop)
         self._ranks = Ranks(self, peers, workshop, rng)
         peers.join(incarnation, self)
         port.before_trouble = self._before_trouble
@@ -76,6 +78,7 @@ class Engines:
             ADMIT: self._admit,
             ABORT: self._abort,
             MEASURE: self._measure,
+            STAGE: self._stages.stage,
             **self._takeovers.jobs(),
         }
 
@@ -258,30 +261,18 @@ class Engines:
         self._plan(engine, now_ps if now_ps > at_ps + LATE_PS else at_ps)
 
     def show(
-        self, engine: Engine, run: Run, out: "Outgoing", *, done: int = 0, ended: bool = False
+        self, engine: Engine, run: Run, out: Outgoing, *, done: int = 0, ended: bool = False
     ) -> None:
         """Chunk the tokens of ``run`` that have not left yet; ``done`` steps of the leap under way
         have ended."""
-        request, sequence = run.request, run.sequence
         made = run.output_tokens
         if not ended:
-            made = engine.batch.made(sequence) + (done if sequence.phase == DECODE else 0)
+            decoded = run.sequence.phase == DECODE
+            made = engine.batch.made(run.sequence) + (done if decoded else 0)
         count = made - run.shown
-        if count <= 0 and not ended:
-            return
-        limit = request.sampling.output_tokens_max
-        chunk = TokenChunk(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            position=run.shown,
-            tokens=self._workshop.tokens(request.request_id, run.shown, count),
-            finish=("length" if made >= limit else "stop") if ended else None,
-        )
-        run.shown = made
-        out.add(run.home, request.ingress_id, chunk)
-        if ended:
-            attempt = EndedAttempt(request_id=request.request_id, attempt=request.attempt)
-            out.ended.setdefault(run.home, []).append(attempt)
+        if count > 0 or ended:
+            tokens = self._workshop.tokens(run.request.request_id, run.shown, count)
+            out.add(run, tokens, ended=ended)
 
     def break_down(self, engine: Engine, detail: str) -> None:
         """It runs no more, and holds nothing."""

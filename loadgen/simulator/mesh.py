@@ -15,59 +15,35 @@ from loadgen.simulator.engines import Engines
 from loadgen.simulator.faults import Weather, draw_incidents, draw_weather
 from loadgen.simulator.ingress import Ingress, inputs
 from loadgen.simulator.invariants import EpochWatch, MemoryWatch, PlanHistory, RequestWatch
-from loadgen.simulator.jobs import slow_job
+from loadgen.simulator.mesh_services import (
+    IMPATIENT,
+    IMPATIENT_FAILURES,
+    MODEL,
+    PATIENT,
+    router_node,
+    scheduler_node,
+    switcher_node,
+)
+from loadgen.simulator.mesh_topology import draw_hosts, draw_wishes
 from loadgen.simulator.peers import Peers
 from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.streaming import Streaming
 from loadgen.simulator.wisher import Wisher
 from loadgen.simulator.workshop import NO_FAULTS, SMALL_SHAPE, EngineFaults, SmallWorkshop
 from loadgen.simulator.world import World
-from services.ingress.config import IngressConfig
-from services.router import core as router
-from services.router.config import RouterConfig
 from services.scheduler import core as scheduler
-from services.scheduler.config import SchedulerConfig
 from services.switcher import core as switcher
-from services.switcher.config import SwitcherConfig
-from services.switcher.events import PLAN_TRANSFER
-from services.switcher.planning import plan as plan_transfer
 from services.worker.config import WorkerConfig
 from services.worker.core import INPUTS as WORKER_INPUTS
 from services.worker.core import WorkerCore
 from services.worker.identity import WorkerIdentity
 from services.worker.replica import LiveRequest
 from shared.core import Core
-from shared.hardware import GpuSpec, Parallelism
-from shared.mesh import MeshConfig, ReplicaWish
-from shared.mesh import NodeSpec as Host
+from shared.hardware import GpuSpec
+from shared.mesh import MeshConfig
 from shared.messages.plans import DeploymentPlan, StoredPlan
-from shared.messages.requests import FailureCode
-from shared.models import ModelSpec
 
-MODEL = ModelSpec(model_id=SMALL_SHAPE.model_id)
-SHAPES = ("tp1", "tp1", "tp2", "tp1pp2", "tp3")
-PLANNING_S = 0.05
-GPU_BYTES_MIN = 16_200
-"""What the whole model weighs, with a KV cache of the usual size."""
 INGRESS = "ingress-0"
-SWITCHER = SwitcherConfig(
-    drain_timeout_s=1.5,
-    drain_grace_s=0.5,
-    stop_timeout_s=3.0,
-    start_timeout_s=4.0,
-    prepare_timeout_s=4.0,
-    pause_timeout_s=2.0,
-    take_timeout_s=3.0,
-    activate_timeout_s=2.0,
-    retire_timeout_s=3.0,
-    refusal_s=1.0,
-    refusal_s_max=4.0,
-    repair_retry_s_max=4.0,
-)
-SCHEDULER = SchedulerConfig(start_wait_s=3.0)
-PATIENT = IngressConfig(first_route_s=600.0)
-IMPATIENT = IngressConfig(first_route_s=2.0, request_s=8.0)
-IMPATIENT_FAILURES: tuple[FailureCode, ...] = ("no_replica", "deadline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +78,9 @@ class Mesh:
     def __init__(self, seed: int, *, trace_max: int = 2000) -> None:
         self.seed = seed
         rng = random.Random(f"mesh/{seed}")
-        memory_bytes = rng.choice([0, 2 * GPU_BYTES_MIN, GPU_BYTES_MIN + GPU_BYTES_MIN // 4])
-        self._hosts = tuple(
-            Host(node_id=f"n{i}", gpus=rng.randint(1, 3), gpu_memory_bytes=memory_bytes)
-            for i in range(rng.randint(2, 3))
-        )
+        self._hosts = draw_hosts(rng)
         self._edits = 0
-        self._wishes = _draw_wishes(rng, self._hosts, self._edits)
+        self._wishes = draw_wishes(rng, self._hosts, self._edits)
         faults = self._engine_faults(rng)
         self.peers = Peers()
         self.workshop = SmallWorkshop(random.Random(f"workshop/{seed}"), faults)
@@ -214,35 +186,16 @@ class Mesh:
     def _add_services(self, rng: random.Random) -> None:
         add = self.world.add
         for i in range(self.ROUTERS):
-            name = f"router-{i}"
-            add(
-                NodeSpec(
-                    name=name,
-                    make=lambda _n, _p, name=name: (_router(name), {}),
-                    inputs=router.INPUTS,
-                    queries=router.QUERIES,
-                )
-            )
+            add(router_node(f"router-{i}"))
         add(self.scheduler())
-        add(
-            NodeSpec(
-                name="switcher",
-                make=_switcher,
-                inputs=switcher.INPUTS,
-            )
-        )
+        add(switcher_node())
         for host in self._hosts:
             for gpu in host.gpu_specs():
                 add(self._worker(host.node_id, gpu))
         self._add_ingress(rng)
 
     def scheduler(self) -> NodeSpec:
-        return NodeSpec(
-            name="scheduler",
-            make=lambda _n, _p: (scheduler.Scheduler(SCHEDULER, self.topology()), {}),
-            inputs=scheduler.INPUTS,
-            queries=scheduler.QUERIES,
-        )
+        return scheduler_node(self.topology)
 
     def _add_ingress(self, rng: random.Random) -> None:
         """In most runs it waits as long as it takes, so that no request may fail at all."""
@@ -316,7 +269,7 @@ class Mesh:
     def _edit_topology(self, rng: random.Random) -> None:
         """The operator wishes for other replicas and restarts the scheduler."""
         self._edits += 1
-        self._wishes = _draw_wishes(rng, self._hosts, self._edits)
+        self._wishes = draw_wishes(rng, self._hosts, self._edits)
         self.world.restart("scheduler")
 
 
@@ -330,31 +283,3 @@ def replay_command(seed: int, world: str = "mesh") -> str:
     return f"python -m loadgen.simulator --seed {seed}" + (
         "" if world == "mesh" else f" --world {world}"
     )
-
-
-def _switcher(_number: int, port: Port) -> tuple[Core, Mapping[str, Job]]:
-    job = slow_job(plan_transfer, port, took_s=PLANNING_S)
-    return switcher.Switcher(SWITCHER), {PLAN_TRANSFER: job}
-
-
-def _router(name: str) -> Core:
-    config = RouterConfig(epoch_reset_s=5.0)
-    return router.Router(config, models=(MODEL.model_id,), instance_id=name)
-
-
-def _draw_wishes(rng: random.Random, hosts: tuple[Host, ...], edit: int) -> tuple[ReplicaWish, ...]:
-    """One to four replicas of any shape that fit when every worker is up; some are pinned.
-    Most have a name that none had before: one that changes under its old name is reloaded."""
-    free = {host.node_id: [gpu.gpu_id for gpu in host.gpu_specs()] for host in hosts}
-    wishes: list[ReplicaWish] = []
-    for i in range(rng.randint(1, 4)):
-        shape = Parallelism.parse(rng.choice(SHAPES) if i else "tp1")  # the first always fits
-        roomy = [node_id for node_id, gpus in free.items() if len(gpus) >= shape.gpus]
-        if not roomy:
-            continue
-        gpus = free[rng.choice(roomy)]
-        taken = tuple(gpus.pop() for _ in range(shape.gpus))
-        pinned = taken if rng.random() < 0.5 else ()  # noqa: PLR2004  # half of them
-        named = edit if rng.random() < 0.8 else 0  # noqa: PLR2004  # most of them
-        wishes.append(ReplicaWish(replica_id=f"r{i}-{named}", parallelism=str(shape), gpus=pinned))
-    return tuple(wishes)

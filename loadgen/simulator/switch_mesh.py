@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from loadgen.simulator.clients import Order, draw_orders
 from loadgen.simulator.faults import CALM, Weather, draw_weather
-from loadgen.simulator.mesh import MODEL, Mesh
+from loadgen.simulator.mesh import Mesh
+from loadgen.simulator.mesh_services import MODEL
 from loadgen.simulator.process import NodeSpec
 from loadgen.simulator.wisher import INPUTS, Wisher, Wishes
 from loadgen.simulator.workshop import NO_FAULTS, EngineFaults

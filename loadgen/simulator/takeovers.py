@@ -1,4 +1,4 @@
-"""Requests that go on in another simulated replica, and layers that come and go in stages."""
+"""Requests that go on in another simulated replica, with their KV cache."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,6 @@ from services.worker.events import (
     PAUSE_ENGINE,
     RELEASE,
     RESUME_ENGINE,
-    STAGE,
     TAKE,
     EngineExpect,
     EnginePause,
@@ -23,8 +22,6 @@ from services.worker.events import (
     EngineRelease,
     EngineReleased,
     EngineResume,
-    EngineStage,
-    EngineStaged,
     EngineTake,
     EngineTook,
     LiveAttempt,
@@ -61,7 +58,6 @@ class Takeovers:
             RESUME_ENGINE: self._resume,
             TAKE: self._take,
             RELEASE: self._release,
-            STAGE: self._stage,
         }
 
     def stand_still(self, engine: Engine) -> None:
@@ -270,41 +266,6 @@ class Takeovers:
                 pauses=tuple(pauses),
             )
         )
-
-    def _stage(self, stage: EngineStage) -> None:
-        """The leader has all ranks do their part. Who cannot be reached is missed elsewhere."""
-        engine = self._engine(stage.replica_id, stage.generation)
-        if engine is None:
-            return
-        came: dict[str, int] = {}
-        for worker_id in engine.spec.gpus:
-            rank = engine
-            if worker_id != engine.spec.gpus[0]:
-                place = self._peers.at(engine.start.peers.get(worker_id, ""))
-                known = None if place is None else place.engines.get(engine.replica_id)
-                if known is None or known.broken:
-                    continue
-                rank = known
-            for source, size in self._stage_rank(rank, stage).items():
-                came[source] = came.get(source, 0) + size
-        staged = EngineStaged(
-            replica_id=engine.replica_id,
-            generation=engine.generation,
-            stage=stage.stage,
-            bytes_by_source=came,
-        )
-        self._hosts.port.feed(staged, delay_s=self._workshop.copy_s(came))
-
-    def _stage_rank(self, rank: Engine, stage: EngineStage) -> dict[str, int]:
-        memory = self._workshop.memory(rank.spec.model_id)
-        if stage.layers[0] < stage.layers[1]:
-            rank.weight_bytes -= memory.layers(rank.spec, rank.start.rank, stage.layers)
-            return {}
-        came = memory.by_source(rank.start.copies, stage=stage.stage)
-        rank.weight_bytes += sum(came.values())
-        for source, size in came.items():
-            rank.fetched[source] = rank.fetched.get(source, 0) + size
-        return came
 
     def _forget(self, engine: Engine) -> None:
         engine.held = None

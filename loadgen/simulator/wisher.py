@@ -18,7 +18,7 @@ class RepeatTick(Message, frozen=True, kw_only=True):
 
 
 class Wishes:
-    """What is wished for now; it outlives the process that says so."""
+    """What is wished for; it outlives the process that says so."""
 
     def __init__(self, plan: DeploymentPlan) -> None:
         self.plan = plan

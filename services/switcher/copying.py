@@ -33,6 +33,8 @@ def wanted(live: Live) -> TransferWanted | None:
     }
     going = tuple(spec for spec in gone if _whole(live, spec))
     stays = tuple(spec for spec in kept if _whole(live, spec))
+    if any(_cache_unknown(live, spec) for spec in (*going, *stays)):
+        return None
     return TransferWanted(
         epoch=switch.epoch,
         shapes=shapes,
@@ -55,6 +57,15 @@ def _whole(live: Live, spec: ReplicaSpec) -> bool:
         and (held := live.view.held((worker_id, spec.replica_id))) is not None
         and held.phase in STANDS_OR_RUNS
         for worker_id in spec.gpus
+    )
+
+
+def _cache_unknown(live: Live, spec: ReplicaSpec) -> bool:
+    """Whether what it holds of a limited memory is not known yet: we heard that it was started,
+    and not what it reports since. Taken for nothing, it would be planned over."""
+    return any(
+        live.view.gpu(worker_id).memory_bytes and not held.cache_bytes
+        for worker_id, held, _ in _ranks(live, spec)
     )
 
 

@@ -76,6 +76,8 @@ class WorkerView:
             self._forget(worker_id)
             worker = self._workers[worker_id] = _Worker(report, now_s)
         worker.seen_s = now_s
+        if not new and report.number and report.number <= worker.report.number:
+            return False  # late, or a copy: a sign of life and nothing else
         hosted: dict[str, HostedReplica] = {}
         for replica in report.replicas:
             self.epoch_max = max(self.epoch_max, replica.epoch)

@@ -45,17 +45,8 @@ from services.worker.roster import Moved, Roster, Settled
 from shared.core import Draining, Effect, Publish, SetTimer, Start, Started
 from shared.messages.requests import AbortRequest, SubmitRequest, TokenChunk
 from shared.subjects import (
-    ABORT_REQUEST,
-    ADVANCE_STAGE,
-    DRAIN_REPLICA,
-    GROW_CACHE,
-    PAUSE_REPLICA,
-    PREPARE_REPLICA,
-    RESUME_REPLICA,
-    START_REPLICA,
-    STOP_REPLICA,
-    SUBMIT_REQUEST,
-    TAKE_REQUESTS,
+    ABORT_REQUEST, ADVANCE_STAGE, DRAIN_REPLICA, GROW_CACHE, PAUSE_REPLICA, PREPARE_REPLICA,
+    RESUME_REPLICA, START_REPLICA, STOP_REPLICA, SUBMIT_REQUEST, TAKE_REQUESTS,
 )  # fmt: skip
 
 INPUTS = (

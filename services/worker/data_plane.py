@@ -152,7 +152,7 @@ def _stage(host: EngineHost, order: EngineStage) -> None:
 
 
 def _grow(host: EngineHost, _: EngineGrow) -> None:
-    host.grow()
+    host.takeover.grow()
 
 
 class ChunksApart:

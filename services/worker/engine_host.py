@@ -109,10 +109,6 @@ class EngineHost:
         self._handover.resume()
         self._wake.set()
 
-    def grow(self) -> None:
-        """Between two steps; what is measured tells of it."""
-        self._between.post(lambda engine: engine.grow_cache())
-
     def release(self, order: EngineRelease) -> None:
         self.requests_total += self.takeover.release(order)
 

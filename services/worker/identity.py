@@ -76,7 +76,7 @@ class WorkerIdentity:
         for ingress_id, chunks in by_ingress.items():
             yield self.chunks(ingress_id, replica_id=replica_id, chunks=chunks)
 
-    def worker_report(self, hosted: Iterable[Hosted], *, leaving: bool) -> Publish:
+    def worker_report(self, hosted: Iterable[Hosted], *, leaving: bool, number: int) -> Publish:
         report = WorkerReport(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -87,6 +87,7 @@ class WorkerIdentity:
             leaving=leaving,
             peer=self.peer,
             shapes=self.shapes,
+            number=number,
         )
         return WORKER_REPORT.send(report, worker_id=self.worker_id)
 

@@ -57,7 +57,7 @@ class Life:
             if not moves.releasing:
                 yield self._announce.started(hosted)
             return
-        if moves.stage_missing(hosted.phase):
+        if hosted.lacks_layers:
             yield from self.stop(hosted)  # its repeat finds it gone, and loads it from disk
             return
         yield from self._moving.unpause(hosted)
@@ -111,7 +111,7 @@ class Life:
             if self._roster.leaving:
                 yield from self.stop(hosted)
             return
-        if hosted.moves.stage_missing(hosted.phase):
+        if hosted.lacks_layers:
             yield from self.stop(hosted)
             return
         if hosted.phase != "draining":

@@ -110,6 +110,12 @@ class Hosted:
         return self.rank == 0
 
     @property
+    def lacks_layers(self) -> bool:
+        """Whether part of its weights is not here. Only rank 0 is told of stages, and has the
+        others fetch and free theirs: it knows for all of them."""
+        return self.leads and self.moves.stage_missing(self.phase)
+
+    @property
     def replica_id(self) -> str:
         return self.spec.replica_id
 

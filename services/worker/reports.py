@@ -15,6 +15,7 @@ class Reports:
     def __init__(self, config: WorkerConfig, roster: Roster) -> None:
         self._config, self._roster = config, roster
         self._identity = roster.identity
+        self._number = 0  # of the last report of the worker itself
 
     def on_engine_loads(self, event: EngineLoads, now_s: float) -> Iterator[Effect]:
         for engine in event.engines:
@@ -37,7 +38,10 @@ class Reports:
 
     def worker_report(self) -> Publish:
         roster = self._roster
-        return self._identity.worker_report(roster.replicas.values(), leaving=roster.leaving)
+        self._number += 1
+        return self._identity.worker_report(
+            roster.replicas.values(), leaving=roster.leaving, number=self._number
+        )
 
     def _heartbeats(self, hosted: Hosted, now_s: float) -> Iterator[Effect]:
         """Tell each ingress that waits that its requests are alive, while they are: an engine

@@ -55,7 +55,7 @@ class Moved:
         return known is not None and attempt <= known[0]
 
     def pursue(self, request_id: str, attempt: int) -> str:
-        """Where an abort of ``attempt`` is to go as well; "" for nowhere. An abort follows once: two
+        """Where an abort of ``attempt`` is to go as well; "" for nowhere. It follows once: two
         workers that have moved an attempt to each other would else send it to and fro for ever."""
         known = self._attempts.get(request_id)
         if known is None or known[0] > attempt:

@@ -136,6 +136,10 @@ class Takeover:
 
         self._between.post(advance, told)
 
+    def grow(self) -> None:
+        """What is measured tells of it."""
+        self._between.post(lambda engine: engine.grow_cache())
+
     def close(self) -> None:
         self._cancel()
 

@@ -50,6 +50,7 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     leaving: bool = False  # last report of a worker that drains on SIGTERM
     peer: str = ""  # where other workers reach it for weights, KV cache and rank groups
     shapes: tuple[ModelShape, ...] = ()  # of the models whose weights it can move; else reload
+    number: int = 0  # of this incarnation's reports, from 1: one that comes late is known by it
 
 
 class ReplicaReport(Message, frozen=True, kw_only=True):

@@ -237,7 +237,7 @@ async def _switch_and_strike(
 
 
 def _unheard(watch: MeshWatch, plan: DeploymentPlan) -> str:
-    serves = watch.plan.plan.replicas == plan.replicas
+    serves = set(watch.plan.plan.replicas) == set(plan.replicas)
     return "in force, end unheard" if serves else "not in force, end unheard"
 
 

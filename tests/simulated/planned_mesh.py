@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from loadgen.simulator.mesh import MODEL, SCHEDULER, Mesh
+from loadgen.simulator.mesh import Mesh
+from loadgen.simulator.mesh_services import MODEL, SCHEDULER
 from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.workshop import NO_FAULTS
 from services.scheduler import core as scheduler

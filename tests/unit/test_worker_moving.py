@@ -460,6 +460,21 @@ class TestAborts:
         switch.old.feed(abort("a"))
         assert not switch.new.core.live
 
+    def test_one_follows_a_moved_request_once(self, switch: Switch) -> None:
+        """Otherwise two workers that have moved a request to each other, where it has ended since,
+        would send its abort to and fro for ever."""
+        switch.hold("a")
+        switch.new.feed(start(2, R2))
+        switch.new.settle_jobs()
+        switch.old.feed(StopReplica(**named(R1)))
+        switch.old.settle_jobs()
+        switch.old.feed(abort("a"))
+        switch.old.feed(abort("a"))
+        assert len(switch.old.of(AbortRequest)) == 1
+        switch.old.serve(spec("r3", OLD))
+        switch.old.feed(submit("a", replica_id="r3", tokens=50))
+        assert not switch.old.core.live  # it is forgotten that it moved, not that it is aborted
+
     def test_memory_of_moved_requests_is_bounded(self) -> None:
         """Otherwise a worker's memory would grow with each switch."""
         worker = DrivenWorker(WorkerConfig(worker_id=OLD, moved_max=2))
@@ -489,6 +504,17 @@ class TestStages:
         switch.new.feed(start(2, R2))
         assert [type(job) for job in switch.new.jobs] == [EngineStop]
         assert not switch.new.of(ReplicaStarted)
+
+    def test_a_rank_that_does_not_lead_leaves_them_to_the_one_that_does(self) -> None:
+        """Otherwise each rank but the first would stop when a replica whose weights came in stages
+        is started: it is told of none of them."""
+        worker = DrivenWorker(worker_id=NEW, followers=True)
+        both = spec("r2", OLD, NEW, parallelism="tp2")
+        worker.feed(prepare(2, both, source=("r1", OLD), stages=3))
+        worker.settle_jobs()
+        worker.feed(start(2, both))
+        assert hosted(worker).phase == "serving"
+        assert not worker.jobs
 
     def test_one_that_has_freed_layers_is_not_resumed(self, switch: Switch) -> None:
         """Otherwise it would tell nonsense, and its requests never end."""

@@ -44,9 +44,16 @@ class Batch(TakeoverState):
         step_times: StepTimes,
         *,
         kv_blocks: int,
+        kv_blocks_full: int = 0,
         prefix_caching: bool = False,
     ) -> None:
-        super().__init__(limits, kv_blocks=kv_blocks, prefix_caching=prefix_caching)
+        """``kv_blocks_full``: how many ``grow`` makes of ``kv_blocks``; 0: as many."""
+        super().__init__(
+            limits,
+            kv_blocks=kv_blocks,
+            kv_blocks_full=kv_blocks_full,
+            prefix_caching=prefix_caching,
+        )
         self._times = step_times
 
     def add(  # what makes a request
@@ -72,6 +79,7 @@ class Batch(TakeoverState):
         if key in self.sequences or key in self.held or key in self.entering:
             raise Rejected("invalid", f"request {key} is live already")
         self.check_length(tokens_max)
+        self.check_room(tokens_max)
         if len(self.sequences) >= self._live_max:
             raise Rejected("overloaded", f"{len(self.waiting)} requests are waiting already")
         self._arrivals += 1
@@ -105,7 +113,7 @@ class Batch(TakeoverState):
             self._finish_running(sequence)
 
     def plan(self) -> Plan | None:
-        """What comes next; None if there is nothing to do. More than one step only if in all of
+        """What comes next; None if there is nothing to do, or ``stuck``. More than one step only if in all of
         them the same requests decode, and nobody could join. The same plan again until it is
         performed."""
         plan = self._plan
@@ -124,6 +132,8 @@ class Batch(TakeoverState):
         chunks: list[Chunk] = []
         if self.partials or (self.waiting and not preempted):
             chunks = self._chunks()
+        if not chunks and not self.decoding:
+            return None  # the last that ran has outgrown a cache that has yet to grow
         plan = self._plan = self._mixed(chunks, preempted) if chunks else self._leap(preempted)
         return plan
 
@@ -224,6 +234,8 @@ class Batch(TakeoverState):
         sequence = next(iter(self.waiting.values()))
         kv = self.kv
         blocks = kv.blocks_of(sequence.known)
+        if blocks > kv.total:
+            return None  # it was taken over, and waits until the KV cache has grown
         room = kv.free - kv.due(self.steps_total)
         if kv.cache.idle_blocks:
             kv.cache.shrink(room)

@@ -30,7 +30,10 @@ class BatchState:
     """``sequences`` are the live requests by key, ``running`` those that hold KV blocks, oldest
     first, all of them older than those ``waiting``. Counters (``*_total``) only grow."""
 
-    def __init__(self, limits: EngineLimits, *, kv_blocks: int, prefix_caching: bool) -> None:
+    def __init__(
+        self, limits: EngineLimits, *, kv_blocks: int, kv_blocks_full: int, prefix_caching: bool
+    ) -> None:
+        """``kv_blocks`` to begin with, ``kv_blocks_full`` (at least as many) after ``grow``."""
         assert limits.batch_tokens_max >= limits.running_max, "every running request may decode"
         self.limits = limits
         self.kv = KvBlocks(kv_blocks, block_tokens=limits.block_tokens)
@@ -45,7 +48,7 @@ class BatchState:
         self.prefill_tokens_total: int = 0  # computed; those found in the prefix cache are hits
         self.hit_tokens_total: int = 0
         self._caching = prefix_caching
-        self._capacity = kv_blocks * limits.block_tokens
+        self._blocks_full = max(kv_blocks, kv_blocks_full)
         self._live_max = limits.running_max + limits.waiting_max
         self.partials: list[Sequence] = []  # their prefill has begun: always the youngest
         self.held: dict[str, Sequence] = {}
@@ -65,9 +68,32 @@ class BatchState:
 
     def check_length(self, tokens_max: int) -> None:
         """Raises Rejected if a request of so many tokens never fits."""
-        if tokens_max - 1 > self._capacity:  # the last token is never computed
-            detail = f"{tokens_max} tokens exceed the KV cache of {self._capacity} tokens"
+        if not self._fits(tokens_max, self._blocks_full):
+            capacity = self._blocks_full * self.limits.block_tokens
+            detail = f"{tokens_max} tokens exceed the KV cache of {capacity} tokens"
             raise Rejected("too_long", detail)
+
+    def check_room(self, tokens_max: int) -> None:
+        """Raises Rejected if one does not fit as long as the KV cache is small."""
+        if not self._fits(tokens_max, self.kv.total):
+            capacity = self.kv.total * self.limits.block_tokens
+            detail = f"{tokens_max} tokens exceed the {capacity} of a KV cache that has yet to grow"
+            raise Rejected("overloaded", detail)
+
+    def grow(self) -> None:
+        """Give the KV cache its full size; a plan under way stays as it is."""
+        self.kv.total = self._blocks_full
+
+    @property
+    def stuck(self) -> bool:
+        """Nobody runs, and who waits first has to wait until the KV cache grows."""
+        if self.running or self.entering or not self.waiting or self.kv.total >= self._blocks_full:
+            return False
+        first = next(iter(self.waiting.values()))
+        return self.kv.blocks_of(first.known) > self.kv.total
+
+    def _fits(self, tokens_max: int, blocks: int) -> bool:
+        return tokens_max - 1 <= blocks * self.limits.block_tokens  # the last is never computed
 
     def made(self, sequence: Sequence) -> int:
         """How many output tokens it has, those of earlier attempts included."""

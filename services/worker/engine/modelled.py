@@ -82,8 +82,17 @@ class ModelledEngine:
         return 0
 
     @property
+    def cache_bytes_full(self) -> int:
+        return 0
+
+    def grow_cache(self) -> None:
+        self._batch.grow()
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._batch.sequences or self._batch.entering or self._ended)
+        batch = self._batch
+        runs = (batch.sequences or batch.entering) and not batch.stuck
+        return bool(runs or self._ended)
 
     @property
     def preemptions(self) -> int:

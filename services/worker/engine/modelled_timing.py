@@ -45,19 +45,22 @@ class SettingsTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelledReplica:
-    """One replica, before it runs; ``start_s`` is how long it takes to load."""
+    """One replica, before it runs; ``start_s`` is how long it takes to load. ``kv_blocks_full``: as
+    many as ``kv_blocks`` grow to, 0 where they stay."""
 
     limits: EngineLimits
     times: StepTimes
     kv_blocks: int
     start_s: float
     prefix_caching: bool
+    kv_blocks_full: int = 0
 
     def new_batch(self) -> Batch:
         return Batch(
             self.limits,
             self.times,
             kv_blocks=self.kv_blocks,
+            kv_blocks_full=self.kv_blocks_full,
             prefix_caching=self.prefix_caching,
         )
 

@@ -106,6 +106,10 @@ class Arena:
         tensor over it, in this process or another."""
         self._free(f"model.layers.{layer}")
 
+    def free_cache(self, layer: int) -> None:
+        """Forget the KV cache of ``layer``; what is allocated for it next is other memory."""
+        self._free(f"kv.layers.{layer}")
+
     def close(self) -> None:
         """Forget everything."""
         for group in list(self._groups):

@@ -63,6 +63,13 @@ class BatchScheduler:
         return len(self._waiting)
 
     @property
+    def stuck(self) -> bool:
+        """Nobody runs, and who waits first waits for the KV cache to grow."""
+        if self._running or self._ending or not self._waiting:
+            return False
+        return self.kv.blocks_for(len(self._waiting[0].tokens)) > self.kv.total
+
+    @property
     def live_max(self) -> int:
         """A free row counts as room in the queue, since the next step will take from it."""
         return self._running_max + self._waiting_max
@@ -92,12 +99,10 @@ class BatchScheduler:
         return [self._state(sequence) for sequence in (*self._running, *self._waiting)]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises Rejected when the queue is full or it can never be run."""
+        """Queue a sequence; raises Rejected when the queue is full or it can never be run, or not
+        before the KV cache grows."""
         assert sequence.request.key not in self, sequence.request.key
-        capacity = self.kv.total * self.kv.block_tokens
-        if sequence.tokens_max - 1 > capacity:  # the last token is never computed
-            detail = f"{sequence.tokens_max} tokens exceed the KV cache of {capacity} tokens"
-            raise Rejected("too_long", detail)
+        self.kv.check_length(sequence.tokens_max)
         if len(self._live) >= self.live_max:
             raise Rejected("overloaded", f"{len(self._waiting)} requests are waiting already")
         self._arrivals += 1
@@ -248,7 +253,8 @@ class BatchScheduler:
         sequence = self._waiting[0]
         if not self._reserve(sequence):
             others = self._running or self._ending or self._held
-            assert others, "a request alone must fit: add refuses the others"
+            small = self.kv.total < self.kv.total_full  # those taken over may have to wait for more
+            assert others or small, "a request alone must fit: add refuses the others"
             return None
         self._running.append(self._waiting.popleft())
         return sequence

@@ -136,6 +136,7 @@ class Exports:
         self.name = f"{os.getpid()}-{id(self)}-{os.urandom(8).hex()}"
         self._server, self._topic = server, topic_of(replica_id)
         self._lock = threading.Lock()
+        self._shut, self._reopened = False, threading.Condition(self._lock)
         self._tensors: dict[str, tuple[TensorShard, Tensor]] = {}
         self._links: set[PeerLink] = set()
         _here[self.name] = self
@@ -152,6 +153,19 @@ class Exports:
             for name in names:
                 self._tensors.pop(name, None)
 
+    def shut(self) -> bool:
+        """Keep whoever connects waiting until ``reopen``; False, and nothing done, if somebody is
+        connected."""
+        with self._lock:
+            if not self._links:
+                self._shut = True
+            return self._shut
+
+    def reopen(self) -> None:
+        with self._lock:
+            self._shut = False
+            self._reopened.notify_all()
+
     def tensor(self, name: str) -> Tensor | None:
         with self._lock:
             found = self._tensors.get(name)
@@ -164,6 +178,7 @@ class Exports:
     def close(self) -> None:
         """Whoever still copies gets PeerLost."""
         self._server.withdraw(self._topic, self._serve)
+        self.reopen()
         _here.pop(self.name, None)
         with self._lock:
             self._tensors.clear()
@@ -174,6 +189,7 @@ class Exports:
     def _serve(self, link: PeerLink, _hello: bytes) -> None:
         """Answer one peer until it goes."""
         with self._lock:
+            self._reopened.wait_for(lambda: not self._shut)
             self._links.add(link)
         try:
             self._converse(link)

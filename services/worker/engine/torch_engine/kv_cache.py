@@ -7,9 +7,12 @@ the table is one array so that a step gathers it without walking over requests.
 import numpy as np
 import numpy.typing as npt
 
+from shared.errors import Rejected
+
 
 class BlockTable:
-    """Which blocks each row has, in order: ``table`` [rows, blocks of the longest row]."""
+    """Which blocks each row has, in order: ``table`` [rows, blocks of the longest row]. ``blocks``:
+    as many as there may ever be."""
 
     def __init__(self, *, blocks: int, block_tokens: int, rows: int, row_tokens_max: int) -> None:
         self.block_tokens = block_tokens
@@ -22,13 +25,26 @@ class BlockTable:
 
 
 class KvBlocks(BlockTable):
-    """A pool of equal blocks and the rows that own them."""
+    """A pool of equal blocks and the rows that own them: ``total`` now, ``total_full`` once it is
+    extended."""
 
-    def __init__(self, *, blocks: int, block_tokens: int, rows: int, row_tokens_max: int) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int,
+        block_tokens: int,
+        rows: int,
+        row_tokens_max: int,
+        blocks_full: int = 0,
+    ) -> None:
+        """``blocks`` to begin with; ``blocks_full`` where they may become more."""
+        self.total, self.total_full = blocks, max(blocks, blocks_full)
         super().__init__(
-            blocks=blocks, block_tokens=block_tokens, rows=rows, row_tokens_max=row_tokens_max
+            blocks=self.total_full,
+            block_tokens=block_tokens,
+            rows=rows,
+            row_tokens_max=row_tokens_max,
         )
-        self.total = blocks
         self._counts = [0] * rows
         self._free = list(range(blocks - 1, -1, -1))
         self._free_rows = list(range(rows - 1, -1, -1))
@@ -44,6 +60,28 @@ class KvBlocks(BlockTable):
     @property
     def used(self) -> int:
         return self.total - len(self._free)
+
+    @property
+    def reach(self) -> int:
+        """No block from this number on is in use."""
+        owned = [self.table[row, :count].max() for row, count in enumerate(self._counts) if count]
+        return int(max(owned, default=-1)) + 1
+
+    def extend(self) -> None:
+        """All that there may be are there from now on. Those that were are used first."""
+        self._free = [*range(self.total_full - 1, self.total - 1, -1), *self._free]
+        self.total = self.total_full
+
+    def check_length(self, tokens_max: int) -> None:
+        """Raises Rejected if a request of so many tokens never fits, or not before ``extend``."""
+        for blocks, code in ((self.total_full, "too_long"), (self.total, "overloaded")):
+            capacity = blocks * self.block_tokens
+            if tokens_max - 1 > capacity:  # the last token is never computed
+                detail = f"{tokens_max} tokens exceed the KV cache of {capacity} tokens"
+                raise Rejected(code, detail)
+
+    def fits_ever(self, tokens_max: int) -> bool:
+        return tokens_max - 1 <= self.total_full * self.block_tokens
 
     def count(self, row: int) -> int:
         """How many blocks ``row`` has."""

@@ -49,8 +49,8 @@ class TakesOver(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
-    """What a leading rank is put together from. ``close`` ends
-    the followers' part."""
+    """What a leading rank is put together from. ``grow``: the KV cache of all ranks, unless that is
+    put off. ``close`` ends the followers' part."""
 
     stage: DecoderStage
     scheduler: BatchScheduler
@@ -59,6 +59,8 @@ class EngineParts:
     context_tokens: int
     fetched: dict[str, int]
     takeover: TakesOver | None = None
+    grow: Callable[[], None] = lambda: None
+    cache_bytes_full: int = 0
     close: Callable[[], None] = lambda: None
 
 
@@ -76,6 +78,7 @@ class TorchEngine:
         self._vocabulary = parts.stage.vocabulary
         self._fetched = parts.fetched
         self._cache_bytes = parts.stage.cache_bytes
+        self._cache_bytes_full = max(parts.cache_bytes_full, self._cache_bytes)
         self._stops: dict[str, StopCheck] = {}
         # Ended by earlier output; told in the next step.
         self._ended: dict[str, tuple[EngineRequest, EngineChunk]] = {}
@@ -93,8 +96,13 @@ class TorchEngine:
         return self._cache_bytes
 
     @property
+    def cache_bytes_full(self) -> int:
+        return self._cache_bytes_full
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._stops or self._ended or self._pipeline.under_way)
+        live = self._stops and not self._scheduler.stuck
+        return bool(live or self._ended or self._pipeline.under_way)
 
     @property
     def preemptions(self) -> int:
@@ -126,12 +134,21 @@ class TorchEngine:
             key = sequence.request.key
             stop = StopCheck(sequence.request, self._tokenizer)
             finish = stop.feed_earlier(sequence.output_tokens)
+            detail = ""
+            if finish is None and not self._scheduler.kv.fits_ever(sequence.tokens_max):
+                finish, detail = "failed", _NEVER_FITS
             if finish is None:
                 self._stops[key] = stop
             else:
                 self._scheduler.remove(key)
-                chunk = EngineChunk(key, sequence.output_count, [], finish)
+                chunk = EngineChunk(key, sequence.output_count, [], finish, detail=detail)
                 self._ended[key] = sequence.request, chunk
+
+    def grow_cache(self) -> None:
+        if self._parts is not None and not self._scheduler.held:
+            self._pipeline.quiesce()
+            self._parts.grow()
+            self._cache_bytes = self._parts.stage.cache_bytes
 
     def advance_stage(self, stage: int, layers: tuple[int, int]) -> None:
         self._pipeline.quiesce()
@@ -253,6 +270,7 @@ class TorchEngine:
         return chunks
 
 
+_NEVER_FITS = "the KV cache of the replica that took the request over is too small for it"
 _NOT_FINITE = "the model's logits are not finite: check the weights, or use float32"
 
 

@@ -5,7 +5,7 @@ the MLP and some rows of the vocabulary, and partial results are summed over the
 A stage of one rank sums nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from services.worker.engine.torch_engine.batch import AttentionGroup, Batch
 from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.ranks.group import RankGroup
 from services.worker.engine.torch_engine.rope import rotary_table, rotate
-from services.worker.engine.torch_engine.sharding import RankCut, kv_shards
+from services.worker.engine.torch_engine.sharding import RankCut, TensorShard, kv_shards
 from services.worker.engine.torch_engine.weights import (
     Allocate,
     LayerWeights,
@@ -87,15 +87,37 @@ class DecoderStage:
     def allocate_kv(self, *, blocks: int, block_tokens: int, allocate: Allocate = zeros) -> None:
         """Zeros, not garbage: padded keys are masked, but a NaN would come through."""
         shards = kv_shards(self._model, self.rank, blocks=blocks, block_tokens=block_tokens)
-        self.kv_named = {
-            shard.name: allocate(shard.shape, self.dtype, self.device, shard.name)
-            for shard in shards
-        }
+        self.kv_named = {shard.name: self._zeros(shard, allocate) for shard in shards}
         tensors = list(self.kv_named.values())
-        if self.device.type != "cpu":
-            for tensor in tensors:
-                tensor.zero_()
         self._caches = list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def grow_kv(
+        self,
+        *,
+        blocks: int,
+        block_tokens: int,
+        copied: int,
+        allocate: Allocate,
+        free: Callable[[int], None],
+    ) -> Iterator[tuple[TensorShard, TensorShard]]:
+        """Make the KV cache ``blocks``, of which the first ``copied`` are as they were, a layer
+        each time the caller goes on: its shards, which ``kv_named`` has from then on. ``free``
+        is to let go of a layer before its new memory is asked for: that is other memory."""
+        shards = kv_shards(self._model, self.rank, blocks=blocks, block_tokens=block_tokens)
+        layers = zip(shards[::2], shards[1::2], strict=True)
+        for number, (layer, pair) in enumerate(zip(self.weights.layers, layers, strict=True)):
+            free(layer)
+            new = (self._zeros(pair[0], allocate), self._zeros(pair[1], allocate))
+            for before, after in zip(self._caches[number], new, strict=True):
+                after[:copied].copy_(before[:copied])
+            self._caches[number] = new
+            self.kv_named.update(zip((shard.name for shard in pair), new, strict=True))
+            del before, after  # else the old memory would stay while the next layer's is made
+            yield pair
+
+    def _zeros(self, shard: TensorShard, allocate: Allocate) -> Tensor:
+        tensor = allocate(shard.shape, self.dtype, self.device, shard.name)
+        return tensor if self.device.type == "cpu" else tensor.zero_()
 
     def embed(self, batch: Batch) -> Tensor:
         """Hidden states [tokens, hidden] of the first stage."""
