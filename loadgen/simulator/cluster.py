@@ -25,7 +25,7 @@ from loadgen.simulator.paces import paces
 from loadgen.simulator.peers import Peers
 from loadgen.simulator.process import Job, NodeSpec, Port
 from loadgen.simulator.pulse import Pulse
-from loadgen.simulator.shapes import links_of, model_shapes, with_memory
+from loadgen.simulator.shapes import Copies, model_shapes, with_memory
 from loadgen.simulator.source import Arrival, Source
 from loadgen.simulator.streaming import Streaming
 from loadgen.simulator.workshop import NO_FAULTS, Facts
@@ -91,7 +91,7 @@ class Cluster:
         shapes = model_shapes(self.mesh) if spec.policy.live else {}
         self._shapes = tuple(shapes.values())
         self._memory = {name: Memory(shapes.get(name)) for name in self._model_ids}
-        self._links = links_of(self.mesh)
+        self._copies = Copies(self.mesh)
         self._add_services()
         for host in self.mesh.nodes:
             for gpu in host.gpu_specs():
@@ -135,12 +135,14 @@ class Cluster:
     # What engines are made of
 
     def batch(self, spec: ReplicaSpec, *, rank: int, cache_bytes_max: int) -> Batch:
-        """With the KV cache that the old replicas leave room for, as long as it lives."""
+        """With the KV cache that the old replicas leave room for, until it grows."""
         replica = modelled_replica(self.mesh, spec)
         block_bytes = replica.limits.block_tokens * self.memory(spec.model_id).token(spec, rank)
         if cache_bytes_max and block_bytes:
             blocks = max(1, min(replica.kv_blocks, cache_bytes_max // block_bytes))
-            replica = dataclasses.replace(replica, kv_blocks=blocks)
+            replica = dataclasses.replace(
+                replica, kv_blocks=blocks, kv_blocks_full=replica.kv_blocks
+            )
         return replica.new_batch()
 
     def start_s(self, spec: ReplicaSpec) -> float:
@@ -153,9 +155,12 @@ class Cluster:
     def memory(self, model_id: str) -> Memory:
         return self._memory[model_id]
 
-    def copy_s(self, byte_counts: Mapping[str, int]) -> float:
-        """Sources send side by side; all of it goes in by one link."""
-        return sum(byte_counts.values()) / self._links.peer
+    def prepare_s(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        """All of a start but the process, which is there: groups and graphs, then weights."""
+        return self._copies.engine_start_s(worker_id) + self.copy_s(worker_id, byte_counts)
+
+    def copy_s(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        return self._copies.seconds(worker_id, byte_counts)
 
     def facts(self, request: SubmitRequest) -> Facts:
         return self.source.facts(request.request_id)

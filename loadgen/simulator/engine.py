@@ -82,10 +82,10 @@ class Engine:
     moving: frozenset[str] = frozenset()  # keys of what may be taken over while it stands still
     held: Held | None = None
     takes: int = 0  # begun: an answer to an earlier one is void
-    expecting_s: float | None = None  # since when KV cache is copied ahead
     group: dict[int, "Engine"] = field(default_factory=dict[int, "Engine"])  # the other ranks
     weight_bytes: int = 0
     cache_bytes: int = 0
+    cache_bytes_full: int = 0  # what it grows to
     fetched: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
@@ -118,6 +118,14 @@ class Engine:
         )
 
     def measured(self, limits: EngineLimits, now_ps: int) -> MeasuredEngine:
+        if self.start.rank:  # the leader tells the replica's load
+            return MeasuredEngine(
+                replica_id=self.replica_id,
+                generation=self.generation,
+                load=EngineLoad(),
+                fetched_bytes=sum(self.fetched.values()),
+                cache_bytes=self.cache_bytes,
+            )
         return MeasuredEngine(
             replica_id=self.replica_id,
             generation=self.generation,
@@ -129,6 +137,7 @@ class Engine:
             step_s=self.step_s,
             cache_tokens=self.cache_tokens,
             fetched_bytes=sum(self.fetched.values()),
+            cache_bytes=self.cache_bytes,
         )
 
     @property

@@ -24,6 +24,7 @@ from services.worker.engine.batching_types import DECODE
 from services.worker.events import (
     ABORT,
     ADMIT,
+    GROW,
     MEASURE,
     STAGE,
     START_ENGINE,
@@ -79,6 +80,7 @@ class Engines:
             ABORT: self._abort,
             MEASURE: self._measure,
             STAGE: self._stages.stage,
+            GROW: self._ranks.grow,
             **self._takeovers.jobs(),
         }
 
@@ -175,9 +177,7 @@ class Engines:
     def _measure(self, _: None) -> None:
         now_ps, limits = round(self._port.now_s * PS_PER_S), self._workshop.limits
         measured = tuple(
-            e.measured(limits, now_ps)
-            for e in self.engines.values()
-            if e.ready and not e.start.rank
+            engine.measured(limits, now_ps) for engine in self.engines.values() if engine.ready
         )
         self._port.feed(EngineLoads(engines=measured))
 

@@ -34,6 +34,7 @@ SWITCHER = SwitcherConfig(
     refusal_s=1.0,
     refusal_s_max=4.0,
     repair_retry_s_max=4.0,
+    cache_tokens_min=16,
 )
 SCHEDULER = SchedulerConfig(start_wait_s=3.0)
 PATIENT = IngressConfig(first_route_s=600.0)

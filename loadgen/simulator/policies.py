@@ -64,7 +64,11 @@ class Policy:
 
 
 _LEAST_LOAD = RouterConfig(policy="least_load")
-_DISK = "New replicas start as the cost model says, weights from disk."
+_LIVE = (
+    "New replicas take weights, requests and KV cache over from old ones at the speed of the links "
+    "of the cost model, after as long as it says that an engine starts; all of the KV cache while "
+    "requests wait, none ahead of it."
+)
 _TEN = (
     "A new replica takes 10 s to start, the published bound that oserve-paper and uniform-fast are "
     "given too, and the scheduler knows it: the same switches for all, so that only plans differ."
@@ -204,13 +208,14 @@ POLICIES: Mapping[str, Policy] = {
                 ),
                 begin="planned",
                 start_s=start_s,
+                live=start_s is None,
                 known="What this project's scheduler, router and switcher do today" + more,
                 inferred=f"{starts} {_BEGINS}",
             )
             for name, elastic, start_s, more, starts in (
-                ("oserve", False, None, ".", _DISK),
+                ("oserve", False, None, ".", _LIVE),
                 ("oserve-fast", False, FAST_SWITCH_S, ".", _TEN),
-                ("oserve-elastic", True, None, ", leaving GPUs unused that targets allow.", _DISK),
+                ("oserve-elastic", True, None, ", leaving GPUs unused that targets allow.", _LIVE),
             )
         ),
     )

@@ -8,7 +8,7 @@ from loadgen.simulator.engine import Engine
 from loadgen.simulator.peers import PATIENCE_S, Peers
 from loadgen.simulator.process import Port
 from loadgen.simulator.workshop import Workshop
-from services.worker.events import EngineReady
+from services.worker.events import EngineGrow, EngineReady
 from shared.placement.copies import DISK
 
 JOIN_S = 3.0
@@ -25,6 +25,7 @@ class Hosts(Protocol):
     def port(self) -> Port: ...
 
     def break_down(self, engine: Engine, detail: str) -> None: ...
+    def resume(self, engine: Engine) -> None: ...
 
 
 class Ranks:
@@ -37,14 +38,17 @@ class Ranks:
         start, memory = engine.start, self._workshop.memory(engine.spec.model_id)
         sources = memory.by_source(start.copies, stage=0)
         if start.copies:
-            took_s, engine.weight_bytes = self._workshop.copy_s(sources), sum(sources.values())
+            worker_id = engine.spec.gpus[start.rank]
+            took_s = self._workshop.prepare_s(worker_id, sources)
+            engine.weight_bytes = sum(sources.values())
         else:
             took_s = self._workshop.start_s(engine.spec)
             engine.weight_bytes = memory.weights(engine.spec, start.rank)
             sources = {DISK: engine.weight_bytes}
         engine.fetched = sources
-        tokens = engine.batch.kv.total * engine.batch.kv.block_tokens
-        engine.cache_bytes = tokens * memory.token(engine.spec, start.rank)
+        block_bytes = engine.batch.kv.block_tokens * memory.token(engine.spec, start.rank)
+        engine.cache_bytes = engine.batch.kv.total * block_bytes
+        engine.cache_bytes_full = engine.batch.blocks_full * block_bytes
         faults = self._workshop.faults
         if self._rng.random() < faults.start_hangs:
             return
@@ -80,6 +84,7 @@ class Ranks:
                     bytes_by_source=dict(engine.fetched),
                     took_s=took_s,
                     cache_bytes=engine.cache_bytes,
+                    cache_bytes_full=engine.cache_bytes_full,
                 )
             )
         elif port.now_s >= until_s:
@@ -101,6 +106,18 @@ class Ranks:
             self._hosts.break_down(engine, f"{missing} is lost")
             return
         port.later(PATIENCE_S / 2, lambda: self._watch(engine, since_s))
+
+    def grow(self, grow: EngineGrow) -> None:
+        """Give the KV cache of all ranks its full size; put off while one of them is not to be
+        seen, or requests are taken over."""
+        engine = self._hosts.engines.get(grow.replica_id)
+        if engine is None or engine.generation != grow.generation or engine.broken:
+            return
+        if engine.held is None and not self.missing(engine):
+            for rank in (engine, *engine.group.values()):
+                rank.batch.grow()
+                rank.cache_bytes = rank.cache_bytes_full
+            self._hosts.resume(engine)  # somebody may have waited for it
 
     def missing(self, engine: Engine) -> str:
         """A rank of the replica that is not to be seen; "" if all are. Once they have met, nobody

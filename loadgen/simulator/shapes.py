@@ -1,11 +1,14 @@
 """Models and GPUs of a topology as live switches see them, by their profiles."""
 
-from services.switcher.transfer.problem import Links
+from collections.abc import Mapping
+
 from shared.cost.library import gpu_facts, load_profile
+from shared.cost.links import between, copy_s
 from shared.cost.model import named_folder
 from shared.cost.profile import ModelFacts
 from shared.hardware import GpuSpec
 from shared.mesh import MeshConfig
+from shared.placement.copies import DISK
 from shared.placement.sheets import ModelShape
 
 
@@ -23,12 +26,30 @@ def model_shapes(mesh: MeshConfig) -> dict[str, ModelShape]:
     return found
 
 
-def links_of(mesh: MeshConfig) -> Links:
-    """Those of the kind of GPU whose links are slowest."""
-    if mesh.engine.modelled.timing == "settings":
-        return Links.cpu()
-    kinds = sorted({node.gpu_kind for node in mesh.nodes})
-    return min((Links.of(gpu_facts(kind)) for kind in kinds), key=lambda links: links.peer)
+class Copies:
+    """How long bytes of a live switch are on their way to the GPUs of a topology. Only those whose
+    profiles are known switch live."""
+
+    def __init__(self, mesh: MeshConfig) -> None:
+        by_profile = mesh.engine.modelled.timing == "profile"
+        self._nodes = {gpu.gpu_id: h.node_id for h in mesh.nodes for gpu in h.gpu_specs()}
+        self._facts = {gpu.gpu_id: gpu_facts(gpu.kind) for gpu in mesh.gpus() if by_profile}
+
+    def engine_start_s(self, worker_id: str) -> float:
+        return self._facts[worker_id].engine_start_s
+
+    def seconds(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        """Bytes by the worker that has them, DISK among them: all come in one after the other."""
+        facts, node_id = self._facts[worker_id], self._nodes[worker_id]
+        return sum(
+            copy_s(
+                facts.disk
+                if source == DISK
+                else between(facts, node_id, self._nodes[source], same_gpu=source == worker_id),
+                count,
+            )
+            for source, count in byte_counts.items()
+        )
 
 
 def with_memory(mesh: MeshConfig, gpu: GpuSpec) -> GpuSpec:

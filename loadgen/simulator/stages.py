@@ -28,6 +28,7 @@ class Stages:
         if engine is None or engine.generation != stage.generation or engine.broken:
             return
         came: dict[str, int] = {}
+        took_s = 0.0
         for worker_id in engine.spec.gpus:
             rank = engine
             if worker_id != engine.spec.gpus[0]:
@@ -36,7 +37,9 @@ class Stages:
                 if known is None or known.broken:
                     continue
                 rank = known
-            for source, size in self._stage_rank(rank, stage).items():
+            fetched = self._stage_rank(rank, stage)
+            took_s = max(took_s, self._workshop.copy_s(worker_id, fetched))
+            for source, size in fetched.items():
                 came[source] = came.get(source, 0) + size
         staged = EngineStaged(
             replica_id=engine.replica_id,
@@ -44,7 +47,7 @@ class Stages:
             stage=stage.stage,
             bytes_by_source=came,
         )
-        self._hosts.port.feed(staged, delay_s=self._workshop.copy_s(came))
+        self._hosts.port.feed(staged, delay_s=took_s)
 
     def _stage_rank(self, rank: Engine, stage: EngineStage) -> dict[str, int]:
         memory = self._workshop.memory(rank.spec.model_id)

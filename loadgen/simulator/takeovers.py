@@ -82,9 +82,7 @@ class Takeovers:
         )
 
     def _expect(self, expect: EngineExpect) -> None:
-        engine = self._engine(expect.replica_id, expect.generation)
-        if engine is not None:
-            engine.expecting_s = self._hosts.port.now_s
+        """What comes ahead would shorten a pause: here all KV cache is copied in the pause."""
 
     def _pause(self, pause: EnginePause) -> None:
         engine = self._engine(pause.replica_id, pause.generation)
@@ -117,8 +115,10 @@ class Takeovers:
                 return
             problem, tokens = self._look(take)
             if not problem:
-                moved_s = self._copy_s(engine, tokens)
-                self._hosts.port.later(moved_s, lambda: self._arrive(engine, take, number, began_s))
+                copied_s = self._copy_s(engine, tokens)
+                self._hosts.port.later(
+                    copied_s, lambda: self._arrive(engine, take, number, began_s)
+                )
             elif self._hosts.port.now_s - began_s >= PATIENCE_S:
                 self._took(engine, take, began_s, failure=problem)
             else:
@@ -126,14 +126,16 @@ class Takeovers:
 
         look()
 
-    def _look(self, take: EngineTake) -> tuple[str, int]:
-        """Why requests cannot be taken now; or how many tokens of KV cache come with them."""
-        tokens = 0
+    def _look(self, take: EngineTake) -> tuple[str, Mapping[str, int]]:
+        """Why requests cannot be taken now; or the tokens of KV cache that come with them, by the
+        worker that has them."""
+        tokens: dict[str, int] = {}
         for source_id, worker_id in sorted(take.sources.items()):
             source = self._source(take, source_id, worker_id)
             if isinstance(source, str):
-                return source, 0
-            tokens += sum(source.batch.computed(r.sequence) for r in self._share(source, take))
+                return source, {}
+            computed = sum(source.batch.computed(r.sequence) for r in self._share(source, take))
+            tokens[worker_id] = tokens.get(worker_id, 0) + computed
         return "", tokens
 
     def _source(self, take: EngineTake, source_id: str, worker_id: str) -> Engine | str:
@@ -162,9 +164,11 @@ class Takeovers:
             if target == take.replica_id:
                 yield run
 
-    def _copy_s(self, engine: Engine, tokens: int) -> float:
-        memory = self._workshop.memory(engine.spec.model_id)
-        return self._workshop.copy_s({"": tokens * memory.token(engine.spec, 0)})
+    def _copy_s(self, engine: Engine, tokens: Mapping[str, int]) -> float:
+        """All ranks copy side by side, and the leader as long as any."""
+        token_bytes = self._workshop.memory(engine.spec.model_id).token(engine.spec, 0)
+        byte_counts = {worker_id: count * token_bytes for worker_id, count in tokens.items()}
+        return self._workshop.copy_s(engine.spec.gpus[0], byte_counts)
 
     def _arrive(self, engine: Engine, take: EngineTake, number: int, began_s: float) -> None:
         if self._void(engine, number):
@@ -244,7 +248,6 @@ class Takeovers:
         engine = self._engine(release.replica_id, release.generation)
         if engine is None:
             return
-        engine.expecting_s = None
         engine.takes += 1
         held, pauses = engine.held, list[tuple[float, int]]()
         if held is None or not release.keep or held.epoch != release.epoch:

@@ -1,12 +1,11 @@
 """Where simulated engines come from, and what they make."""
 
+import dataclasses
 import random
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-import msgspec
 
 from loadgen.simulator.memory import Memory
 from services.worker.engine.batching import Batch
@@ -53,8 +52,12 @@ class Workshop(Protocol):
     def start_s(self, spec: ReplicaSpec) -> float: ...
     def memory(self, model_id: str) -> Memory: ...
 
-    def copy_s(self, byte_counts: Mapping[str, int]) -> float:
-        """To fetch so many bytes from each of these workers, "" being the disk."""
+    def prepare_s(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        """To make a rank ready whose weights come from these workers, DISK among them."""
+        ...
+
+    def copy_s(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        """To fetch so many bytes from each of these workers."""
         ...
 
     def facts(self, request: SubmitRequest) -> Facts: ...
@@ -101,8 +104,9 @@ class SmallWorkshop:
         if cache_bytes_max:
             block_bytes = SMALL.block_tokens * self._memory.token(spec, rank)
             blocks = max(1, min(blocks, cache_bytes_max // block_bytes))
-        settings = msgspec.structs.replace(SMALL, kv_blocks=blocks)
-        return replica_by_settings(settings, gpus=1).new_batch()
+        replica = replica_by_settings(SMALL, gpus=1)
+        small = dataclasses.replace(replica, kv_blocks=blocks, kv_blocks_full=SMALL.kv_blocks)
+        return small.new_batch()
 
     def start_s(self, spec: ReplicaSpec) -> float:
         del spec
@@ -112,7 +116,11 @@ class SmallWorkshop:
         del model_id
         return self._memory
 
-    def copy_s(self, byte_counts: Mapping[str, int]) -> float:
+    def prepare_s(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        return self.copy_s(worker_id, byte_counts)
+
+    def copy_s(self, worker_id: str, byte_counts: Mapping[str, int]) -> float:
+        del worker_id
         return COPY_S_MAX * self._rng.random() if any(byte_counts.values()) else 0.0
 
     def facts(self, request: SubmitRequest) -> Facts:

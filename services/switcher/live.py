@@ -124,7 +124,8 @@ def too_late(live: Live) -> str:
 def in_the_way(live: Live) -> list[Command]:
     """What is in neither plan gives its memory back first, and so does what is left of an earlier
     attempt at the same replica, or goes and was not whole when the copies were planned: its memory
-    was not counted on."""
+    was not counted on. Of the last even what no worker holds is stopped: a repair may be on its
+    way there, and whoever has answered this epoch obeys it no more."""
     switch, mine = live.switch, parts(live.arriving)
     workers = {worker_id for worker_id, _ in mine}
     known = set(parts((*switch.origin.replicas, *switch.target.replicas)))
@@ -135,7 +136,12 @@ def in_the_way(live: Live) -> list[Command]:
     found = {part for part in found if part[0] in workers}
     asked = live.course.asked
     useless = set(leaving(switch.origin, switch.target)) - set(asked.leaving if asked else ())
-    found.update(part for part in parts(useless) if live.view.held(part) and not live.gone(part[0]))
+    found.update(
+        part
+        for part in parts(useless)
+        if not live.gone(part[0])
+        and (live.view.held(part) or not live.view.stopped(part, epoch=switch.epoch))
+    )
     return [
         StopReplica(epoch=switch.epoch, worker_id=worker_id, replica_id=replica_id)
         for worker_id, replica_id in sorted(found)

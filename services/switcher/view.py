@@ -26,6 +26,9 @@ from shared.placement.sheets import ModelShape
 
 Part = tuple[str, str]
 """One rank of one replica: (worker_id, replica_id)."""
+FORGET_S = 600.0
+"""Of silence, after which a worker's hosted replicas are forgotten. Sooner, one that was held still
+would come back with a rank that seems to be younger than what was lost of its replica meanwhile."""
 ReplicaEvent = (
     ReplicaStarted
     | ReplicaDrained
@@ -141,7 +144,7 @@ class WorkerView:
         self.failures.clear()
         self._refused.clear()
         self._starting_s = {p: s for p, s in self._starting_s.items() if p[0] in self._workers}
-        self._workers = {w: v for w, v in self._workers.items() if not self.gone(w, now_s)}
+        self._workers = {w: v for w, v in self._workers.items() if now_s - v.seen_s <= FORGET_S}
         held = {(w, r) for w, worker in self._workers.items() for r in worker.hosted}
         ids = {replica_id for _, replica_id in held}
         self._held_since = {p: t for p, t in self._held_since.items() if p in held}

@@ -42,16 +42,15 @@ from services.worker.identity import WorkerIdentity
 from services.worker.replica import Ending, Hosted, LiveRequest
 from services.worker.reports import Reports
 from services.worker.roster import Moved, Roster, Settled
+from shared import subjects
 from shared.core import Draining, Effect, Publish, SetTimer, Start, Started
 from shared.messages.requests import AbortRequest, SubmitRequest, TokenChunk
-from shared.subjects import (
-    ABORT_REQUEST, ADVANCE_STAGE, DRAIN_REPLICA, GROW_CACHE, PAUSE_REPLICA, PREPARE_REPLICA,
-    RESUME_REPLICA, START_REPLICA, STOP_REPLICA, SUBMIT_REQUEST, TAKE_REQUESTS,
-)  # fmt: skip
 
 INPUTS = (
-    SUBMIT_REQUEST, ABORT_REQUEST, START_REPLICA, DRAIN_REPLICA, STOP_REPLICA, RESUME_REPLICA,
-    PREPARE_REPLICA, PAUSE_REPLICA, TAKE_REQUESTS, ADVANCE_STAGE, GROW_CACHE,
+    subjects.SUBMIT_REQUEST, subjects.ABORT_REQUEST, subjects.START_REPLICA,
+    subjects.DRAIN_REPLICA, subjects.STOP_REPLICA, subjects.RESUME_REPLICA,
+    subjects.PREPARE_REPLICA, subjects.PAUSE_REPLICA, subjects.TAKE_REQUESTS,
+    subjects.ADVANCE_STAGE, subjects.GROW_CACHE,
 )  # fmt: skip
 EngineEvent = (
     EngineReady | EngineBroken | EngineStopped
@@ -203,7 +202,7 @@ class WorkerCore:
         yield from self._moving.drop_held(abort.request_id, abort.attempt)
         leader = self._moved.pursue(abort.request_id, abort.attempt)
         if leader:
-            yield ABORT_REQUEST.send(abort, worker_id=leader)
+            yield subjects.ABORT_REQUEST.send(abort, worker_id=leader)
         # It may have overtaken the submission, or the request may have moved away from here:
         # neither must be run after this.
         self._settled.add(abort.request_id, abort.attempt)
@@ -260,7 +259,7 @@ class WorkerCore:
             abort = AbortRequest(
                 request_id=live.request_id, attempt=live.attempt, replica_id=live.replica_id
             )
-            yield ABORT_REQUEST.send(abort, worker_id=leader)
+            yield subjects.ABORT_REQUEST.send(abort, worker_id=leader)
 
     def _settle(self, replica_id: str) -> Iterator[Effect]:
         return self._hosting.settle(self._roster.replicas[replica_id])

@@ -18,7 +18,7 @@ from services.worker.engine.interface import (
     EngineRequest,
     LiveState,
 )
-from services.worker.engine_thread import EngineThread
+from services.worker.engine_thread import EngineThread, StartGivenUp, go_on
 from services.worker.events import (
     Admission,
     EngineBroken,
@@ -113,8 +113,8 @@ class EngineHost:
         self.requests_total += self.takeover.release(order)
 
     def stop(self) -> None:
-        """Drop what runs and end; a start or step in progress is waited for, its result not
-        used. EngineStopped follows."""
+        """Drop what runs and end: a step in progress is waited for, its result not used, a start is
+        given up. EngineStopped follows."""
         self._stopping = True
         self._live.clear()
         self._adds.clear()
@@ -144,7 +144,8 @@ class EngineHost:
         broken invariant (AssertionError) ends the process, like everywhere."""
         thread = EngineThread(f"engine-{self.replica_id}-{self.generation}")
         try:
-            await self._serve(thread)
+            with suppress(StartGivenUp):
+                await self._serve(thread)
         except AssertionError:
             raise
         except Exception as error:  # torch and drivers raise anything
@@ -167,12 +168,14 @@ class EngineHost:
 
     async def _serve(self, thread: EngineThread) -> None:
         started_s = self._clock.now_s()
-        engine = await thread.call(lambda: self._factory.build(self._start))
+        engine = await thread.call(
+            lambda: self._factory.build(self._start, lambda: go_on(self._stopping))
+        )
         fault: Exception | None = None
         try:
             await self._delay(started_s)
             if not self._stopping:
-                self._begin(engine, took_s=self._clock.now_s() - started_s)
+                self._begin(engine)
             await self._loop(engine, thread)
         except Exception as error:  # noqa: BLE001  # raised again once the engine is closed
             fault = error
@@ -187,17 +190,16 @@ class EngineHost:
         if fault is not None:
             raise fault
 
-    def _begin(self, engine: Engine, *, took_s: float) -> None:
+    def _begin(self, engine: Engine) -> None:
         self._engine, self._block_tokens = engine, engine.block_tokens
-        fetched = dict(engine.fetched)
-        self.takeover.fetched_bytes = sum(fetched.values())
+        self.takeover.fetched_bytes = sum(engine.fetched.values())
         if self._context.peers is not None:
             self._handover.offer(self._context.peers)
         ready = EngineReady(
             replica_id=self.replica_id,
             generation=self.generation,
-            bytes_by_source=fetched,
-            took_s=took_s,
+            bytes_by_source=dict(engine.fetched),
+            took_s=engine.fetch_s,
             cache_bytes=engine.cache_bytes,
             cache_bytes_full=engine.cache_bytes_full,
         )

@@ -6,7 +6,19 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from shared.errors import EngineFailed
+
 T = TypeVar("T")
+
+
+class StartGivenUp(EngineFailed):
+    """The replica was stopped before its engine was ready."""
+
+
+def go_on(stopping: bool) -> None:
+    """What an engine under construction calls now and then."""
+    if stopping:
+        raise StartGivenUp
 
 
 class EngineThread:

@@ -132,8 +132,8 @@ class EngineAbort(msgspec.Struct, frozen=True):
 
 
 class EngineReady(Message, frozen=True, kw_only=True):
-    """``bytes_by_source`` as in ReplicaPrepared; ``cache_bytes``: this rank's KV cache, and what it
-    can grow to."""
+    """``bytes_by_source`` and ``took_s`` as in ReplicaPrepared; ``cache_bytes``: this rank's KV
+    cache, and what it can grow to."""
 
     replica_id: str
     generation: int

@@ -8,7 +8,7 @@ import logging
 from contextlib import suppress
 
 from services.worker.engine.interface import EngineLoad, Follower
-from services.worker.engine_thread import EngineThread
+from services.worker.engine_thread import EngineThread, StartGivenUp, go_on
 from services.worker.events import (
     EngineBroken,
     EngineExpect,
@@ -31,7 +31,7 @@ class FollowerHost:
         assert context.factory.follow is not None, "the core has no engine part for this rank"
         self.replica_id, self.generation = start.spec.replica_id, start.generation
         self._start, self._follow = start, context.factory.follow
-        self._clock, self._feed = context.clock, context.feed
+        self._feed = context.feed
         self._follower: Follower | None = None
         self._stopping = asyncio.Event()
         self._fetched_bytes = 0
@@ -60,7 +60,8 @@ class FollowerHost:
         """From start to stop. Whatever it raises loses its replica, not the worker."""
         thread = EngineThread(f"rank-{self.replica_id}-{self.generation}")
         try:
-            await self._serve(thread)
+            with suppress(StartGivenUp):
+                await self._serve(thread)
         except AssertionError:
             raise
         except Exception as error:  # torch and drivers raise anything
@@ -78,11 +79,12 @@ class FollowerHost:
             thread.close()
 
     async def _serve(self, thread: EngineThread) -> None:
-        started_s = self._clock.now_s()
-        follower = await thread.call(lambda: self._follow(self._start))
+        follower = await thread.call(
+            lambda: self._follow(self._start, lambda: go_on(self._stopping.is_set()))
+        )
         try:
             if not self._stopping.is_set():
-                self._begin(follower, took_s=self._clock.now_s() - started_s)
+                self._begin(follower)
                 await thread.call(follower.serve)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), FAREWELL_S)
@@ -92,7 +94,7 @@ class FollowerHost:
             self._follower = None
             await thread.call(follower.close)
 
-    def _begin(self, follower: Follower, *, took_s: float) -> None:
+    def _begin(self, follower: Follower) -> None:
         self._follower = follower
         fetched = dict(follower.fetched)
         self._fetched_bytes = sum(fetched.values())
@@ -100,7 +102,7 @@ class FollowerHost:
             replica_id=self.replica_id,
             generation=self.generation,
             bytes_by_source=fetched,
-            took_s=took_s,
+            took_s=follower.fetch_s,
             cache_bytes=follower.cache_bytes,
             cache_bytes_full=follower.cache_bytes_full,
         )

@@ -97,7 +97,7 @@ async def bench(
 ) -> AsyncGenerator[Bench]:
     engine = SlowEngine()
     factory = EngineFactory(
-        build=lambda _: build(engine) if build else engine,
+        build=lambda *_: build(engine) if build else engine,
         running_max=2,
         waiting_max=2,
     )
@@ -304,7 +304,8 @@ def test_a_blocking_engine_stands_still_at_a_step_boundary() -> None:
 class Rank:
     """A follower whose leader says goodbye, or is lost, when the test lets it."""
 
-    cache_bytes = 7
+    cache_bytes = cache_bytes_full = 7
+    fetch_s = 0.5
 
     def __init__(self) -> None:
         self.fetched = {"n0-g1": 3}
@@ -334,7 +335,7 @@ async def follow(rank: Rank, then: Callable[[FollowerHost], None]) -> list[Messa
         context = HostContext(
             config=WorkerConfig(worker_id="n0-g0"),
             factory=EngineFactory(
-                build=lambda _: SlowEngine(), follow=lambda _: rank, running_max=2, waiting_max=2
+                build=lambda *_: SlowEngine(), follow=lambda *_: rank, running_max=2, waiting_max=2
             ),
             outbox=Outbox(MemoryBus(), incarnation="run", delay_s=0.001, metrics=Metrics("worker")),
             clock=SystemClock(),
@@ -357,6 +358,7 @@ def test_a_rank_takes_part_until_it_is_stopped() -> None:
     ready, stopped = asyncio.run(follow(Rank(), FollowerHost.stop))
     assert isinstance(ready, EngineReady)
     assert (ready.bytes_by_source, ready.cache_bytes) == ({"n0-g1": 3}, 7)
+    assert ready.took_s == 0.5, "what else the start took is not copying"
     assert isinstance(stopped, EngineStopped)
 
 

@@ -20,7 +20,7 @@ from shared.errors import EngineFailed
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
 from shared.placement.copies import Copy
-from shared.placement.sheets import Rank, areas_of
+from shared.placement.sheets import Rank, areas_of, cache_token_bytes
 
 _PATIENCE_S = 30.0
 
@@ -155,7 +155,8 @@ class ThreadFollowerLink:
 
 class ThreadReplica:
     """A replica of ``shape``; ``close`` the engine, and all its threads end. With a ``name`` each
-    rank is a worker that peers reach, and ``replica_id`` is theirs to take requests from."""
+    rank is a worker that peers reach, and ``replica_id`` is theirs to take requests from.
+    ``cache_blocks``: of KV cache that there is room for until it grows."""
 
     def __init__(
         self,
@@ -165,7 +166,9 @@ class ThreadReplica:
         *,
         name: str = "",
         replica_id: str = "r",
+        cache_blocks: int = 0,
     ) -> None:
+        self.cache_blocks = cache_blocks
         self.world = World(Parallelism.parse(shape))
         self.followers: dict[int, TorchFollower] = {}
         self.failures: list[EngineFailed] = []
@@ -212,12 +215,18 @@ class ThreadReplica:
             assert not thread.is_alive(), "a follower does not end"
 
     def _part(self, number: int) -> RankPart:
-        start = EngineStart(spec=self.spec, generation=1, rank=number, peers=self.peers)
+        rank = Rank.of(number, self.world.shape)
+        start = EngineStart(
+            spec=self.spec,
+            generation=1,
+            rank=number,
+            peers=self.peers,
+            cache_bytes_max=self.cache_blocks * self._block_bytes(rank),
+        )
         server = self.servers[number] if self.servers else None
         part = RankPart(OpenedModel.open(self._folder, self._config), start, server)
         if server is not None:
             part.undo.callback(server.close)
-        rank = Rank.of(number, self.world.shape)
         groups = ThreadGroups(
             ThreadGroup(self.world, rank, tp=True), ThreadGroup(self.world, rank, tp=False)
         )
@@ -226,6 +235,10 @@ class ThreadReplica:
         else:
             part.connect(ThreadFollowerLink(self.world, number), groups)
         return part
+
+    def _block_bytes(self, rank: Rank) -> int:
+        shape = read_model_config(self._folder).shape("m", self._config.dtype)
+        return self._config.block_tokens * cache_token_bytes(shape, rank)
 
     def _follow(self, number: int) -> None:
         part = self._part(number)

@@ -52,8 +52,14 @@ class MeshWatch:
         return self._workers[worker_id][1].incarnation
 
     def running(self, worker_id: str) -> int:
-        """Requests in the batches that this worker leads, by its newest report."""
-        return sum(r.running for _, r in self._replicas.values() if r.worker_id == worker_id)
+        """Requests in the batches that this worker leads, by its newest reports: of a replica that
+        is no more there is none."""
+        heard_s = monotonic() - FRESH_S
+        return sum(
+            report.running
+            for at_s, report in self._replicas.values()
+            if report.worker_id == worker_id and at_s >= heard_s
+        )
 
     async def until(self, missing: Callable[[], str], *, timeout_s: float, what: str) -> None:
         """Poll until ``missing`` says ""; raises Unrecovered with what it said last."""

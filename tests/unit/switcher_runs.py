@@ -31,6 +31,7 @@ from shared.messages.plans import AdoptPlan, DeploymentPlan, ReplicaSpec, Stored
 from shared.messages.replicas import (
     AdvanceStage,
     DrainReplica,
+    GrowCache,
     HostedReplica,
     PauseReplica,
     PrepareReplica,
@@ -61,6 +62,7 @@ VERBS: dict[type[Command], str] = {
     PauseReplica: "pause",
     TakeRequests: "take",
     AdvanceStage: "stage",
+    GrowCache: "grow",
 }
 SHAPE = ModelShape(
     model_id="m", layers=4, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16,
@@ -153,18 +155,21 @@ class Run:
         *held: HostedReplica,
         incarnation: str = "i1",
         leaving: bool = False,
+        number: int = 0,
+        memory_bytes: int = 0,
     ) -> list[Effect]:
         return self.step(
             WorkerReport(
                 worker_id=worker_id,
                 incarnation=incarnation,
                 node_id="n0",
-                gpu=GpuSpec(gpu_id=worker_id),
+                gpu=GpuSpec(gpu_id=worker_id, memory_bytes=memory_bytes),
                 models=("m",),
                 replicas=held,
                 leaving=leaving,
                 peer=f"tcp://{worker_id}" if self.live else "",
                 shapes=(SHAPE,) if self.live else (),
+                number=number,
             )
         )
 

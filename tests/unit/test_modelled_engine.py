@@ -132,7 +132,10 @@ class TestFactory:
         spec = ReplicaSpec(
             replica_id="r", model_id="modelled", parallelism="tp2pp1", gpus=("n0-g0", "n0-g1")
         )
-        assert factory.build(EngineStart(spec, 1)).load().kv_blocks_total == 2 * SETTINGS.kv_blocks
+        assert (
+            factory.build(EngineStart(spec, 1), lambda: None).load().kv_blocks_total
+            == 2 * SETTINGS.kv_blocks
+        )
 
     def test_unknown_torch_setting_is_refused_at_start(self) -> None:
         """Otherwise a typing error would show only when a plan starts a replica."""
@@ -161,7 +164,7 @@ class TestFactory:
         mesh = MeshConfig(engine=EngineSpec(kind="torch"), model=model)
         spec = ReplicaSpec(replica_id="r", model_id="m", parallelism="tp2pp1", gpus=("a", "b"))
         with pytest.raises(ConfigInvalid, match="one device"):
-            engine_factory(mesh).build(EngineStart(spec, 1))
+            engine_factory(mesh).build(EngineStart(spec, 1), lambda: None)
 
     @pytest.mark.torch
     def test_a_longer_context_than_the_checkpoints_is_refused(self, tmp_path: Path) -> None:

@@ -347,6 +347,34 @@ def test_a_broken_replica_is_stopped_then_started_ever_more_rarely() -> None:
     assert gaps == {CONFIG.command_retry_s * 2.0**3}
 
 
+def test_a_rank_that_stood_still_while_the_others_broke_is_started_anew() -> None:
+    """Taken for a new one, it would not join the others again: they would wait for it in vain."""
+    wide = plan("W", replica("r0", "g0", "g1"))
+    run = Run().in_force(wide, 1)
+    for _ in range(5):
+        run.report("g0", hosted("r0", 1, tp=2))
+        run.later()
+    weighted = msgspec.structs.replace(wide, plan_id="W2", weights={"chat": {"r0": 1.0}})
+    run.adopt(weighted, 1)
+    run.write()
+    run.write()
+    assert run.core.state == "settled"
+    run.failed("r0@g0", 2, "RankLost")
+    run.report("g0", hosted("r0", 2, "failed", tp=2))
+    assert run.commands == ["stop r0@g0 e2"]
+    run.stopped("r0@g0", 2)
+    run.report("g0")
+    assert run.commands == []
+    run.report("g1", hosted("r0", 1, rank=1, tp=2))
+    run.later()
+    assert run.commands == ["stop r0@g1 e2"]
+    run.stopped("r0@g1", 2)
+    run.report("g0")
+    run.report("g1")
+    run.later()
+    assert run.commands == ["start r0@g0 e2", "start r0@g1 e2"]
+
+
 def test_a_repair_that_hangs_is_tried_again() -> None:
     """Otherwise an engine stuck in loading after a worker's restart would never serve again."""
     run = Run().in_force(A, 1)

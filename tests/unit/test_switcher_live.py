@@ -680,6 +680,51 @@ def test_a_new_replica_must_have_as_much_room_as_an_old_one() -> None:
     assert run.questions[0].cache_tokens_min == 600
 
 
+def test_a_repair_that_is_still_on_its_way_cannot_come_after_the_copies() -> None:
+    """Otherwise what was started anew just before the switch would appear on a GPU that was
+    taken for empty, beside what comes."""
+    run = Run(live=True).in_force(TWO, 1)
+    run.report("g1")
+    run.adopt(WIDE, 1)
+    run.write()
+    run.planned(PLANNED)
+    assert run.commands == ["stop r1@g1 e2"]
+    run.later()
+    assert run.commands == ["stop r1@g1 e2"], "until it is answered"
+    run.stopped("r1@g1", 2)
+    assert run.commands == ["prepare r2@g0 e2", "prepare r2@g1 e2"]
+
+
+def test_nothing_is_planned_over_memory_that_nobody_has_told_of() -> None:
+    """Otherwise a replica whose start was heard of, and its report not yet, would be taken for one
+    without KV cache, and more would be laid beside it than fits."""
+    run = Run(live=True).in_force(TWO, 1)
+    run.report("g0", hosted("r0", 1), memory_bytes=1 << 30)
+    run.adopt(WIDE, 1)
+    run.write()
+    assert not run.questions
+    known = msgspec.structs.replace(hosted("r0", 1), cache_bytes=1 << 20)
+    run.report("g0", known, memory_bytes=1 << 30)
+    assert run.questions[0].held["g0"].cache_bytes == 1 << 20
+
+
+def test_a_report_that_comes_late_changes_nothing() -> None:
+    """Otherwise a replica that serves would be taken for the one that it was, without its cache."""
+    run = Run(live=True).in_force(TWO, 1)
+    serving = msgspec.structs.replace(hosted("r0", 1), cache_bytes=1 << 20)
+    run.report("g0", serving, number=7)
+    run.report("g0", hosted("r0", 1), number=6)
+    run.adopt(WIDE, 1)
+    run.write()
+    assert run.questions[0].held["g0"].cache_bytes == 1 << 20
+    run = Run(live=True).in_force(TWO, 1)
+    run.report("g0", serving, number=7)
+    run.report("g0", incarnation="i2", number=1)
+    run.adopt(WIDE, 1)
+    run.write()
+    assert run.questions[0].leaving == TWO.replicas[1:], "a new process counts anew"
+
+
 def test_a_worker_that_refuses_to_prepare_rolls_back_at_once() -> None:
     """Otherwise one that hosts too much already would hold the switch up until its deadline."""
     run = preparing()

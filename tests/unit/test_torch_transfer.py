@@ -14,8 +14,9 @@ from torch import Tensor
 from services.worker.engine.torch_engine.arena import Arena, group_of
 from services.worker.engine.torch_engine.exports import Exports
 from services.worker.engine.torch_engine.model_config import ModelConfig
+from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import kv_shards, weight_shards
-from services.worker.engine.torch_engine.source import Between, Piece, Source
+from services.worker.engine.torch_engine.source import Between, Source
 from services.worker.engine.torch_engine.stages import StageOrder, WeightStages
 from services.worker.engine.torch_engine.transfer import (
     check_covered,

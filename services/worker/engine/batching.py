@@ -113,9 +113,9 @@ class Batch(TakeoverState):
             self._finish_running(sequence)
 
     def plan(self) -> Plan | None:
-        """What comes next; None if there is nothing to do, or ``stuck``. More than one step only if in all of
-        them the same requests decode, and nobody could join. The same plan again until it is
-        performed."""
+        """What comes next; None if there is nothing to do, or ``stuck``. More than one step only if
+        in all of them the same requests decode, and nobody could join. The same plan again until it
+        is performed."""
         plan = self._plan
         if plan is not None:
             return plan

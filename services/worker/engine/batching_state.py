@@ -48,7 +48,7 @@ class BatchState:
         self.prefill_tokens_total: int = 0  # computed; those found in the prefix cache are hits
         self.hit_tokens_total: int = 0
         self._caching = prefix_caching
-        self._blocks_full = max(kv_blocks, kv_blocks_full)
+        self.blocks_full = max(kv_blocks, kv_blocks_full)
         self._live_max = limits.running_max + limits.waiting_max
         self.partials: list[Sequence] = []  # their prefill has begun: always the youngest
         self.held: dict[str, Sequence] = {}
@@ -68,8 +68,8 @@ class BatchState:
 
     def check_length(self, tokens_max: int) -> None:
         """Raises Rejected if a request of so many tokens never fits."""
-        if not self._fits(tokens_max, self._blocks_full):
-            capacity = self._blocks_full * self.limits.block_tokens
+        if not self._fits(tokens_max, self.blocks_full):
+            capacity = self.blocks_full * self.limits.block_tokens
             detail = f"{tokens_max} tokens exceed the KV cache of {capacity} tokens"
             raise Rejected("too_long", detail)
 
@@ -82,12 +82,12 @@ class BatchState:
 
     def grow(self) -> None:
         """Give the KV cache its full size; a plan under way stays as it is."""
-        self.kv.total = self._blocks_full
+        self.kv.total = self.blocks_full
 
     @property
     def stuck(self) -> bool:
         """Nobody runs, and who waits first has to wait until the KV cache grows."""
-        if self.running or self.entering or not self.waiting or self.kv.total >= self._blocks_full:
+        if self.running or self.entering or not self.waiting or self.kv.total >= self.blocks_full:
             return False
         first = next(iter(self.waiting.values()))
         return self.kv.blocks_of(first.known) > self.kv.total

@@ -98,6 +98,12 @@ class Engine(Protocol):
         ...
 
     @property
+    def fetch_s(self) -> float:
+        """Seconds in which they were copied or read: not those of allocating, or of waiting for
+        other ranks. 0 where there are no weights."""
+        ...
+
+    @property
     def cache_bytes(self) -> int:
         """Of this rank's KV cache, used or not."""
         ...
@@ -129,7 +135,8 @@ class Engine(Protocol):
         nothing that a later call does not confirm; what is not among the states of the final call
         is forgotten. A request that does not fit, or whose KV cache cannot be had, is held
         without it (``replayed``); one that never fits here, not even alone in the full cache, ends
-        with ``failed`` once it is let go on. Raises PeerLost when the source is gone and Rejected never."""
+        with ``failed`` once it is let go on. Raises PeerLost when the source is gone and Rejected
+        never."""
         ...
 
     def release(self, *, keep: bool) -> None:
@@ -186,6 +193,9 @@ class Follower(Protocol):
 
     @property
     def fetched(self) -> dict[str, int]: ...
+
+    @property
+    def fetch_s(self) -> float: ...
 
     @property
     def cache_bytes(self) -> int: ...

@@ -76,6 +76,8 @@ class ModelledEngine:
         """Nothing: there are no weights."""
         return {}
 
+    fetch_s = 0.0
+
     @property
     def cache_bytes(self) -> int:
         """None: its KV cache is a number of blocks."""

@@ -41,7 +41,7 @@ def build_torch_engine(
     between: Callable[[], None] = no_pause,
 ) -> TorchEngine:
     """The leading rank of ``start``'s replica, ready when all its ranks are. ``between`` is called
-    every few MiB of weights and raises to give up. Raises ConfigInvalid, PeerLost where a source
+    while other ranks are waited for, and every few MiB of weights, and raises to give up. Raises ConfigInvalid, PeerLost where a source
     of weights is gone, EngineFailed where another rank is."""
     part = RankPart(OpenedModel.open(path, config), start, peers, between)
     size = part.rank.tp * part.rank.pp
@@ -53,7 +53,7 @@ def build_torch_engine(
                 peers, replica_id=start.spec.replica_id, epoch=start.epoch, size=size
             )
             part.undo.callback(session.close)
-            session.gather(_MEET_S)
+            session.gather(_MEET_S, between)
             _connect(part, session, start, peers)
         engine = lead(part, session)
         failed.pop_all()
@@ -78,6 +78,7 @@ def follow_torch_engine(
             epoch=start.epoch,
             rank=start.rank,
             timeout_s=_MEET_S,
+            between=between,
         )
         part.undo.callback(session.close)
         _connect(part, session, start, peers)

@@ -20,11 +20,16 @@ class CommandSource(Protocol):
     def recv(self) -> bytes | None: ...
 
 
-class TakesPart(Protocol):
-    """A follower's part in taking requests over: what the leader commands, by tag."""
+class Obeys(Protocol):
+    """A follower's part in something: what the leader commands, by tag."""
 
     @property
     def handlers(self) -> Mapping[int, CommandHandler]: ...
+
+
+class TakesPart(Obeys, Protocol):
+    """Its part in taking requests over."""
+
     def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None: ...
     def close(self) -> None: ...
 
@@ -38,10 +43,13 @@ class FollowerParts:
     reader: PlanReader
     session: CommandSource
     fetched: dict[str, int]
-    cache_bytes: int
+    cache_bytes: Callable[[], int]
     stop: Callable[[], None]
     close: Callable[[], None]
     takeover: TakesPart | None = None
+    growth: Obeys | None = None
+    cache_bytes_full: int = 0
+    fetch_s: float = 0.0
 
 
 class TorchFollower:
@@ -49,7 +57,9 @@ class TorchFollower:
 
     def __init__(self, parts: FollowerParts) -> None:
         self._parts: FollowerParts | None = parts
-        self._fetched, self._cache_bytes = parts.fetched, parts.cache_bytes
+        self._fetched, self.fetch_s = parts.fetched, parts.fetch_s
+        self._cache_bytes = parts.cache_bytes()
+        self._cache_bytes_full = max(parts.cache_bytes_full, self._cache_bytes)
         self._stopped = False
 
     @property
@@ -58,7 +68,13 @@ class TorchFollower:
 
     @property
     def cache_bytes(self) -> int:
-        return self._cache_bytes
+        """Read by another thread than the one in ``serve``."""
+        parts = self._parts
+        return self._cache_bytes if parts is None else parts.cache_bytes()
+
+    @property
+    def cache_bytes_full(self) -> int:
+        return self._cache_bytes_full
 
     def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
         assert self._parts is not None, "the follower is closed"
@@ -69,8 +85,8 @@ class TorchFollower:
         parts = self._parts
         assert parts is not None, "the follower is closed"
         handlers: dict[int, CommandHandler] = {STEP: lambda body: _step(parts, body)}
-        if parts.takeover is not None:
-            handlers |= parts.takeover.handlers
+        for part in (parts.takeover, parts.growth):
+            handlers |= {} if part is None else part.handlers
         try:
             while (payload := parts.session.recv()) is not None:
                 tag, body = parted(payload)

@@ -14,8 +14,9 @@ import msgspec
 from torch import Tensor
 
 from services.worker.engine.torch_engine.exports import Part
+from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import TensorShard
-from services.worker.engine.torch_engine.source import Between, Piece, Source
+from services.worker.engine.torch_engine.source import Between, Source
 from services.worker.engine.torch_engine.transfer import (
     connect_source,
     covered,

@@ -58,6 +58,7 @@ class EngineParts:
     tokenizer: Tokenizer
     context_tokens: int
     fetched: dict[str, int]
+    fetch_s: float = 0.0
     takeover: TakesOver | None = None
     grow: Callable[[], None] = lambda: None
     cache_bytes_full: int = 0
@@ -76,7 +77,7 @@ class TorchEngine:
         self._tokenizer = parts.tokenizer
         self._context_tokens = parts.context_tokens
         self._vocabulary = parts.stage.vocabulary
-        self._fetched = parts.fetched
+        self._fetched, self.fetch_s = parts.fetched, parts.fetch_s
         self._cache_bytes = parts.stage.cache_bytes
         self._cache_bytes_full = max(parts.cache_bytes_full, self._cache_bytes)
         self._stops: dict[str, StopCheck] = {}

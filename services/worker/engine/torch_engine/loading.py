@@ -4,6 +4,7 @@ Stage by stage, where old and new weights do not fit into memory at once; what a
 source decides where each part comes from.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,11 @@ class WeightLoader:
         device: torch.device,
     ) -> None:
         """Raises ConfigInvalid, and EngineFailed if the copies do not bring all weights."""
-        self._origin = origin
+        self._origin, self._arena = origin, arena
         self._copies = [copy for copy in origin.copies if copy.sheet != "cache"]
         self._checkpoint: Checkpoint | None = None
         self.fetched: dict[str, int] = {}
+        self.fetch_s = 0.0  # spent in ``load``
         if not self._copies or any(copy.source == DISK for copy in self._copies):
             self._checkpoint = _checked(origin.folder, model)
         allocate = arena.allocate
@@ -74,6 +76,7 @@ class WeightLoader:
     def load(self, stage: int) -> dict[str, int]:
         """Fill what the copies of ``stage`` bring; bytes by source, DISK for the checkpoint.
         Raises ConfigInvalid, PeerLost, EngineFailed, and what ``between`` raises."""
+        began_s = time.perf_counter()
         origin, weights = self._origin, self.weights
         found: dict[str, int] = {}
         if self._copies:
@@ -85,6 +88,7 @@ class WeightLoader:
                 stage=stage,
                 verify=origin.verify,
                 between=origin.between,
+                arena=self._arena,
             )
             parts = disk_parts(weights, self._copies, stage=stage)
         else:
@@ -94,6 +98,7 @@ class WeightLoader:
             found[DISK] = self._checkpoint.load(parts)
         for source, count in found.items():
             self.fetched[source] = self.fetched.get(source, 0) + count
+        self.fetch_s += time.perf_counter() - began_s
         return found
 
 

@@ -151,7 +151,9 @@ class _Taker:
         copies = [Copy(sheet, area, _OWNER, _REPLICA) for sheet, area in areas.items()]
         peers = {_OWNER: address}
         begin = time.perf_counter()
-        fetched = fetch_weights(weights, copies, peers, worker_id=_TAKER, stage=0, verify=False)
+        fetched = fetch_weights(
+            weights, copies, peers, worker_id=_TAKER, stage=0, verify=False, arena=arena
+        )
         took_s = time.perf_counter() - begin
         assert all(bool((tensor == 1.0).all()) for tensor in weights.named.values())
         return sum(fetched.values()), took_s

@@ -108,11 +108,10 @@ class DecoderStage:
         for number, (layer, pair) in enumerate(zip(self.weights.layers, layers, strict=True)):
             free(layer)
             new = (self._zeros(pair[0], allocate), self._zeros(pair[1], allocate))
-            for before, after in zip(self._caches[number], new, strict=True):
-                after[:copied].copy_(before[:copied])
+            for kind in (0, 1):  # no name for the old ones: they would stay while the next are made
+                new[kind][:copied].copy_(self._caches[number][kind][:copied])
             self._caches[number] = new
             self.kv_named.update(zip((shard.name for shard in pair), new, strict=True))
-            del before, after  # else the old memory would stay while the next layer's is made
             yield pair
 
     def _zeros(self, shard: TensorShard, allocate: Allocate) -> Tensor:

@@ -7,24 +7,19 @@ decides, and are ready.
 import contextlib
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
-
-import torch
 
 from services.worker.engine.torch_engine import sizing
 from services.worker.engine.torch_engine.arena import Arena
-from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler
-from services.worker.engine.torch_engine.config import TorchEngineConfig
 from services.worker.engine.torch_engine.exports import Exports
 from services.worker.engine.torch_engine.follower import FollowerParts, TorchFollower
-from services.worker.engine.torch_engine.kv_cache import BlockTable, KvBlocks
+from services.worker.engine.torch_engine.growth import CacheGrower, CacheGrowth, GrowthFollower
+from services.worker.engine.torch_engine.kv_cache import BlockTable
 from services.worker.engine.torch_engine.kv_transfer import KvTransfer
 from services.worker.engine.torch_engine.leader import EngineParts, TorchEngine
 from services.worker.engine.torch_engine.loading import Origin, WeightLoader
 from services.worker.engine.torch_engine.model import DecoderStage
-from services.worker.engine.torch_engine.model_config import ModelConfig, read_model_config
+from services.worker.engine.torch_engine.opened_model import OpenedModel
 from services.worker.engine.torch_engine.pipeline import Pipeline
 from services.worker.engine.torch_engine.rank_runner import RankRunner
 from services.worker.engine.torch_engine.ranks.group import RankGroup
@@ -41,7 +36,7 @@ from shared.placement.sheets import Rank
 from shared.text import load_tokenizer
 
 _LOAD_S = 900.0  # within which each must have its weights; a dead one is noticed earlier
-_BLOCKS = struct.Struct("<q")
+_BLOCKS = struct.Struct("<qq")  # of the KV cache, to begin with and in full
 
 
 class RankLink(Protocol):
@@ -73,62 +68,6 @@ class RankGroups(Protocol):
     def tp(self) -> RankGroup: ...
     @property
     def pipe(self) -> RankGroup: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenedModel:
-    """A checkpoint's facts, as the engine's settings want them computed."""
-
-    folder: Path
-    facts: ModelConfig
-    config: TorchEngineConfig
-    context_tokens: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def open(cls, path: str | Path, config: TorchEngineConfig) -> "OpenedModel":
-        """Raises ConfigInvalid for a bad folder or setting."""
-        config.validate()
-        folder = Path(path)
-        facts = read_model_config(folder)
-        context_tokens = sizing.context_tokens(facts, config)
-        device = sizing.device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        return cls(
-            folder=folder,
-            facts=facts,
-            config=config,
-            context_tokens=context_tokens,
-            dtype=sizing.dtype(facts, config),
-            device=device,
-        )
-
-    def scheduler(self, blocks: int, stages: int) -> BatchScheduler:
-        config = self.config
-        kv = KvBlocks(
-            blocks=blocks,
-            block_tokens=config.block_tokens,
-            rows=config.running_max,
-            row_tokens_max=self.context_tokens,
-        )
-        return BatchScheduler(
-            kv,
-            batch_tokens_max=config.batch_tokens_max,
-            running_max=config.running_max,
-            waiting_max=config.waiting_max,
-            micro_batches=stages,
-        )
-
-    def block_table(self, blocks: int) -> BlockTable:
-        """As the leader's."""
-        return BlockTable(
-            blocks=blocks,
-            block_tokens=self.config.block_tokens,
-            rows=self.config.running_max,
-            row_tokens_max=self.context_tokens,
-        )
 
 
 class RankPart:
@@ -183,13 +122,16 @@ class RankPart:
             group=group,
             on_layer=(lambda: None) if link is None else link.progress,
         )
-        self.blocks = sizing.kv_blocks(
-            model.facts,
-            model.config,
-            self.rank,
-            context_tokens=model.context_tokens,
-            dtype=model.dtype,
-            bytes_max=0 if start is None else start.cache_bytes_max,
+        self.blocks, self.blocks_full = (
+            sizing.kv_blocks(
+                model.facts,
+                model.config,
+                self.rank,
+                context_tokens=model.context_tokens,
+                dtype=model.dtype,
+                bytes_max=bytes_max,
+            )
+            for bytes_max in (0 if start is None else start.cache_bytes_max, 0)
         )
 
     def allocate_cache(self, blocks: int) -> None:
@@ -226,6 +168,20 @@ class RankPart:
         kv.expect(start.copies, start.peers, verify=start.verify)
         return kv, WeightStages(stage.weights, self.arena, self.exports, load=self.loader.load)
 
+    def growth(self, transfer: KvTransfer | None) -> CacheGrowth:
+        """What enlarges the KV cache here."""
+        return CacheGrowth(
+            stage=self.stage,
+            arena=self.arena,
+            block_tokens=self.model.config.block_tokens,
+            exports=self.exports,
+            transfer=transfer,
+        )
+
+    def cache_bytes(self, blocks: int, full: int) -> int:
+        """Of ``full`` blocks, as this rank's ``blocks`` take what they do."""
+        return self.stage.cache_bytes // blocks * full
+
     def runner(self, table: BlockTable) -> RankRunner:
         if self._groups is None or self._link is None:
             return RankRunner(self.stage, table)
@@ -236,19 +192,21 @@ def lead(part: RankPart, link: LeaderLink | None = None) -> TorchEngine:
     """Load the leading rank, or the only one (no ``link``), and make an engine of it. Raises
     ConfigInvalid, PeerLost, EngineFailed; the caller then undoes ``part``."""
     part.load()
-    model, blocks = part.model, part.blocks
+    model, size = part.model, part.rank.tp * part.rank.pp
+    room = [(part.blocks, part.blocks_full)]
     if link is not None:
-        others = range(1, part.rank.tp * part.rank.pp)
-        told = [link.recv(rank, _LOAD_S) for rank in others]
-        blocks = min(blocks, *(_BLOCKS.unpack(answer)[0] for answer in told))
-        link.broadcast(_BLOCKS.pack(blocks))
+        room += [_BLOCKS.unpack(link.recv(rank, _LOAD_S)) for rank in range(1, size)]
+    blocks, full = (min(counts) for counts in zip(*room, strict=True))
+    if link is not None:
+        link.broadcast(_BLOCKS.pack(blocks, full))
     part.allocate_cache(blocks)
-    scheduler = model.scheduler(blocks, part.rank.pp)
+    scheduler = model.scheduler(blocks, full, part.rank.pp)
     runner = part.runner(scheduler.kv)
     takeover: Takeover | None = None
     if (transfer := part.transfer()) is not None:
-        size = part.rank.tp * part.rank.pp
         takeover = Takeover(scheduler, *transfer, followers=link, size=size)
+    growth = part.growth(transfer and transfer[0])
+    grower = CacheGrower(scheduler.kv, growth, followers=link, size=size)
     return TorchEngine(
         EngineParts(
             stage=part.stage,
@@ -257,7 +215,10 @@ def lead(part: RankPart, link: LeaderLink | None = None) -> TorchEngine:
             tokenizer=load_tokenizer(str(model.folder)),
             context_tokens=model.context_tokens,
             fetched=part.loader.fetched,
+            fetch_s=part.loader.fetch_s,
             takeover=takeover,
+            grow=grower.grow,
+            cache_bytes_full=part.cache_bytes(blocks, full),
             close=part.undo.close,
         )
     )
@@ -266,13 +227,15 @@ def lead(part: RankPart, link: LeaderLink | None = None) -> TorchEngine:
 def follow(part: RankPart, link: FollowerLink) -> TorchFollower:
     """Load another rank. Raises as ``lead``."""
     part.load()
-    link.send(_BLOCKS.pack(part.blocks))
+    link.send(_BLOCKS.pack(part.blocks, part.blocks_full))
     told = link.recv()
     if told is None:
         raise EngineFailed("the leader gave up before all ranks were ready")
-    blocks: int = _BLOCKS.unpack(told)[0]
+    blocks: int
+    full: int
+    blocks, full = _BLOCKS.unpack(told)
     part.allocate_cache(blocks)
-    table = part.model.block_table(blocks)
+    table = part.model.block_table(full)
     takeover: TakeoverFollower | None = None
     if (transfer := part.transfer()) is not None:
         takeover = TakeoverFollower(*transfer, link)
@@ -282,9 +245,12 @@ def follow(part: RankPart, link: FollowerLink) -> TorchFollower:
             reader=PlanReader(table),
             session=link,
             fetched=part.loader.fetched,
-            cache_bytes=part.stage.cache_bytes,
+            fetch_s=part.loader.fetch_s,
+            cache_bytes=lambda: part.stage.cache_bytes,
+            cache_bytes_full=part.cache_bytes(blocks, full),
             stop=link.close,
             takeover=takeover,
+            growth=GrowthFollower(part.growth(transfer and transfer[0]), link),
             close=part.undo.close,
         )
     )

@@ -4,11 +4,9 @@ Three ways to the same bytes: tensors of this very process, memory of this host 
 descriptors, and a stream from another host.
 """
 
-import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -20,7 +18,6 @@ from services.worker.engine.torch_engine.exports import (
     SEGMENTS_MAX,
     Answer,
     Exports,
-    Part,
     TensorEntry,
     TensorTable,
     WantBytes,
@@ -32,6 +29,7 @@ from services.worker.engine.torch_engine.exports import (
     exported_here,
     topic_of,
 )
+from services.worker.engine.torch_engine.pieces import Piece, grouped, split
 from services.worker.engine.torch_engine.shared_memory import MemorySegment, viewed
 from services.worker.peers.link import PeerLink, connect
 from shared.errors import EngineFailed, PeerLost
@@ -42,39 +40,12 @@ _ANSWER_S = 10.0
 _UNDER_WAY_MAX = 3
 """Questions asked ahead of their answers, so that the stream never waits for us."""
 
-_ROWS_ELEMENTS_MAX = 2**15
-"""Of rows gathered at once: torch does so few in one thread. Each piece would else wait for a
-second one, which on a busy machine takes ten times as long as the copy."""
+LOCAL_BYTES_MAX = 32 * 2**20
+"""Copied at once on this host, which bounds how late a stop is noticed. Between two pieces a thread
+that computes may keep this one waiting for the interpreter."""
 
 Between = Callable[[], None]
 """Called between two pieces of work; raises to stop it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Copy ``part`` of the source to ``target``, of the same shape; or to these ``rows`` of it,
-    where the part has rows."""
-
-    part: Part
-    target: Tensor
-    rows: tuple[int, ...] = ()
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.part.shape) * self.target.element_size()
-
-    def write(self, values: Tensor) -> None:
-        if self.rows:
-            index = torch.tensor(self.rows, device=self.target.device)
-            self.target.index_copy_(0, index, values.to(self.target.device))
-        else:
-            self.target.copy_(values)
-
-    def written(self) -> Tensor:
-        if not self.rows:
-            return self.target
-        index = torch.tensor(self.rows, device=self.target.device)
-        return self.target.index_select(0, index)
 
 
 class Source:
@@ -120,11 +91,13 @@ class Source:
     def pull(self, pieces: Sequence[Piece], *, verify: bool, between: Between) -> int:
         """Copy them, and compare each with the source's own words if asked; the bytes copied.
         Raises PeerLost, EngineFailed for a checksum that differs, and what ``between`` raises."""
-        small = [part for piece in pieces for part in _split(piece)]
+        local = self.local
+        most = LOCAL_BYTES_MAX if local else BULK_BYTES_MAX
+        small = [part for piece in pieces for part in split(piece, most)]
         if not small:
             return 0
         self._check_dtype(small[0].target.dtype)
-        if self.exports is not None or self._link.local:
+        if local:
             for piece in small:
                 piece.write(piece.part.cut(self.view(piece.part.name)))
                 between()
@@ -202,7 +175,7 @@ class Source:
     def _stream(self, pieces: Sequence[Piece], between: Between) -> None:
         """Ask ahead, so that bytes flow all the time."""
         asked: deque[list[Piece]] = deque()
-        for group in _grouped(pieces):
+        for group in grouped(pieces):
             question = WantBytes(tuple(piece.part for piece in group))
             self._link.send(msgspec.msgpack.encode(question))
             asked.append(group)
@@ -236,7 +209,7 @@ class Source:
         self._link.recv_bulk_into(buffer.numpy().data, _ANSWER_S)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
 
     def _verify(self, pieces: Sequence[Piece], between: Between) -> None:
-        for group in _grouped(pieces):
+        for group in grouped(pieces):
             if self.exports is not None:
                 words = [checksum(p.part.cut(self.view(p.part.name))) for p in group]
             else:
@@ -260,40 +233,3 @@ class Source:
 
     def _lost(self, reason: str) -> PeerLost:
         return PeerLost(f"{self.replica_id} on worker {self.worker_id}: {reason}")
-
-
-def _split(piece: Piece) -> Iterator[Piece]:
-    """Pieces of at most BULK_BYTES_MAX, of rows _ROWS_ELEMENTS_MAX, along the first dimension; one
-    row may exceed it."""
-    part, size = piece.part, piece.size
-    most = BULK_BYTES_MAX
-    if piece.rows:
-        most = _ROWS_ELEMENTS_MAX * piece.target.element_size()
-    if 0 < size <= most:
-        yield piece
-        return
-    count = part.shape[0] if size else 0
-    step = max(1, most * count // max(1, size))
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        if piece.rows:
-            rows = msgspec.structs.replace(part, rows=part.rows[first:last])
-            yield Piece(rows, piece.target, piece.rows[first:last])
-            continue
-        begin = (part.begin[0] + first, *part.begin[1:])
-        end = (part.begin[0] + last, *part.end[1:])
-        yield Piece(Part(part.name, begin, end), piece.target[first:last])
-
-
-def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Small ones together, up to BULK_BYTES_MAX."""
-    group: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if group and size + piece.size > BULK_BYTES_MAX:
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += piece.size
-    if group:
-        yield group

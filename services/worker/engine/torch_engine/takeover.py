@@ -31,6 +31,7 @@ _ANSWER_S = 60.0
 """For a follower's answer; one that is gone or stuck is noticed long before by the session."""
 
 
+_TOO_LONG = "longer than the KV cache"
 _NO_ROOM = "no KV blocks or no row free"
 
 _Answer = TypeVar("_Answer", Pulled, Staged)
@@ -92,14 +93,11 @@ class Takeover:
         self._kv.expect(copies, peers, verify=verify)
 
     def take(self, replica_id: str, states: Sequence[LiveState], *, final: bool) -> Taken:
-        """See Engine. A request that this replica can never run, for want of KV cache, is named in
-        ``detail`` and neither moved nor replayed. With ``final``, what cannot be copied is
-        replayed; without, PeerLost is raised, and what was copied ahead is forgotten."""
+        """See Engine. With ``final``, what cannot be copied is replayed, and so is what this
+        replica can never run, for want of KV cache: it is held, and fails when it is let go on.
+        Without, PeerLost is raised, and what was copied ahead is forgotten."""
         self._drop(replica_id, keep={state.request.key for state in states})
-        fitting = [state for state in states if self._can_run(state)]
-        wanted, replayed, reasons = self._reserve(replica_id, fitting, final=final)
-        if len(fitting) < len(states):
-            reasons.add(f"{len(states) - len(fitting)} requests are too long for this KV cache")
+        wanted, replayed, reasons = self._reserve(replica_id, states, final=final)
         if not final:
             wanted = self._bite(wanted)
         answers = self._pull(replica_id, wanted, last=final)
@@ -150,10 +148,10 @@ class Takeover:
         self._kv.close()
 
     def _can_run(self, state: LiveState) -> bool:
-        kv = self._scheduler.kv
-        sampling = state.request.sampling
-        tokens_max = len(state.request.prompt_tokens) + sampling.output_tokens_max
-        return tokens_max - 1 <= kv.total * kv.block_tokens  # the last token is never computed
+        """If not now, then when the KV cache has grown."""
+        request = state.request
+        tokens_max = len(request.prompt_tokens) + request.sampling.output_tokens_max
+        return self._scheduler.kv.fits_ever(tokens_max)
 
     def _drop(self, replica_id: str, *, keep: set[str]) -> None:
         """Forget what came from ``replica_id`` and is not to be kept."""
@@ -172,14 +170,15 @@ class Takeover:
         for state in states:
             key = state.request.key
             # Of a request that waits nothing is copied, and so nothing is lost: it is moved.
-            own = self._scheduler.take(state) if state.computed or final else None
+            able = self._can_run(state)
+            own = self._scheduler.take(state) if able and (state.computed or final) else None
             if own is None:
                 self._arrivals.pop(key, None)
                 self._scheduler.forget_held(key)
                 if final:
                     replayed.append(key)
                     self._hold_without_cache(state)
-                    reasons.add(_NO_ROOM)
+                    reasons.add(_NO_ROOM if able else _TOO_LONG)
                 continue
             arrival = self._arrivals.setdefault(key, _Arrival(replica_id))
             if arrival.admission != state.admission:

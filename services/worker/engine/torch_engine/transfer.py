@@ -15,8 +15,9 @@ from torch import Tensor
 
 from services.worker.engine.torch_engine.arena import Arena, Place
 from services.worker.engine.torch_engine.exports import Exports, Part, TensorEntry
+from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import TensorShard
-from services.worker.engine.torch_engine.source import Between, Piece, Source
+from services.worker.engine.torch_engine.source import Between, Source
 from services.worker.engine.torch_engine.weights import Allocate, StageWeights
 from shared.errors import EngineFailed, PeerLost
 from shared.placement.copies import DISK, Copy
@@ -36,16 +37,18 @@ def fetch_weights(  # noqa: PLR0913  # what a switch says of its copies
     stage: int,
     verify: bool,
     between: Between = no_pause,
+    arena: Arena | None = None,
 ) -> dict[str, int]:
     """Fill ``weights`` along the copies of ``stage`` that have a worker as their source; bytes by
     source, those of ``worker_id`` itself being in place. ``between`` is called every few MiB and
-    may raise to stop. Raises PeerLost, and EngineFailed where a source holds something else."""
+    may raise to stop. ``arena``: where the weights lie. Raises PeerLost, and EngineFailed where a
+    source holds something else."""
     fetched: dict[str, int] = defaultdict(int)
     for (source_id, replica_id), part in _by_source(copies, stage).items():
         source = connect_source(peers, source_id, replica_id, worker_id=worker_id)
         try:
             for copy in part:
-                pieces, in_place = _pieces(weights, copy, source)
+                pieces, in_place = _pieces(weights, copy, source, arena)
                 pulled = source.pull(pieces, verify=verify, between=between)
                 fetched[source_id] += pulled + in_place
         finally:
@@ -183,7 +186,9 @@ def _by_source(copies: Sequence[Copy], stage: int) -> dict[tuple[str, str], list
     return found
 
 
-def _pieces(weights: StageWeights, copy: Copy, source: Source) -> tuple[list[Piece], int]:
+def _pieces(
+    weights: StageWeights, copy: Copy, source: Source, arena: Arena | None
+) -> tuple[list[Piece], int]:
     """What to copy, and the bytes that need not be because both share the memory."""
     pieces: list[Piece] = []
     in_place = 0
@@ -199,7 +204,7 @@ def _pieces(weights: StageWeights, copy: Copy, source: Source) -> tuple[list[Pie
         if shared is not None and part.cut(shared).data_ptr() == target.data_ptr():
             in_place += target.nbytes
         else:
-            pieces.append(Piece(part, target))
+            pieces.append(Piece(part, target, fresh=arena))
     return pieces, in_place
 
 

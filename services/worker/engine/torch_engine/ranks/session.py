@@ -1,6 +1,7 @@
 """Both ends of a replica's control channel: rank 0 leads, each other rank has a link to it."""
 
 import time
+from collections.abc import Callable
 from typing import Self
 
 import msgspec
@@ -13,12 +14,18 @@ from services.worker.peers.server import PeerServer
 from shared.errors import PeerLost
 
 JOIN_RETRY_S = 0.05
+ANSWER_S = 2.0  # for a leader that is there to let a rank in; one that stands still is asked again
+LOOK_S = 0.1  # how often who waits for others is asked whether to go on
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True):
     """A follower's hello."""
 
     rank: int
+
+
+def go_on() -> None:
+    """Nobody wants to give up."""
 
 
 def name_of(replica_id: str, epoch: int) -> str:
@@ -46,9 +53,9 @@ class LeaderSession(RankSession):
         server.offer(self._topic, self._on_join)
         self._watching.start()
 
-    def gather(self, timeout_s: float) -> None:
+    def gather(self, timeout_s: float, between: Callable[[], None] = go_on) -> None:
         """Wait until all ranks have joined; later joins are refused. RankLost names the first that
-        has not."""
+        has not. ``between`` is called every LOOK_S, and raises to give up."""
         deadline_s = time.monotonic() + timeout_s
         with self._state:
             while missing := [rank for rank in range(1, self.size) if rank not in self._channels]:
@@ -56,7 +63,8 @@ class LeaderSession(RankSession):
                     raise self._lost_or(missing[0], "has not joined")
                 if (wait_s := deadline_s - time.monotonic()) <= 0:
                     raise RankLost(missing[0], f"has not joined within {timeout_s:g} s")
-                self._state.wait(wait_s)
+                between()
+                self._state.wait(min(wait_s, LOOK_S))
             self._complete = True
         self._server.withdraw(self._topic, self._on_join)
 
@@ -149,12 +157,15 @@ class FollowerSession(RankSession):
         timeout_s: float,
         stall_s: float = STALL_S,
         progress_s: float = STALL_S,
+        between: Callable[[], None] = go_on,
     ) -> Self:
-        """Ask the leader until it lets this rank in; RankLost after ``timeout_s``."""
+        """Ask the leader until it lets this rank in; RankLost after ``timeout_s``. ``between`` is
+        called before each question, and raises to give up."""
         deadline_s, hello = time.monotonic() + timeout_s, msgspec.msgpack.encode(Join(rank))
         name = name_of(replica_id, epoch)
         while True:
-            wait_s = max(0.0, deadline_s - time.monotonic())
+            between()
+            wait_s = min(ANSWER_S, max(0.0, deadline_s - time.monotonic()))
             try:
                 link = connect(address, f"join/{name}", hello, timeout_s=wait_s)
                 link.recv(wait_s)  # let in, or PeerRefused
