@@ -16,6 +16,7 @@ from services.worker.events import (
     ABORT,
     ADMIT,
     EXPECT,
+    GROW,
     MEASURE,
     PAUSE_ENGINE,
     RELEASE,
@@ -29,6 +30,7 @@ from services.worker.events import (
     EngineAbort,
     EngineBroken,
     EngineExpect,
+    EngineGrow,
     EngineLoads,
     EnginePause,
     EnginePaused,
@@ -156,6 +158,7 @@ class DrivenWorker:
         self.sent: list[Message | DataMessage] = []
         self.jobs: list[Job] = []
         self.expected: list[EngineExpect] = []
+        self.grown: list[EngineGrow] = []
         self.engines: dict[tuple[str, int], ModelledEngine] = {}
         self.admitted: Counter[str] = Counter()
         self.ended: Counter[tuple[str, int]] = Counter()
@@ -326,6 +329,8 @@ class DrivenWorker:
                 self.feed(EngineLoads(engines=tuple(self._measured())))
             case _ if job == EXPECT:
                 self.expected.append(argument)
+            case _ if job == GROW:
+                self.grown.append(argument)
             case _:
                 assert job in SWITCH_JOBS or job in {START_ENGINE, STOP_ENGINE}, job
                 self.jobs.append(argument)

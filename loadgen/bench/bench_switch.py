@@ -5,8 +5,8 @@ weights of at least 0.5 GB. Each change is made there and back, ``--rounds`` tim
 by draining, stopping and loading from disk, and last the workers are killed and started anew, as
 where nothing can be moved. Told are requests lost, the pause of requests that were taken over, how
 long nobody got a token, bytes against the least possible, and what the copies reached against a
-plain copy between two processes under the same load. ``--part endurance``: 200 switches in a row on the tiny checkpoint, and what every process
-holds before and after.
+plain copy between two processes under the same load. ``--part endurance``: 200 switches in a row on
+the tiny checkpoint, and what every process holds before and after.
 """
 
 import argparse

@@ -83,6 +83,14 @@ class Rig:
         return f"nats://127.0.0.1:{self._broker_port}"
 
     def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def _start(self) -> None:
         engine_core, mesh_core = cores()
         config = self._written_config()
         binary = Path(sys.executable).with_name("nats-server")
@@ -97,7 +105,6 @@ class Rig:
             command = [*self._service("worker", config), "--set", f"worker.worker_id={worker_id}"]
             self._spawn(f"worker-{worker_id}", command, engine_core)
         self._wait_ready()
-        return self
 
     def __exit__(
         self,
@@ -105,6 +112,9 @@ class Rig:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for process in self.processes.values():
             process.send_signal(signal.SIGKILL)
         for process in self.processes.values():

@@ -97,12 +97,17 @@ class Fleet:
                         node_id=report.node_id,
                         kind=report.gpu.kind,
                         models=() if models == self._models else tuple(sorted(models)),
+                        movable=_movable(report),
                     )
                 )
         return tuple(offers)
 
     def _gone(self, worker: _Worker, now_s: float) -> bool:
         return now_s - worker.seen_s > self._config.worker_timeout_s
+
+
+def _movable(report: WorkerReport) -> tuple[str, ...]:
+    return tuple(shape.model_id for shape in report.shapes) if report.peer else ()
 
 
 def engine_limits(engine: EngineSpec) -> EngineLimits:

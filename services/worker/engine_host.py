@@ -12,12 +12,7 @@ from typing import TypeVar, cast
 
 from services.worker.attempts import Attempt, engine_request_of
 from services.worker.between import Between
-from services.worker.engine.interface import (
-    Engine,
-    EngineLoad,
-    EngineRequest,
-    LiveState,
-)
+from services.worker.engine.interface import Engine, EngineLoad, EngineRequest, LiveState
 from services.worker.engine_thread import EngineThread, StartGivenUp, go_on
 from services.worker.events import (
     Admission,

@@ -68,7 +68,8 @@ class PlanOutlook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class SwitchOutlook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What going from the replicas in force to others costs, and whether that pays. ``gain`` and
     ``cost`` are in seconds of lateness (lateness times seconds); ``served_share``: of the demand,
-    by the replicas that stay while it lasts; ``step``: which part of a longer way this is."""
+    by the replicas that serve while it lasts; ``step``: which part of a longer way this is.
+    ``pause_s``: of ``seconds``, in which what goes stands still; None: it is not switched live."""
 
     seconds: float
     served_share: float
@@ -82,6 +83,7 @@ class SwitchOutlook(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     moves: bool = False
     step: str = ""
     why: str = ""
+    pause_s: float | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,18 +3,17 @@
 import pytest
 
 from services.worker.engine.batching import Batch
+from services.worker.engine.interface import EngineLoad
+from services.worker.engine.modelled_timing import SettingsTimes
 from services.worker.engine.torch_engine.kv_cache import KvBlocks
-from services.worker.events import GROW
-from shared.core import Start
+from services.worker.events import EngineLoads, EngineReady, MeasuredEngine
 from shared.cost.limits import EngineLimits
 from shared.errors import Rejected
 from shared.mesh import ModelledEngineSettings
-from shared.messages.replicas import GrowCache, PauseReplica, PrepareReplica, StopReplica
-from services.worker.engine.modelled_timing import SettingsTimes
-from tests.worker_driver import WORKER, DrivenWorker, spec
+from shared.messages.replicas import GrowCache, PauseReplica, WorkerReport
+from tests.worker_driver import WORKER, DrivenWorker, prepare, spec, start
 
 LIMITS = EngineLimits(block_tokens=4, batch_tokens_max=64, running_max=4, waiting_max=4)
-SERVED = spec("r1")
 
 
 def batch(*, small: int, full: int) -> Batch:
@@ -85,6 +84,41 @@ def grow(epoch: int = 1) -> GrowCache:
     return GrowCache(epoch=epoch, worker_id=WORKER, replica_id="r1")
 
 
-def _orders(worker: DrivenWorker) -> int:
-    """How often the engine was told to grow, by the last event."""
-    return sum(isinstance(e, Start) and e.job == GROW for e in worker.effects)
+def test_a_leader_that_serves_has_its_engine_grow() -> None:
+    """In the middle of a switch others count on the blocks as they are; the command comes again."""
+    worker = DrivenWorker()
+    worker.feed(grow())
+    assert not worker.sent, "what is not here any more needs no answer"
+    worker.serve()
+    worker.feed(grow())
+    (order,) = worker.grown
+    assert (order.replica_id, order.generation) == ("r1", 1)
+    worker.feed(prepare(2, spec("r1"), source=("r0", "n0-g1")))
+    worker.feed(grow(2))
+    assert len(worker.grown) == 1, "it expects requests"
+    worker.feed(start(3))
+    worker.feed(grow(3))
+    assert len(worker.grown) == 2
+    worker.feed(PauseReplica(epoch=4, worker_id=WORKER, replica_id="r1"))
+    worker.feed(grow(4))
+    worker.settle_jobs()
+    worker.feed(grow(4))
+    assert len(worker.grown) == 2, "it stands still"
+
+
+def test_what_a_rank_measures_is_told() -> None:
+    """Otherwise the switcher would have it grow again and again."""
+    worker = DrivenWorker(followers=True)
+    both = spec("r1", "n0-g1", WORKER, parallelism="tp2pp1")
+    worker.feed(start(1, both))
+    worker.feed(EngineReady(replica_id="r1", generation=1, cache_bytes=5, cache_bytes_full=9))
+    assert _told(worker) == (5, 9)
+    grown = MeasuredEngine(replica_id="r1", generation=1, load=EngineLoad(), cache_bytes=9)
+    worker.feed(EngineLoads(engines=(grown,)))
+    assert _told(worker) == (9, 9)
+
+
+def _told(worker: DrivenWorker) -> tuple[int, int]:
+    worker.advance(0.6)
+    [held] = worker.of(WorkerReport)[-1].replicas
+    return held.cache_bytes, held.cache_bytes_full

@@ -4,7 +4,7 @@ import msgspec
 
 from services.switcher.config import SwitcherConfig
 from shared.messages.replicas import HostedReplica
-from tests.unit.switcher_runs import A, B, SHAPE, Run, hosted, plan, replica
+from tests.unit.switcher_runs import SHAPE, A, B, Run, hosted, plan, replica
 
 PAIR = plan("PAIR", replica("r2", "g0", "g1"))
 TOKEN_BYTES = SHAPE.layers * SHAPE.kv_heads * 2 * SHAPE.head_dim * SHAPE.item_bytes

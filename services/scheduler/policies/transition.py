@@ -1,9 +1,10 @@
 """What it costs to go from the replicas in force to others, and whether that pays.
 
-The switcher drains what goes, stops it, and starts what comes in its place; the others serve on. So
-a switch lasts as long as running requests are given to end, if anything goes, and then as long as
-the slowest new replica takes to start, if anything comes. The weights of new replicas are read from
-the disks of their nodes.
+Where the switcher reloads, it drains what goes, stops it, and starts what comes in its place; the
+others serve on. So a switch lasts as long as running requests are given to end, if anything goes,
+and then as long as the slowest new replica takes to start, if anything comes. The weights of new
+replicas are read from the disks of their nodes. What it costs where the switcher goes live is in
+``transition_live``.
 
 A change may be walked in several steps. It is a list of phases (seconds, lateness, headroom), one
 for each switch and one for each stop between two, after which the new plan serves to the end of the
@@ -56,11 +57,13 @@ def change(before: Iterable[ReplicaSpec], after: Iterable[ReplicaSpec]) -> Chang
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toll:
-    """What one switch takes, whatever the demand. ``bytes_moved``: weights of new replicas;
-    ``busiest_link_s``: how long the disk that reads most of them reads; ``requests_paused``: those
-    that run on replicas that go."""
+    """What one switch takes, whatever the demand. ``pause_s``: of ``seconds``, in which what goes
+    stands still, the last ones; before that it serves on. None: it serves in none of them.
+    ``bytes_moved``: weights of new replicas; ``busiest_link_s``: how long the link that carries most
+    of them is busy; ``requests_paused``: those that run on replicas that go."""
 
     seconds: float
+    pause_s: float | None = None
     bytes_moved: float = 0.0
     busiest_link_s: float = 0.0
     requests_paused: float = 0.0

@@ -128,7 +128,8 @@ def _sums(outlook: SwitchOutlook) -> str:
     if outlook.payback_s is not None:
         pays = f"pays back after {outlook.payback_s:.0f} s of {outlook.horizon_s:.0f}"
     step = f"{outlook.step}, " if outlook.step else ""
+    pause = "" if outlook.pause_s is None else f" live, {outlook.pause_s:.2f} s of it in a pause"
     return (
-        f"{step}{outlook.seconds:.0f} s of switching, gain {outlook.gain:.3g} and cost "
+        f"{step}{outlook.seconds:.0f} s of switching{pause}, gain {outlook.gain:.3g} and cost "
         f"{outlook.cost:.3g} in seconds of lateness, {pays}"
     )

@@ -35,6 +35,7 @@ from services.scheduler.policies.transition import (
     toll,
 )
 from services.scheduler.policies.transition_columns import columns_of, mix_headrooms
+from services.scheduler.policies.transition_live import is_live, live_toll
 from services.scheduler.policies.transition_steps import batches, components, walk
 from shared.messages.decisions import SwitchOutlook
 from shared.messages.plans import ReplicaSpec
@@ -72,7 +73,7 @@ class Move:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """``steps`` in their order, each with its toll; ``served``: times the demand that replicas
-    carry while they last."""
+    carry while they last, on the mean."""
 
     steps: tuple[Change, ...]
     tolls: tuple[Toll, ...]
@@ -90,6 +91,7 @@ class Way:
         several = len(self.steps) + move.done > 1
         return SwitchOutlook(
             seconds=first.seconds,
+            pause_s=first.pause_s,
             served_share=min(1.0, self.served[0]),
             bytes_moved=first.bytes_moved,
             busiest_link_s=first.busiest_link_s,
@@ -102,6 +104,18 @@ class Way:
             step=f"step {move.done + 1} of {move.done + len(self.steps)}" if several else "",
             why=why,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Time:
+    """For how long ``specs`` serve, and no others: ``headroom`` times the demand, which has to be
+    ``margin`` at least. ``known``: what they are as a plan, with its lateness."""
+
+    seconds: float
+    specs: tuple[ReplicaSpec, ...]
+    headroom: float
+    margin: float = MARGIN
+    known: Candidate | None = None
 
 
 def affordable_way(move: Move) -> Way:
@@ -138,11 +152,14 @@ class _Meanwhile:
     def judged(self, steps: Sequence[Change]) -> Way:
         move = self._move
         tolls = tuple(self._toll(step) for step in steps)
-        served = tuple(self._headroom(step.staying) for step in steps)
+        times = [self._times(step, each) for step, each in zip(steps, tolls, strict=True)]
+        served = tuple(_mean(each) for each in times)
         way = Way(steps=tuple(steps), tolls=tolls, served=served)
         phases = [
-            Phase(seconds=each.seconds, lateness=0.0, headroom=headroom / MARGIN)
-            for each, headroom in zip(tolls, served, strict=True)
+            Phase(seconds=time.seconds, lateness=0.0, headroom=time.headroom / time.margin)
+            for each in times
+            for time in each
+            if time.seconds >= PHASE_S_MIN
         ]
         if abandoned := self._abandoned(steps):
             return replace(way, refused=f"{', '.join(abandoned)} would have no replica meanwhile")
@@ -164,12 +181,9 @@ class _Meanwhile:
         """What the way gains and costs in lateness."""
         move = self._move
         phases = [
-            Phase(
-                seconds=each.seconds,
-                lateness=self._late(step.staying, each.seconds),
-                headroom=served,
-            )
-            for step, each, served in zip(way.steps, way.tolls, way.served, strict=True)
+            Phase(seconds=time.seconds, lateness=self._late(time), headroom=time.headroom)
+            for step, each in zip(way.steps, way.tolls, strict=True)
+            for time in self._times(step, each)
         ]
         return payback(
             phases,
@@ -191,7 +205,10 @@ class _Meanwhile:
         models = {
             spec.replica_id: judge.model(self._columns[spec.replica_id]) for spec in step.coming
         }
-        found = toll(step, judge.problem.offers, models, running=self._move.running)
+        offers, requests = judge.problem.offers, self._move.running
+        if self._move.switch_s is None and is_live(step, offers):
+            return live_toll(step, offers, models, running=requests)
+        found = toll(step, offers, models, running=requests)
         if self._move.switch_s is not None and (step.coming or step.going):
             return replace(found, seconds=self._move.switch_s)
         return found
@@ -209,9 +226,31 @@ class _Meanwhile:
             self._headrooms[key] = flow.headroom if flow else 0.0
         return self._headrooms[key]
 
-    def _late(self, specs: Iterable[ReplicaSpec], seconds: float) -> float:
-        counts = self._counts(specs)
-        during = self._move.judge.within(max(PHASE_S_MIN, seconds))
+    def _times(self, step: Change, toll: Toll) -> list[_Time]:
+        """Who serves for how long while the step is made."""
+        staying = self._headroom(step.staying)
+        if toll.pause_s is None:
+            return [_Time(toll.seconds, step.staying, staying)]
+        standing = (*step.going, *step.staying)
+        ready_s = toll.seconds - toll.pause_s
+        serve = _Time(ready_s, standing, self._headroom(standing), margin=1.0)
+        if set(standing) == set(self._move.before):
+            serve = replace(serve, headroom=self._move.kept.headroom, known=self._move.kept)
+        return [serve, _Time(toll.pause_s, step.staying, staying)]
+
+    def _late(self, time: _Time) -> float:
+        if time.known is not None:
+            return time.known.lateness
+        counts = self._counts(time.specs)
+        during = self._move.judge.within(max(PHASE_S_MIN, time.seconds))
         if counts:
             return self._move.scale * during.dispatched(counts).lateness
         return self._move.scale * during.lateness({}, np.zeros_like(self._table.rates))
+
+
+def _mean(times: Sequence[_Time]) -> float:
+    """Times the demand that is served, over the whole of them."""
+    seconds = sum(time.seconds for time in times)
+    if seconds <= 0.0:
+        return times[-1].headroom
+    return sum(time.seconds * time.headroom for time in times) / seconds

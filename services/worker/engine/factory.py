@@ -20,7 +20,6 @@ from shared.models import ModelSpec
 from shared.placement.sheets import ModelShape
 from shared.text import Tokenizer, byte_tokenizer, load_tokenizer
 
-
 Between = Callable[[], None]
 
 

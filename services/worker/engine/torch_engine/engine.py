@@ -41,8 +41,9 @@ def build_torch_engine(
     between: Callable[[], None] = no_pause,
 ) -> TorchEngine:
     """The leading rank of ``start``'s replica, ready when all its ranks are. ``between`` is called
-    while other ranks are waited for, and every few MiB of weights, and raises to give up. Raises ConfigInvalid, PeerLost where a source
-    of weights is gone, EngineFailed where another rank is."""
+    while other ranks are waited for, and every few MiB of weights, and raises to give up. Raises
+    ConfigInvalid, PeerLost where a source of weights is gone, EngineFailed where another rank is.
+    """
     part = RankPart(OpenedModel.open(path, config), start, peers, between)
     size = part.rank.tp * part.rank.pp
     with contextlib.ExitStack() as failed:
