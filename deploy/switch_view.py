@@ -116,13 +116,13 @@ def _requests(report: SwitchReport) -> str:
 
 
 def _bytes(report: SwitchReport) -> str:
-    """Between workers against the bound, which counts nothing else."""
+    """All that was not in place, against the bound of that."""
     disk = sum(count for link, count in report.bytes_by_link.items() if link.startswith("disk>"))
-    moved = sum(report.bytes_by_link.values()) - disk
+    moved = sum(report.bytes_by_link.values())
     ratio = f", {moved / report.bytes_bound:.2f} x" if report.bytes_bound else ""
     parts = [f"{amount(moved)} moved (bound {amount(report.bytes_bound)}{ratio})"]
     if disk:
-        parts.append(f"{amount(disk)} from disk")
+        parts.append(f"{amount(disk)} of it from disk")
     if report.bytes_in_place:
         parts.append(f"{amount(report.bytes_in_place)} in place")
     if report.cache_bytes:

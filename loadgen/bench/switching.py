@@ -52,6 +52,10 @@ class PlanRefused(SwitchFailed):
     """Nothing was begun: the scheduler says that the plan cannot be."""
 
 
+class AlreadyInForce(SwitchFailed):
+    """There is nothing to switch."""
+
+
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """One switch, from its wish to its end."""
 
@@ -71,7 +75,6 @@ class Switching:
         self._prepared: list[ReplicaPrepared] = []
         self._news = asyncio.Event()
         self.in_force: PlanInForce | None = None
-        self.phase = ""  # of the switch under way
         self.on_news: Callable[[News], None] | None = None  # told at once, in the bus's callback
 
     async def __aenter__(self) -> Self:
@@ -91,7 +94,8 @@ class Switching:
         await self._bus.close()
 
     async def to(self, plan: DeploymentPlan, *, timeout_s: float = 60.0) -> Seen:
-        """Pin ``plan`` and wait until it is in force. Raises SwitchFailed, and PlanRefused."""
+        """Pin ``plan`` and wait until the switch to it has ended. Raises SwitchFailed, or what it
+        says more exactly: PlanRefused, AlreadyInForce."""
         self._prepared.clear()
         self._ended.clear()
         self._started.clear()
@@ -100,6 +104,8 @@ class Switching:
         answer = decode(reply, PinAnswer)
         if answer.wrong:
             raise PlanRefused("refused: " + "; ".join(answer.wrong))
+        if answer.plan_id not in self._started and self._serves(answer.plan_id):
+            raise AlreadyInForce(f"{answer.plan_id} is in force already")
         try:
             async with asyncio.timeout(timeout_s):
                 while (ended := self._ended.get(answer.plan_id)) is None:
@@ -111,6 +117,10 @@ class Switching:
             raise SwitchFailed(f"{answer.plan_id} was rolled back: {ended.detail}")
         started = self._started.get(answer.plan_id)
         return Seen(started=started, ended=ended, prepared=tuple(self._prepared))
+
+    def _serves(self, plan_id: str) -> bool:
+        said = self.in_force
+        return said is not None and said.plan.plan_id == plan_id and not said.switching_to
 
     def _on_plan(self, delivery: Delivery) -> None:
         self.in_force = decode(delivery.payload, PlanInForce)
@@ -124,13 +134,10 @@ class Switching:
     def _on_ended(self, delivery: Delivery) -> None:
         ended = decode(delivery.payload, SwitchEnded)
         self._ended[ended.plan_id] = ended
-        self.phase = ""
         self._tell(ended)
 
     def _on_progress(self, delivery: Delivery) -> None:
-        progress = decode(delivery.payload, SwitchProgress)
-        self.phase = progress.phase
-        self._tell(progress)
+        self._tell(decode(delivery.payload, SwitchProgress))
 
     def _on_prepared(self, delivery: Delivery) -> None:
         prepared = decode(delivery.payload, ReplicaPrepared)

@@ -13,6 +13,7 @@ from services.worker.peers.server import PeerServer
 from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
 
+_ENGINE = "services.worker.engine.torch_engine.engine"
 _START_S = 60.0
 _END_S = 10.0
 
@@ -44,7 +45,8 @@ def started(folder: Path, shape: str, config: TorchEngineConfig) -> Generator[En
 
 @contextmanager
 def _follower(gpu: str) -> Generator[Connection]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_ENGINE])  # torch takes seconds to import: once for all ranks
     ours, theirs = context.Pipe()
     process = context.Process(target=_follow, args=(gpu, theirs), daemon=True)
     process.start()

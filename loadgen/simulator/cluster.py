@@ -54,6 +54,9 @@ INGRESS = "ingress-0"
 BOOT_S = 20.0  # the mesh is brought up before the first arrival
 CHECK_S = 60.0  # between two looks at every core's invariants
 BOOT_START_S = 0.1
+KV_SHARE_LIVE = 0.75
+"""Of the memory that weights leave, what the KV cache takes where replicas switch live: with all of
+it there would be no room for new ones beside the old."""
 
 
 class Cluster:
@@ -137,6 +140,9 @@ class Cluster:
     def batch(self, spec: ReplicaSpec, *, rank: int, cache_bytes_max: int) -> Batch:
         """With the KV cache that the old replicas leave room for, until it grows."""
         replica = modelled_replica(self.mesh, spec)
+        if self._shapes:
+            blocks = max(1, int(KV_SHARE_LIVE * replica.kv_blocks))
+            replica = dataclasses.replace(replica, kv_blocks=blocks)
         block_bytes = replica.limits.block_tokens * self.memory(spec.model_id).token(spec, rank)
         if cache_bytes_max and block_bytes:
             blocks = max(1, min(replica.kv_blocks, cache_bytes_max // block_bytes))

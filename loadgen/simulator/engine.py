@@ -123,7 +123,7 @@ class Engine:
                 replica_id=self.replica_id,
                 generation=self.generation,
                 load=EngineLoad(),
-                fetched_bytes=sum(self.fetched.values()),
+                fetched_bytes=self._fetched_bytes,
                 cache_bytes=self.cache_bytes,
             )
         return MeasuredEngine(
@@ -136,9 +136,14 @@ class Engine:
             requests_total=self.requests_total,
             step_s=self.step_s,
             cache_tokens=self.cache_tokens,
-            fetched_bytes=sum(self.fetched.values()),
+            fetched_bytes=self._fetched_bytes,
             cache_bytes=self.cache_bytes,
         )
+
+    @property
+    def _fetched_bytes(self) -> int:
+        own = self.spec.gpus[self.start.rank]
+        return sum(count for source, count in self.fetched.items() if source != own)
 
     @property
     def cache_tokens(self) -> int:

@@ -28,6 +28,7 @@ class Observer:
         self.gpu_seconds = 0.0
         self.epoch = -1
         self.in_force: DeploymentPlan | None = None
+        self._before: DeploymentPlan | None = None  # in force before that
         self._since_s = 0.0
         self._proposed: dict[str, DeploymentPlan] = {}
 
@@ -40,6 +41,7 @@ class Observer:
             case PlanInForce():
                 if event.epoch != self.epoch:
                     self.account(now_s)
+                    self._before = self.in_force
                     self.epoch, self.in_force = event.epoch, event.plan
             case PlanProposed():
                 self._proposed[event.plan.plan_id] = event.plan
@@ -68,8 +70,9 @@ class Observer:
         self.switches.clear()
 
     def _on_ended(self, ended: SwitchEnded, now_s: float) -> None:
-        plan, before = self._proposed.get(ended.plan_id), self.in_force
-        # It is told before the plan that it has put in force.
+        plan = self._proposed.get(ended.plan_id)
+        # It is told before the plan that it has put in force, or, of a live one, after it.
+        before = self._before if ended.epoch == self.epoch else self.in_force
         kept = plan is not None and before is not None and plan.replicas == before.replicas
         self.switches.append(
             Switch(

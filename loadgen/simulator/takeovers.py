@@ -229,6 +229,7 @@ class Takeovers:
         memory = self._workshop.memory(engine.spec.model_id)
         size = memory.token_everywhere(engine.spec)
         own = engine.spec.gpus[0]
+        copied = {source: count * size for source, count in (tokens or {}).items()}
         self._hosts.port.feed(
             EngineTook(
                 replica_id=engine.replica_id,
@@ -237,7 +238,8 @@ class Takeovers:
                 taken=tuple(_live(request) for request in (*requests, *refused)),
                 moved=len(requests) + len(refused) - replayed,
                 replayed=replayed,
-                bytes_by_source={own: {k: n * size for k, n in (tokens or {}).items()}},
+                bytes_by_source={own: copied},
+                bytes_needed=sum(count for source, count in copied.items() if source != own),
                 took_s=self._hosts.port.now_s - began_s,
                 detail="the KV cache has no room for them" if replayed else "",
                 failure=failure,

@@ -98,6 +98,7 @@ class Fleet:
                         kind=report.gpu.kind,
                         models=() if models == self._models else tuple(sorted(models)),
                         movable=_movable(report),
+                        cache_bytes=sum(held.cache_bytes for held in report.replicas),
                     )
                 )
         return tuple(offers)

@@ -15,6 +15,7 @@ class SwitcherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     take_timeout_s: float = 10.0  # to take requests and KV cache over; late rolls back
     activate_timeout_s: float = 5.0  # the plan is in force by then: late is left to repair
     retire_timeout_s: float = 15.0  # the same, for freeing the old replicas' GPUs
+    stages_max: int = 16  # of weights that do not fit beside the old ones; above it reloads
     cache_tokens_min: int = 2048  # of a new replica, until the old ones have left; or as they have
     verify: bool = False  # compare checksums of whatever is copied with its source
     command_retry_s: float = 0.5  # between copies of a command that is not yet answered

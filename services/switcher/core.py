@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from services.switcher import announce, events, machine
 from services.switcher.config import SwitcherConfig
-from services.switcher.differences import arriving, parts
 from services.switcher.events import (
     INPUTS,
     KEY,
@@ -23,6 +22,7 @@ from services.switcher.events import (
     TransferPlanned,
 )
 from services.switcher.machine import State, Switch
+from services.switcher.staging import as_begun
 from services.switcher.view import WorkerView
 from services.switcher.walker import Walker
 from services.switcher.way import way_to
@@ -157,12 +157,8 @@ class Switcher:
             return
         if planned.epoch != switch.epoch or course.planned is not None:
             return
-        ranks = parts(arriving(switch.origin, switch.target))
-        if len(planned.stages) > 1 and course.left_over(ranks, self._walker.view):
-            # Its stages may be others than ours, and what is freed must have been fetched.
-            failure = "another switcher has begun it, in stages"
-            planned = TransferPlanned(epoch=planned.epoch, failure=failure)
-        course.planned = planned
+        view, stages_max = self._walker.view, self._config.stages_max
+        planned = course.planned = as_begun(planned, switch, course, view, stages_max=stages_max)
         told = {
             "epoch": switch.epoch, "bytes": planned.bytes_total, "bound": planned.bytes_bound,
             "stages": len(planned.stages), "failure": planned.failure,

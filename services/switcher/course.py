@@ -20,6 +20,7 @@ from shared.messages.replicas import (
 
 DISK = "disk"
 NOTES_MAX = 32
+RECOVERED = "the switcher was started in the middle: what happened before is in no figure"
 
 
 class Course:
@@ -115,10 +116,11 @@ class Course:
         planned = self.planned or TransferPlanned(epoch=self._switch.epoch)
         taken = self._taken.values()
         why_replayed = [f"{event.replica_id}: {event.detail}" for event in taken if event.detail]
+        recovered = (RECOVERED,) if self._switch.recovered else ()
         return SwitchReport(
             way=self._switch.way,
             bytes_by_link=dict(sorted(links.items())),
-            bytes_bound=planned.bytes_bound,
+            bytes_bound=planned.bytes_bound + sum(event.bytes_needed for event in taken),
             bytes_in_place=in_place,
             cache_bytes=sum(count for target, source, count in cache if source != target),
             cache_ahead_bytes=sum(event.ahead_bytes for event in taken),
@@ -128,7 +130,7 @@ class Course:
             pause_p50_s=percentile(pauses, 0.5),
             pause_p99_s=percentile(pauses, 0.99),
             stages=max(1, len(planned.stages)),
-            notes=(*planned.notes, *why_replayed, *self._notes),
+            notes=(*planned.notes, *why_replayed, *self._notes, *recovered),
         )
 
     def _close(self, now_s: float) -> None:

@@ -76,7 +76,8 @@ class TransferWanted(msgspec.Struct, frozen=True, kw_only=True):
 class TransferPlanned(Message, frozen=True, kw_only=True):
     """The copies of the switch of ``epoch``: ``copies[worker_id][replica_id]``. ``stages[k]``: the
     layers that replicas that go may free when the copies of stage k are done. ``cache_bytes_max``
-    by worker. ``bytes_total``: of all copies of weights between workers and from disks.
+    by worker. ``bytes_total``: of all copies of weights between workers and from disks;
+    ``bytes_bound``: the least that any plan would copy so.
     ``failure``: why there is no such plan; all else is empty then."""
 
     epoch: int

@@ -16,7 +16,6 @@ from services.switcher.takers import Takeover, takeovers
 from services.switcher.view import Part, WorkerView
 from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import (
-    AdvanceStage,
     HostedReplica,
     PauseReplica,
     PrepareReplica,
@@ -168,6 +167,7 @@ def prepares(live: Live) -> list[Command]:
                 sources=_leaders(s for s in sources if live.leader(s) is not None),
                 shares=shares,
                 stages=len(planned.stages),
+                stage_layers=planned.stages if len(planned.stages) > 1 else (),
                 cache_bytes_max=planned.cache_bytes_max.get(worker_id, 0),
                 verify=live.verify,
             )
@@ -197,34 +197,9 @@ def pauses(live: Live) -> list[Command]:
     return pending
 
 
-def stage_moves(live: Live) -> list[Command]:
-    """Where old and new do not fit side by side: first all that goes frees the layers of the
-    stage before, then all that comes fetches the next."""
-    planned = live.course.planned
-    stages = planned.stages if planned else ()
-    sources = [s for t in live.takeovers for s in t.sources if live.stands(s)]
-    for stage in range(1, len(stages)):
-        for specs, layers in ((sources, stages[stage - 1]), (live.arriving, (0, 0))):
-            pending: list[Command] = [
-                AdvanceStage(
-                    epoch=live.switch.epoch,
-                    worker_id=spec.gpus[0],
-                    replica_id=spec.replica_id,
-                    stage=stage,
-                    layers=layers,
-                )
-                for spec in specs
-                if (held := live.leader(spec)) is None or held.stage < stage
-            ]
-            if pending:
-                return pending
-    return []
-
-
 def takes(live: Live) -> list[Command]:
     """Leaders that still have to take requests over."""
-    if pending := stage_moves(live):
-        return pending
+    pending: list[Command] = []
     for takeover in live.takeovers:
         sources = [spec for spec in takeover.sources if live.stands(spec)]
         workers = [gpu for spec in (*takeover.sources, *takeover.takers) for gpu in spec.gpus]

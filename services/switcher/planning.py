@@ -25,7 +25,7 @@ def plan(wanted: TransferWanted) -> TransferPlanned:
         stages=made.stages,
         cache_bytes_max=made.cache_bytes_max,
         bytes_total=max(0, sum(made.bytes_by_link.values()) - made.cache_bytes),
-        bytes_bound=made.bytes_bound,
+        bytes_bound=made.bytes_bound - made.cache_bytes,
         bytes_in_place=made.bytes_in_place,
         notes=made.notes,
     )

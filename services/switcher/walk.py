@@ -20,6 +20,7 @@ from services.switcher.differences import (
 from services.switcher.events import TransferWanted
 from services.switcher.live import Live
 from services.switcher.machine import State, Switch
+from services.switcher.staging import stage_moves
 from services.switcher.view import WorkerView
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec, StoredPlan
@@ -93,7 +94,7 @@ def _live_step(state: State, now: Live) -> Next:
     if state == "pausing":
         return _then("taking", live.pauses(now))
     if state == "taking":
-        return _then("committing", live.takes(now))
+        return _then("committing", stage_moves(now) or live.takes(now))
     planned = now.course.planned
     if now.targets and planned is None:
         plan = None if now.course.asked else copying.wanted(now)

@@ -66,6 +66,7 @@ class Announcer:
             replayed=took.replayed,
             bytes_by_source=took.bytes_by_source,
             ahead_bytes=took.ahead_bytes,
+            bytes_needed=took.bytes_needed,
             took_s=took.took_s,
             detail=took.detail,
         )

@@ -28,7 +28,7 @@ from services.worker.events import (
 from services.worker.handover import Handover
 from services.worker.host_context import HostContext
 from services.worker.sending import Sender
-from services.worker.takeover import Takeover
+from services.worker.takeover import Takeover, from_elsewhere
 from shared.errors import Rejected
 from shared.messages.replicas import Shares
 from shared.messages.requests import FailureCode
@@ -187,7 +187,8 @@ class EngineHost:
 
     def _begin(self, engine: Engine) -> None:
         self._engine, self._block_tokens = engine, engine.block_tokens
-        self.takeover.fetched_bytes = sum(engine.fetched.values())
+        worker_id = self._context.config.worker_id
+        self.takeover.fetched_bytes = from_elsewhere(engine.fetched, worker_id)
         if self._context.peers is not None:
             self._handover.offer(self._context.peers)
         ready = EngineReady(

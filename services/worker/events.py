@@ -188,6 +188,7 @@ class EngineTook(Message, frozen=True, kw_only=True):
         default_factory=dict[str, dict[str, int]]
     )
     ahead_bytes: int = 0
+    bytes_needed: int = 0
     took_s: float = 0.0
     detail: str = ""
     failure: str = ""
@@ -242,7 +243,7 @@ class MeasuredEngine(Message, frozen=True, kw_only=True):
     step_s: float = 0.0
     stalled: bool = False
     cache_tokens: int = 0  # of live requests, in the KV cache
-    fetched_bytes: int = 0  # by a preparation under way, or the last one
+    fetched_bytes: int = 0  # from elsewhere, by a preparation under way, or the last one
     cache_bytes: int = 0  # of this rank's KV cache; 0 where it never changes
 
 

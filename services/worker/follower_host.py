@@ -18,6 +18,7 @@ from services.worker.events import (
     MeasuredEngine,
 )
 from services.worker.host_context import HostContext
+from services.worker.takeover import from_elsewhere
 from shared.errors import EngineFailed
 
 log = logging.getLogger("oserve.worker")
@@ -30,7 +31,7 @@ class FollowerHost:
     def __init__(self, start: EngineStart, context: HostContext) -> None:
         assert context.factory.follow is not None, "the core has no engine part for this rank"
         self.replica_id, self.generation = start.spec.replica_id, start.generation
-        self._start, self._follow = start, context.factory.follow
+        self._feed, self._worker_id = context.feed, context.config.worker_id
         self._feed = context.feed
         self._follower: Follower | None = None
         self._stopping = asyncio.Event()
@@ -97,7 +98,7 @@ class FollowerHost:
     def _begin(self, follower: Follower) -> None:
         self._follower = follower
         fetched = dict(follower.fetched)
-        self._fetched_bytes = sum(fetched.values())
+        self._fetched_bytes = from_elsewhere(fetched, self._worker_id)
         ready = EngineReady(
             replica_id=self.replica_id,
             generation=self.generation,

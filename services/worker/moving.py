@@ -122,7 +122,8 @@ class Moving:
         if not hosted.leads or command.epoch == hosted.serve_epoch:
             return  # the latter a late copy: within an epoch requests are taken before the start
         hosted.epoch = command.epoch
-        if hosted.phase not in {"prepared", "serving"} or moves.pausing or moves.releasing:
+        busy = moves.pausing or moves.releasing or hosted.lacks_layers
+        if hosted.phase not in {"prepared", "serving"} or busy:
             return  # its repeat finds it ready, or the switch gives up
         if moves.taken == command.epoch:
             assert moves.took is not None

@@ -110,6 +110,11 @@ class Hosted:
         return self.rank == 0
 
     @property
+    def worker_id(self) -> str:
+        """Ours."""
+        return self.spec.gpus[self.rank]
+
+    @property
     def lacks_layers(self) -> bool:
         """Whether part of its weights is not here. Only rank 0 is told of stages, and has the
         others fetch and free theirs: it knows for all of them."""
@@ -166,12 +171,13 @@ class Hosted:
             taken=moves.taken,
             stage=moves.stage,
             fetched_bytes=max(
-                sum(moves.bytes_by_source.values()),
+                sum(n for source, n in moves.bytes_by_source.items() if source != self.worker_id),
                 measured.fetched_bytes if measured is not None else 0,
             ),
             cache_tokens=measured.cache_tokens if measured is not None else 0,
             cache_bytes=(measured.cache_bytes if measured else 0) or self.cache_bytes,
             cache_bytes_full=self.cache_bytes_full,
+            stage_layers=moves.order.stage_layers if moves.order is not None else (),
         )
 
 

@@ -6,6 +6,7 @@ the engine copy it between two of its steps.
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -39,17 +40,25 @@ Bytes = dict[str, dict[str, int]]
 
 @dataclass(slots=True)
 class _Tally:
-    """What has been copied for one switch: target worker -> source worker -> bytes."""
+    """What has been copied for one switch: target worker -> source worker -> bytes. ``ahead`` of
+    them before the pause; ``needed`` as in Taken."""
 
     copied: Bytes = field(default_factory=dict[str, dict[str, int]])
     total: int = 0
+    ahead: int = 0
+    needed: int = 0
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Taken, *, final: bool) -> Taken:
+        """Where the engine is stepped: what was copied counts even if nobody waits for it."""
         for target, sources in taken.bytes_by_source.items():
             row = self.copied.setdefault(target, {})
             for source, count in sources.items():
                 row[source] = row.get(source, 0) + count
                 self.total += count
+        self.needed += taken.bytes_needed
+        if not final:
+            self.ahead = self.total
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class Takeover:
         self._held: list[str] = []
         self._pauses: list[tuple[float, int]] = []  # (since when, requests)
         self._tally = _Tally()
-        self.fetched_bytes = 0  # of weights
+        self.fetched_bytes = 0  # of weights, from elsewhere
         self._task: asyncio.Task[None] | None = None
 
     def expect(self, order: EngineExpect) -> None:
@@ -125,7 +134,7 @@ class Takeover:
             return {source: n - before.get(source, 0) for source, n in engine.fetched.items()}
 
         def told(fetched: dict[str, int]) -> None:
-            self.fetched_bytes += sum(fetched.values())
+            self.fetched_bytes += from_elsewhere(fetched, self._config.worker_id)
             staged = EngineStaged(
                 replica_id=self._replica_id,
                 generation=self._generation,
@@ -155,7 +164,7 @@ class Takeover:
                 try:
                     answer = await self._ask(replica_id, order.peers.get(worker_id, ""))
                     states = [arrives_as(state) for state in self._ours(answer, order.shares)]
-                    self._tally.add(await self._copy(replica_id, states, final=False))
+                    await self._copy(replica_id, states, final=False)
                 except PeerLost as error:
                     if replica_id not in told:  # the pause will tell whether it is gone for good
                         told.add(replica_id)
@@ -166,7 +175,7 @@ class Takeover:
             await asyncio.sleep(self._config.ahead_s)
 
     async def _take(self, order: EngineTake) -> None:
-        began_s, ahead_bytes = self._clock.now_s(), self._tally.total
+        began_s = self._clock.now_s()
         moved = replayed = 0
         attempts: dict[str, Attempt] = {}
         details: set[str] = set()
@@ -177,7 +186,6 @@ class Takeover:
             for source in sources:
                 states = [arrives_as(state) for state in source.states]
                 taken = await self._copy(source.replica_id, states, final=True)
-                self._tally.add(taken)
                 moved, replayed = moved + len(taken.moved), replayed + len(taken.replayed)
                 details |= {taken.detail} - {""}
                 known = {state.request.key for state in states}
@@ -204,7 +212,8 @@ class Takeover:
                 moved=moved,
                 replayed=replayed,
                 bytes_by_source=self._tally.copied,
-                ahead_bytes=ahead_bytes,
+                ahead_bytes=self._tally.ahead,
+                bytes_needed=self._tally.needed,
                 took_s=self._clock.now_s() - began_s,
                 detail="; ".join(sorted(details)),
             )
@@ -233,7 +242,12 @@ class Takeover:
         return [s for s in answer.states if Attempt.of(s).target(shares.rows) == mine]
 
     async def _copy(self, replica_id: str, states: list[LiveState], *, final: bool) -> Taken:
-        return await self._between.do(lambda engine: engine.take(replica_id, states, final=final))
+        tally = self._tally
+
+        def copy(engine: Engine) -> Taken:
+            return tally.add(engine.take(replica_id, states, final=final), final=final)
+
+        return await self._between.do(copy)
 
     async def _ask(self, replica_id: str, address: str) -> RequestStates:
         """Raises PeerLost."""
@@ -244,6 +258,11 @@ class Takeover:
             return decode(answer, RequestStates)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise PeerLost(f"the leader of {replica_id} answers in other words: {error}") from error
+
+
+def from_elsewhere(fetched: Mapping[str, int], worker_id: str) -> int:
+    """Of bytes by source, those that were not on ``worker_id`` already."""
+    return sum(count for source, count in fetched.items() if source != worker_id)
 
 
 def _expect(engine: Engine, order: EngineExpect) -> None:

@@ -124,7 +124,7 @@ class SwitchProgress(Message, frozen=True, kw_only=True):
 class SwitchReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a switch did. ``bytes_by_link``: "<source>><target>" of workers ("disk" as a source),
     weights and KV cache; what stayed in place is left out. ``bytes_bound``: the least that any
-    plan of copies would have moved between workers. ``pause_*_s``: over requests taken over,
+    plan of copies would have moved so, the KV cache that moved counted once. ``pause_*_s``: over requests taken over,
     from their last step before to the start of the replica that goes on with them."""
 
     way: SwitchWay = "reload"

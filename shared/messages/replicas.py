@@ -8,7 +8,7 @@ from shared.hardware import GpuSpec
 from shared.messages.base import Message
 from shared.messages.plans import ReplicaSpec
 from shared.placement.copies import Copy
-from shared.placement.sheets import ModelShape
+from shared.placement.sheets import ModelShape, Span
 
 ReplicaPhase = Literal[
     "preparing", "prepared", "starting", "serving", "paused", "draining", "failed"
@@ -31,11 +31,11 @@ class HostedReplica(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     prepared: int = 0  # epoch of the last PrepareReplica that is done
     taken: int = 0  # epoch of the last TakeRequests that is done and neither started nor given up
     stage: int = 0  # highest AdvanceStage that is done
-    fetched_bytes: int = 0  # by the preparation under way, or the last one
+    fetched_bytes: int = 0  # from elsewhere, by the preparation under way, or the last one
     cache_tokens: int = 0  # tokens of live requests in the KV cache (leader only)
     cache_bytes: int = 0  # of this rank's KV cache, used or not
     cache_bytes_full: int = 0  # what it grows to when the replicas before it have left
-    stages: int = 1  # in which its weights come, as it was told when it was prepared
+    stage_layers: tuple[Span, ...] = ()  # as it was told when it was prepared
 
 
 class WorkerReport(Message, frozen=True, kw_only=True):
@@ -110,6 +110,7 @@ class PrepareReplica(Message, frozen=True, kw_only=True):
     sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
     shares: Shares = msgspec.field(default_factory=Shares)
     stages: int = 1  # copies of a stage > 0 wait for AdvanceStage
+    stage_layers: tuple[Span, ...] = ()  # freed after each, where there are several; only echoed
     cache_bytes_max: int = 0
     verify: bool = False  # compare checksums of each shard with its source
 
@@ -214,7 +215,8 @@ class ReplicaPaused(Message, frozen=True, kw_only=True):
 class RequestsTaken(Message, frozen=True, kw_only=True):
     """``moved`` with their KV cache, ``replayed`` without: their tokens are computed again.
     Bytes as in ReplicaPrepared, of the KV cache on all ranks; ``ahead`` of them before the pause.
-    ``detail``: why requests are replayed."""
+    ``bytes_needed``: between workers, of the KV cache that moved, each byte once. ``detail``: why
+    requests are replayed."""
 
     epoch: int
     worker_id: str
@@ -225,6 +227,7 @@ class RequestsTaken(Message, frozen=True, kw_only=True):
         default_factory=dict[str, dict[str, int]]
     )  # target worker -> source worker -> bytes
     ahead_bytes: int = 0
+    bytes_needed: int = 0
     took_s: float = 0.0
     detail: str = ""
 

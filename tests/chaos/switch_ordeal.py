@@ -18,10 +18,18 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from loadgen.bench.switching import News, PlanRefused, SwitchFailed, Switching, plan_of
+from loadgen.bench.switching import (
+    AlreadyInForce,
+    News,
+    PlanRefused,
+    SwitchFailed,
+    Switching,
+    plan_of,
+)
 from loadgen.client import ClientOptions, Progress, closed_loop
 from loadgen.results import RequestResult
 from loadgen.workload.records import TraceRecord
+from services.switcher.differences import leaving
 from services.switcher.takers import takeovers
 from shared.errors import BusUnavailable, DeadlineExceeded
 from shared.messages.plans import DeploymentPlan, SwitchProgress, SwitchReport
@@ -69,13 +77,15 @@ class Told:
 def draw(
     seed: int, *, gpus: Sequence[str], shapes: Sequence[str], victims: Sequence[str], model_id: str
 ) -> Draw:
-    """``shapes`` like "tp2 tp1 tp1": laid on the GPUs from a random one on."""
+    """``shapes`` like "tp2 tp1 tp1": laid on the GPUs from a random one on. Some replica goes in
+    each switch, so that no phase is without anything to do."""
     rng = random.Random(f"switches/{seed}")
     plans: list[DeploymentPlan] = []
-    last = ""
-    for _ in range(SWITCHES):
-        last = rng.choice([shape for shape in shapes if shape != last])
-        plans.append(plan_of(_placed(last, gpus, rng.randrange(len(gpus))), model_id=model_id))
+    while len(plans) < SWITCHES:
+        placed = _placed(rng.choice(shapes), gpus, rng.randrange(len(gpus)))
+        plan = plan_of(placed, model_id=model_id)
+        if not plans or leaving(plans[-1], plan):
+            plans.append(plan)
     fault = Fault(rng.choice(victims), PHASES[seed % len(PHASES)], rng.choice(("killed", "held")))
     return Draw(seed, tuple(plans), fault)
 
@@ -202,6 +212,8 @@ async def _switch(switching: Switching, plan: DeploymentPlan, told: Told) -> str
                 told.failures.append(str(error))
                 return "refused"
             await asyncio.sleep(0.2)
+        except AlreadyInForce:
+            return "in force before"
         except SwitchFailed as error:
             told.failures.append(str(error))
             return "rolled back"

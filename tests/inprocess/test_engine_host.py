@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import pytest
 
@@ -97,7 +99,7 @@ async def bench(
 ) -> AsyncGenerator[Bench]:
     engine = SlowEngine()
     factory = EngineFactory(
-        build=lambda *_: build(engine) if build else engine,
+        build=lambda _start, _between: build(engine) if build else engine,
         running_max=2,
         waiting_max=2,
     )
@@ -335,7 +337,10 @@ async def follow(rank: Rank, then: Callable[[FollowerHost], None]) -> list[Messa
         context = HostContext(
             config=WorkerConfig(worker_id="n0-g0"),
             factory=EngineFactory(
-                build=lambda *_: SlowEngine(), follow=lambda *_: rank, running_max=2, waiting_max=2
+                build=lambda _start, _between: SlowEngine(),
+                follow=lambda _start, _between: rank,
+                running_max=2,
+                waiting_max=2,
             ),
             outbox=Outbox(MemoryBus(), incarnation="run", delay_s=0.001, metrics=Metrics("worker")),
             clock=SystemClock(),
@@ -380,3 +385,40 @@ def test_a_rank_whose_leader_has_closed_the_replica_is_broken(
     _, broken = asyncio.run(follow(rank, lambda _: rank.over.set()))
     assert isinstance(broken, EngineBroken)
     assert "closed the replica" in broken.detail
+
+
+@pytest.mark.parametrize("kind", [EngineHost, FollowerHost])
+def test_a_start_that_waits_for_other_ranks_ends_when_it_is_stopped(
+    kind: type[EngineHost | FollowerHost],
+) -> None:
+    """Otherwise a switch that is rolled back would wait for a rank that never comes."""
+    waiting = threading.Event()
+
+    def wait_for_others(_start: EngineStart, between: Callable[[], None]) -> NoReturn:
+        while True:
+            waiting.set()
+            between()
+            time.sleep(0.001)
+
+    async def stop_it() -> list[Message]:
+        events: list[Message] = []
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            context = HostContext(
+                config=WorkerConfig(worker_id="n0-g0"),
+                factory=EngineFactory(
+                    build=wait_for_others, follow=wait_for_others, running_max=2, waiting_max=2
+                ),
+                outbox=Outbox(MemoryBus(), incarnation="r", delay_s=0.1, metrics=Metrics("worker")),
+                clock=SystemClock(),
+                feed=events.append,
+                tasks=tasks,
+            )
+            host = kind(EngineStart(spec(), 1), context)
+            task = tasks.create_task(host.run())
+            await asyncio.to_thread(waiting.wait, 20)
+            host.stop()
+            await task
+        return events
+
+    (stopped,) = asyncio.run(stop_it())
+    assert isinstance(stopped, EngineStopped)

@@ -11,6 +11,7 @@ from services.worker.reporting import KV_SHARE_NOTICED
 from shared.messages.replicas import (
     AdvanceStage,
     DrainReplica,
+    GrowCache,
     PauseReplica,
     ReplicaReport,
     ResumeReplica,
@@ -34,6 +35,7 @@ actions = st.one_of(
     st.tuples(st.just("pause"), replica_ids, epochs),
     st.tuples(st.just("take"), replica_ids, epochs),
     st.tuples(st.just("stage"), replica_ids, epochs),
+    st.tuples(st.just("grow"), replica_ids, epochs),
     st.tuples(st.just("submit"), replica_ids, requests),
     st.tuples(st.just("submit"), replica_ids, requests),
     st.tuples(st.just("submit"), replica_ids, requests),
@@ -105,7 +107,7 @@ class Scenario:
             self.worker.advance(0.5)
 
 
-VERBS = ("start", "drain", "stop", "resume", "prepare", "pause", "take", "stage")
+VERBS = ("start", "drain", "stop", "resume", "prepare", "pause", "take", "stage", "grow")
 
 
 def _command(verb: str, replica_id: str, epoch: int) -> Command:
@@ -124,6 +126,7 @@ def _command(verb: str, replica_id: str, epoch: int) -> Command:
             sources={other: WORKER}, shares=shares(spec(replica_id)), **named
         ),
         "stage": lambda: AdvanceStage(stage=1, **named),
+        "grow": lambda: GrowCache(**named),
     }
     return commands[verb]()
 

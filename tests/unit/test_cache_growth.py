@@ -30,15 +30,25 @@ def perform(counted: Batch) -> list[str]:
     return ended
 
 
-def test_what_fits_only_later_may_be_tried_again() -> None:
-    """Told that it is too long, its client would give up for no reason."""
+def test_what_fits_only_later_waits() -> None:
+    """Refused, its client would give up for no reason: the old replicas leave in a moment."""
     counted = batch(small=4, full=8)
-    with pytest.raises(Rejected, match="overloaded"):
-        counted.add("a", prompt_tokens=20, output_tokens=4)
     with pytest.raises(Rejected, match="too_long"):
         counted.add("a", prompt_tokens=40, output_tokens=4)
-    counted.grow()
     counted.add("a", prompt_tokens=20, output_tokens=4)
+    assert perform(counted) == []
+    assert counted.stuck
+    counted.grow()
+    assert perform(counted) == ["a"]
+
+
+def test_what_outgrows_a_small_cache_waits_for_the_rest_of_it() -> None:
+    """It fits to begin with; its tokens are computed again once there is room for all."""
+    counted = batch(small=4, full=8)
+    counted.add("a", prompt_tokens=10, output_tokens=15)
+    assert perform(counted) == []
+    assert counted.stuck
+    counted.grow()
     assert perform(counted) == ["a"]
 
 

@@ -37,6 +37,10 @@ WAIT_S = 30.0
 STALL_S = 1.0
 
 
+class Stopped(Exception):
+    """What a caller that gives up raises."""
+
+
 @pytest.fixture
 def server() -> Iterator[PeerServer]:
     server = PeerServer(worker_id="w0")
@@ -130,6 +134,22 @@ def test_a_rank_that_does_not_come_is_named(server: PeerServer) -> None:
         FollowerSession.join(server.address, replica_id="r", epoch=3, rank=1, timeout_s=0.1)
 
 
+def test_who_waits_for_other_ranks_can_be_told_to_give_up(server: PeerServer) -> None:
+    """A replica that is stopped would hold its memory until the last of them is late."""
+
+    def stopped() -> None:
+        raise Stopped
+
+    leader = lead(server)
+    with pytest.raises(Stopped):
+        leader.gather(WAIT_S, stopped)
+    leader.close()
+    with pytest.raises(Stopped):
+        FollowerSession.join(
+            server.address, replica_id="r", epoch=3, rank=1, timeout_s=WAIT_S, between=stopped
+        )
+
+
 def test_a_complete_session_takes_no_more(server: PeerServer) -> None:
     """A stray worker would take the place of a rank that serves."""
     leader, follower = pair(server)
@@ -186,6 +206,26 @@ def test_a_rank_that_is_busy_without_progress_is_lost(
     follower.close()
 
 
+@pytest.mark.parametrize("fault", ["silent", "stuck"])
+def test_who_waits_is_not_blamed_for_whom_it_waits(server: PeerServer, fault: str) -> None:
+    """An operator would look at the wrong GPU: neither of two ranks gets any further when one
+    stands still and the other waits for it."""
+    leader = lead(server, size=3)
+    waits, faulty = follow(server, 1), follow(server, 2)
+    leader.gather(WAIT_S)
+    waits.busy(busy=True)
+    if fault == "silent":
+        faulty._closing.set()  # pyright: ignore[reportPrivateUsage]  # its heartbeats end
+    else:
+        waits.waiting(waiting=True)
+        faulty.busy(busy=True)
+    with pytest.raises(RankLost, match="silent" if fault == "silent" else "without") as raised:
+        leader.recv(1, WAIT_S)
+    assert raised.value.rank == 2
+    for session in (waits, faulty, leader):
+        session.close()
+
+
 def test_progress_and_idleness_keep_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prefill, or a quiet night, would be taken for a stuck rank."""
     now_s = [100.0]
@@ -199,7 +239,8 @@ def test_progress_and_idleness_keep_a_rank(monkeypatch: pytest.MonkeyPatch) -> N
         now_s[0] += wait_s
         if progress is not None:
             there.beat(progress, busy=busy)
-        return here.watch()
+        here.hear()
+        return here.silent or here.stuck
 
     assert after(0.0, 1, busy=True) is None
     assert after(1.9, 2, busy=True) is None
@@ -221,7 +262,7 @@ def test_a_rank_that_sends_without_end_is_lost() -> None:
     with pytest.raises(PeerLost, match="nobody has taken"):  # noqa: PT012
         for _ in range(channel.MESSAGES_MAX + 1):
             there.send(b"")
-            here.watch()
+            here.hear()
     there.end()
     here.end()
 
@@ -283,7 +324,8 @@ def test_a_process_that_is_killed_or_stopped_is_a_lost_rank(
 
 
 def started(address: str) -> BaseProcess:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["services.worker.engine.torch_engine.engine"])  # torch is slow
     process = context.Process(target=serve_rank, args=([address], 1), daemon=True)
     process.start()
     return process

@@ -339,7 +339,7 @@ def test_the_report_says_all_that_matters(capsys: pytest.CaptureFixture[str]) ->
     for said in (
         "1 x tp2 is in force as epoch 5: live switch in 1.25 s",
         "7 moved, 1 replayed, paused 30 ms p50, 50 ms p99",
-        "4.0 MiB moved (bound 4.0 MiB, 1.00 x), 1.0 MiB from disk, 8.0 MiB in place",
+        "5.0 MiB moved (bound 4.0 MiB, 1.25 x), 1.0 MiB of it from disk, 8.0 MiB in place",
         "KV cache 2.0 MiB, 1.0 MiB ahead of the pause",
         "3.0 MiB  n0-g1 -> n0-g0",
         "preparing 500 ms, pausing 4 ms, taking 20 ms",

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the torch extra")
 
 from loadgen.bench.torch_ranks import started  # noqa: E402
 from services.worker.engine.torch_engine.config import TorchEngineConfig  # noqa: E402
-from shared.errors import EngineFailed  # noqa: E402
+from services.worker.engine.torch_engine.ranks.lost import RankLost  # noqa: E402
 from tests.unit.engine_contract import Output, finish_all, run, step  # noqa: E402
 from tests.unit.torch_oracle import Oracle, greedy_request, make_oracle, prompt_of  # noqa: E402
 
@@ -44,7 +44,8 @@ def test_greedy_output_is_that_of_transformers(oracle_of: OracleOf, shape: str) 
 @pytest.mark.parametrize("shape", ["tp2", "tp1pp2"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_lost_rank_fails_the_engine(oracle_of: OracleOf, shape: str, how: signal.Signals) -> None:
-    """Otherwise requests on a replica that has lost a GPU would wait for ever."""
+    """Otherwise requests on a replica that has lost a GPU would wait for ever: a dead rank is known
+    by the end of its links, at once, and one that stands still by its silence."""
     before = set(multiprocessing.active_children())
     with started(oracle_of("uneven").folder, shape, CONFIG) as engine:
         (follower,) = set(multiprocessing.active_children()) - before
@@ -53,8 +54,14 @@ def test_lost_rank_fails_the_engine(oracle_of: OracleOf, shape: str, how: signal
         step(engine, outputs)
         assert follower.pid is not None
         os.kill(follower.pid, how)
-        with pytest.raises(EngineFailed):
-            finish_all(engine, outputs)
-        assert engine.drop_all() == ["a"]
-        if how == signal.SIGSTOP:
+        try:
+            with pytest.raises(RankLost) as lost:
+                finish_all(engine, outputs)
+            assert lost.value.rank == 1
+            if how == signal.SIGSTOP:
+                assert "silent for" in lost.value.reason
+            else:
+                assert any(word in lost.value.reason for word in ("gone", "left", "closed"))
+            assert engine.drop_all() == ["a"]
+        finally:
             follower.kill()

@@ -156,7 +156,7 @@ def test_one_that_ended_meanwhile_is_forgotten(workers: Workers) -> None:
     new.scheduler.check()
 
 
-def test_one_that_lost_its_blocks_meanwhile_is_replayed(workers: Workers) -> None:
+def test_of_one_that_lost_its_blocks_meanwhile_nothing_is_copied(workers: Workers) -> None:
     """A preempted request has no KV cache to copy, and what went ahead is not its any more."""
     _, new = Old(workers), New(workers)
     new.take(state("r", [5, 2], 8), final=False)
@@ -164,7 +164,7 @@ def test_one_that_lost_its_blocks_meanwhile_is_replayed(workers: Workers) -> Non
     new.take(waiting, final=False)
     assert not new.scheduler.held
     taken = new.take(waiting, final=True)
-    assert (taken.moved, taken.replayed) == ([], ["r"])
+    assert (taken.moved, taken.replayed) == (["r"], []), "there is nothing to compute again"
     assert new.scheduler.held["r"].row is None
     assert new.scheduler.kv.used == 0
     new.scheduler.check()
@@ -189,13 +189,15 @@ def test_too_few_rows_replay_as_well(workers: Workers) -> None:
     assert (taken.moved, taken.replayed) == (["r"], ["s"])
 
 
-def test_what_can_never_run_here_is_not_held(workers: Workers) -> None:
-    """It would wait for blocks that there are not, and everybody behind it with it."""
+def test_what_can_never_run_here_is_held_without_cache(workers: Workers) -> None:
+    """Whoever gives it away forgets it: here it has to end."""
     _, new = Old(workers), New(workers, blocks=3)
+    assert not new.take(state("r", [1], 4), final=False).bytes_by_source
     taken = new.take(state("r", [1], 4), final=True)
-    assert (taken.moved, taken.replayed) == ([], [])
-    assert "too long" in taken.detail
-    assert not new.scheduler.held
+    assert (taken.moved, taken.replayed) == ([], ["r"])
+    assert "longer" in taken.detail
+    assert new.scheduler.held["r"].row is None
+    assert not new.scheduler.kv.used
 
 
 def test_a_call_ahead_is_bounded(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from services.worker.engine.torch_engine.arena import Arena, group_of
 from services.worker.engine.torch_engine.exports import Exports
+from services.worker.engine.torch_engine.loading import Origin, WeightLoader
 from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import kv_shards, weight_shards
@@ -310,3 +311,33 @@ def test_an_old_placement_is_planned_from_any_holder() -> None:
     old = Placed("old", Parallelism(4, 1), ["a", "b", "c", "d"])
     copies = plan(model, [old], Rank(), random.Random(3))
     assert len({copy.source for copy in copies if copy.sheet == "kv"}) > 1
+
+
+def test_a_layer_takes_memory_from_its_stage_on(workers: Workers, tmp_path: Path) -> None:
+    """Otherwise old and new weights would stand side by side where they do not fit."""
+    model = small_model()
+    old = held_whole(workers, model, "old", "a")
+    shape = model.shape("model", "float32")
+    copies = [
+        Copy(sheet, Area((layer, layer + 1), area.units), "a", "old", stage)
+        for sheet, area in areas_of(shape, Rank()).items()
+        if sheet != "cache"
+        for layer in range(*area.layers)
+        # The last layers first, the edges in between.
+        for stage in [model.layers - 1 - layer if area.layers[1] > 1 else 1]
+    ]
+    arena = Arena("staged")
+    origin = Origin(folder=tmp_path, worker_id="b", copies=copies, peers=workers.peers(["a"]))
+    loader = WeightLoader(model, Rank(), arena, origin, dtype=torch.float32, device=CPU)
+    of_layer = sum(t.nbytes for name, t in old.weights.named.items() if ".layers.0." in name)
+    edges = sum(t.nbytes for name, t in old.weights.named.items() if ".layers." not in name)
+    assert arena.allocated_bytes == 0
+    for stage, expected in enumerate((of_layer, 2 * of_layer + edges, 3 * of_layer + edges)):
+        loader.load(stage)
+        loader.load(stage)
+        assert arena.allocated_bytes == expected
+    assert list(loader.weights.layers) == [0, 1, 2]
+    for name, tensor in old.weights.named.items():
+        assert torch.equal(loader.weights.named[name], tensor)
+    assert loader.fetch_s > 0
+    arena.close()

@@ -23,13 +23,15 @@ from shared.slo import DEFAULT_TARGETS, SloTarget
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuOffer:
     """One GPU that may be planned onto. ``models``: what its worker can serve; empty: anything.
-    ``movable``: models whose weights it can take from other workers, and give to them."""
+    ``movable``: models whose weights it can take from other workers, and give to them;
+    ``cache_bytes``: the KV cache there now, used or not."""
 
     gpu_id: str
     node_id: str
     kind: str
     models: tuple[str, ...] = ()
     movable: tuple[str, ...] = ()
+    cache_bytes: int = 0
 
     def serves(self, model_id: str) -> bool:
         return not self.models or model_id in self.models

@@ -59,8 +59,8 @@ def change(before: Iterable[ReplicaSpec], after: Iterable[ReplicaSpec]) -> Chang
 class Toll:
     """What one switch takes, whatever the demand. ``pause_s``: of ``seconds``, in which what goes
     stands still, the last ones; before that it serves on. None: it serves in none of them.
-    ``bytes_moved``: weights of new replicas; ``busiest_link_s``: how long the link that carries most
-    of them is busy; ``requests_paused``: those that run on replicas that go."""
+    ``bytes_moved``: weights of new replicas; ``busiest_link_s``: how long the link that carries
+    most of them is busy; ``requests_paused``: those that run on replicas that go."""
 
     seconds: float
     pause_s: float | None = None

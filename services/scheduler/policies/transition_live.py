@@ -20,18 +20,46 @@ from shared.messages.plans import ReplicaSpec
 
 PAUSE_S = 0.25
 """What requests wait for at most while they and the KV cache written last change hands."""
+ROOM_MIN = 0.05
+"""Of a GPU's memory, that must be free for the first layers and a first KV cache."""
 
 
-def is_live(made: Change, offers: Iterable[GpuOffer]) -> bool:
+def is_live(made: Change, offers: Iterable[GpuOffer], models: Mapping[str, CostModel]) -> bool:
     """Whether workers can walk it live: something serves already, no replica changes under its
-    name, each model that loses replicas keeps or gets one, and all GPUs can move the weights."""
+    name, each model that loses replicas keeps or gets one, all GPUs can move the weights, and there
+    is room to begin. ``models``: of replicas that go and come, by id, as far as known."""
     before, after = (*made.going, *made.staying), made.after
     again = {spec.replica_id for spec in made.going} & {spec.replica_id for spec in made.coming}
     orphaned = {spec.model_id for spec in made.going} - {spec.model_id for spec in after}
     if not before or again or orphaned:
         return False
-    movable = {offer.gpu_id: offer.movable for offer in offers}
-    return all(spec.model_id in movable.get(gpu, ()) for spec, gpu in _concerned(made))
+    known = {offer.gpu_id: offer for offer in offers}
+    able = all(
+        gpu in known and spec.model_id in known[gpu].movable for spec, gpu in _concerned(made)
+    )
+    return able and all(_room(spec, made, known, models) for spec in made.coming)
+
+
+def _room(
+    coming: ReplicaSpec,
+    made: Change,
+    offers: Mapping[str, GpuOffer],
+    models: Mapping[str, CostModel],
+) -> bool:
+    """Whether its GPUs have memory left to begin with, beside what goes and its KV cache."""
+    facts = models[coming.replica_id].gpu
+    budget = (facts.memory_bytes - facts.reserved_bytes) * facts.usable
+    for spec in made.going:
+        model = models.get(spec.replica_id)
+        by_stage = _by_stage(model) if model else ()
+        for rank, gpu in enumerate(spec.gpus):
+            if gpu in coming.gpus:
+                if model is None:
+                    return False
+                held = by_stage[rank // model.shape.tp] + offers[gpu].cache_bytes
+                if budget - held < ROOM_MIN * budget:
+                    return False
+    return True
 
 
 def live_toll(
@@ -79,18 +107,18 @@ def _fetched_s(
     seconds, read, moved = dict[str, float](), defaultdict[str, float](float), 0.0
     for spec in made.coming:
         model = models[spec.replica_id]
-        by_stage = weight_bytes(model.profile.model_facts, model.shape, model.stages)
+        by_stage = _by_stage(model)
         for rank, gpu in enumerate(spec.gpus):
-            size, node_id, known = (
-                by_stage[rank // model.shape.tp],
-                node_of[gpu],
-                homes[spec.model_id],
-            )
+            size, node_id = by_stage[rank // model.shape.tp], node_of[gpu]
             moved += size
-            if known:
+            if known := homes[spec.model_id]:
                 source = node_id if node_id in known else min(known)
                 seconds[gpu] = copy_s(between(model.gpu, source, node_id), size)
             else:
                 read[node_id] += size
                 seconds[gpu] = copy_s(model.gpu.disk, read[node_id])
     return seconds, moved
+
+
+def _by_stage(model: CostModel) -> tuple[int, ...]:
+    return weight_bytes(model.profile.model_facts, model.shape, model.stages)

@@ -203,10 +203,12 @@ class _Meanwhile:
     def _toll(self, step: Change) -> Toll:
         judge = self._move.judge
         models = {
-            spec.replica_id: judge.model(self._columns[spec.replica_id]) for spec in step.coming
+            spec.replica_id: judge.model(self._columns[spec.replica_id])
+            for spec in (*step.coming, *step.going)
+            if spec.replica_id in self._columns
         }
         offers, requests = judge.problem.offers, self._move.running
-        if self._move.switch_s is None and is_live(step, offers):
+        if self._move.switch_s is None and is_live(step, offers, models):
             return live_toll(step, offers, models, running=requests)
         found = toll(step, offers, models, running=requests)
         if self._move.switch_s is not None and (step.coming or step.going):

@@ -79,7 +79,6 @@ class Batch(TakeoverState):
         if key in self.sequences or key in self.held or key in self.entering:
             raise Rejected("invalid", f"request {key} is live already")
         self.check_length(tokens_max)
-        self.check_room(tokens_max)
         if len(self.sequences) >= self._live_max:
             raise Rejected("overloaded", f"{len(self.waiting)} requests are waiting already")
         self._arrivals += 1
@@ -235,7 +234,7 @@ class Batch(TakeoverState):
         kv = self.kv
         blocks = kv.blocks_of(sequence.known)
         if blocks > kv.total:
-            return None  # it was taken over, and waits until the KV cache has grown
+            return None  # it waits until the KV cache has grown
         room = kv.free - kv.due(self.steps_total)
         if kv.cache.idle_blocks:
             kv.cache.shrink(room)

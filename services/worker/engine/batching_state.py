@@ -67,18 +67,12 @@ class BatchState:
         return sequence.computed
 
     def check_length(self, tokens_max: int) -> None:
-        """Raises Rejected if a request of so many tokens never fits."""
-        if not self._fits(tokens_max, self.blocks_full):
-            capacity = self.blocks_full * self.limits.block_tokens
+        """Raises Rejected if a request of so many tokens never fits. One that does not fit yet
+        waits for the KV cache to grow."""
+        capacity = self.blocks_full * self.limits.block_tokens
+        if tokens_max - 1 > capacity:  # the last is never computed
             detail = f"{tokens_max} tokens exceed the KV cache of {capacity} tokens"
             raise Rejected("too_long", detail)
-
-    def check_room(self, tokens_max: int) -> None:
-        """Raises Rejected if one does not fit as long as the KV cache is small."""
-        if not self._fits(tokens_max, self.kv.total):
-            capacity = self.kv.total * self.limits.block_tokens
-            detail = f"{tokens_max} tokens exceed the {capacity} of a KV cache that has yet to grow"
-            raise Rejected("overloaded", detail)
 
     def grow(self) -> None:
         """Give the KV cache its full size; a plan under way stays as it is."""
@@ -91,9 +85,6 @@ class BatchState:
             return False
         first = next(iter(self.waiting.values()))
         return self.kv.blocks_of(first.known) > self.kv.total
-
-    def _fits(self, tokens_max: int, blocks: int) -> bool:
-        return tokens_max - 1 <= blocks * self.limits.block_tokens  # the last is never computed
 
     def made(self, sequence: Sequence) -> int:
         """How many output tokens it has, those of earlier attempts included."""

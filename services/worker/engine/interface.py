@@ -76,11 +76,14 @@ class LiveState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """What ``Engine.take`` did. ``bytes_by_source``: target worker -> source worker -> bytes."""
+    """What ``Engine.take`` did. ``bytes_by_source``: target worker -> source worker -> bytes;
+    ``bytes_needed``: between workers, of the KV cache of those moved, whenever it was copied, each
+    byte once."""
 
     moved: list[str] = field(default_factory=list[str])
     replayed: list[str] = field(default_factory=list[str])
     bytes_by_source: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    bytes_needed: int = 0
     detail: str = ""
 
 

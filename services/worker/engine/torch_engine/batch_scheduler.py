@@ -99,8 +99,7 @@ class BatchScheduler:
         return [self._state(sequence) for sequence in (*self._running, *self._waiting)]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises Rejected when the queue is full or it can never be run, or not
-        before the KV cache grows."""
+        """Queue a sequence; raises Rejected when the queue is full or it can never be run."""
         assert sequence.request.key not in self, sequence.request.key
         self.kv.check_length(sequence.tokens_max)
         if len(self._live) >= self.live_max:
@@ -253,7 +252,7 @@ class BatchScheduler:
         sequence = self._waiting[0]
         if not self._reserve(sequence):
             others = self._running or self._ending or self._held
-            small = self.kv.total < self.kv.total_full  # those taken over may have to wait for more
+            small = self.kv.total < self.kv.total_full  # it may have to wait for more
             assert others or small, "a request alone must fit: add refuses the others"
             return None
         self._running.append(self._waiting.popleft())

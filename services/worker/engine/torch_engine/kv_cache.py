@@ -73,15 +73,15 @@ class KvBlocks(BlockTable):
         self.total = self.total_full
 
     def check_length(self, tokens_max: int) -> None:
-        """Raises Rejected if a request of so many tokens never fits, or not before ``extend``."""
-        for blocks, code in ((self.total_full, "too_long"), (self.total, "overloaded")):
-            capacity = blocks * self.block_tokens
-            if tokens_max - 1 > capacity:  # the last token is never computed
-                detail = f"{tokens_max} tokens exceed the KV cache of {capacity} tokens"
-                raise Rejected(code, detail)
+        """Raises Rejected if a request of so many tokens never fits. One that does not fit before
+        ``extend`` waits for it."""
+        if not self.fits_ever(tokens_max):
+            capacity = self.total_full * self.block_tokens
+            detail = f"{tokens_max} tokens exceed the KV cache of {capacity} tokens"
+            raise Rejected("too_long", detail)
 
     def fits_ever(self, tokens_max: int) -> bool:
-        return tokens_max - 1 <= self.total_full * self.block_tokens
+        return tokens_max - 1 <= self.total_full * self.block_tokens  # the last is never computed
 
     def count(self, row: int) -> int:
         """How many blocks ``row`` has."""

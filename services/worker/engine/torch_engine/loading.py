@@ -14,15 +14,16 @@ import torch
 from services.worker.engine.torch_engine.arena import Arena
 from services.worker.engine.torch_engine.checkpoint import Checkpoint
 from services.worker.engine.torch_engine.model_config import ModelConfig
-from services.worker.engine.torch_engine.sharding import weight_shards
+from services.worker.engine.torch_engine.sharding import TensorShard, weight_shards
 from services.worker.engine.torch_engine.transfer import (
     adopting,
     check_covered,
+    covered,
     disk_parts,
     fetch_weights,
     no_pause,
 )
-from services.worker.engine.torch_engine.weights import StageWeights, allocate_weights
+from services.worker.engine.torch_engine.weights import StageWeights, extend_weights
 from shared.placement.copies import DISK, Copy
 from shared.placement.sheets import Rank
 
@@ -42,7 +43,8 @@ class Origin:
 
 
 class WeightLoader:
-    """``weights`` of ``rank``, allocated in ``arena`` and filled by ``load``."""
+    """``weights`` of ``rank``, allocated in ``arena`` and filled by ``load``, stage by stage: what
+    comes later takes no memory before."""
 
     def __init__(
         self,
@@ -63,21 +65,30 @@ class WeightLoader:
         if not self._copies or any(copy.source == DISK for copy in self._copies):
             self._checkpoint = _checked(origin.folder, model)
         allocate = arena.allocate
+        shards = weight_shards(model, rank)
         if self._copies:
-            shards = weight_shards(model, rank)
             check_covered(shards, self._copies)
             allocate = adopting(
                 arena, shards, self._copies, origin.peers, worker_id=origin.worker_id
             )
-        self.weights: StageWeights = allocate_weights(
-            model, rank, dtype=dtype, device=device, allocate=allocate
-        )
+        self._model, self._rank, self._allocate = model, rank, allocate
+        self.weights = StageWeights(shards=shards, dtype=dtype, device=device)
+        self._stages = first_stages(shards, self._copies)
 
     def load(self, stage: int) -> dict[str, int]:
-        """Fill what the copies of ``stage`` bring; bytes by source, DISK for the checkpoint.
-        Raises ConfigInvalid, PeerLost, EngineFailed, and what ``between`` raises."""
-        began_s = time.perf_counter()
+        """Allocate and fill what the copies of ``stage`` bring; bytes by source, DISK for the
+        checkpoint. May be called again after it has failed. Raises ConfigInvalid, PeerLost,
+        EngineFailed, and what ``between`` raises."""
         origin, weights = self._origin, self.weights
+        due = [
+            shard
+            for shard in weights.shards
+            if self._stages[shard.name] == stage
+            and shard.layer not in weights.layers
+            and (shard.layer is not None or shard.name not in weights.named)
+        ]
+        extend_weights(weights, self._model, self._rank, due, allocate=self._allocate)
+        began_s = time.perf_counter()
         found: dict[str, int] = {}
         if self._copies:
             found = fetch_weights(
@@ -99,7 +110,23 @@ class WeightLoader:
         for source, count in found.items():
             self.fetched[source] = self.fetched.get(source, 0) + count
         self.fetch_s += time.perf_counter() - began_s
+        if len(weights.named) == len(weights.shards):
+            self._allocate = self._arena.allocate  # what held on to tensors to be shared
         return found
+
+
+def first_stages(shards: Sequence[TensorShard], copies: Sequence[Copy]) -> dict[str, int]:
+    """In which stage the first part of each tensor comes, all tensors of a layer at once: 0 where
+    there are no copies."""
+    found: dict[str | int, int] = {}
+    for copy in copies:
+        for shard, _ in covered(shards, copy):
+            part = shard.name if shard.layer is None else shard.layer
+            found[part] = min(found.get(part, copy.stage), copy.stage)
+    return {
+        shard.name: found.get(shard.name if shard.layer is None else shard.layer, 0)
+        for shard in shards
+    }
 
 
 def _checked(folder: Path, model: ModelConfig) -> Checkpoint:

@@ -59,8 +59,7 @@ class DecoderStage:
         self._model, self.rank = model, rank
         self._group = group
         self._on_layer = on_layer
-        sample = next(iter(weights.layers.values())).input_norm
-        self.dtype, self.device = sample.dtype, sample.device
+        self.dtype, self.device = weights.dtype, weights.device
         self._cosines, self._sines = rotary_table(
             model.rope,
             head_dim=model.head_dim,

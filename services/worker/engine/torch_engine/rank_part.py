@@ -147,7 +147,7 @@ class RankPart:
         replica_id = self._start.spec.replica_id
         self.exports = Exports(self._peers, self.arena, replica_id=replica_id)
         self.undo.callback(self.exports.close)
-        self.exports.add(self.stage.weights.shards, self.stage.weights.named)
+        self.exports.add(self.stage.weights.here, self.stage.weights.named)
         self._cache_shards = kv_shards(
             model.facts, self.rank, blocks=blocks, block_tokens=block_tokens
         )

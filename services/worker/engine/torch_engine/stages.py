@@ -51,6 +51,8 @@ class WeightStages:
             for stage in range(self._done + 1, order.stage + 1):
                 self._load(stage)
                 self._done = stage
+                if self._exports is not None:
+                    self._exports.add(self._weights.here, self._weights.named)
         except (PeerLost, EngineFailed, ConfigInvalid) as error:
             return Staged(str(error))
         return Staged()

@@ -87,6 +87,7 @@ class Takeover:
         self._arrivals: dict[str, _Arrival] = {}
         self._confirmed: set[str] = set()
         self._mapped: set[str] = set()  # replicas whose cache some rank has open
+        self._block_bytes: dict[str, int] = {}  # by replica: of one block, from other workers
 
     def expect(self, copies: Sequence[Copy], peers: Mapping[str, str], *, verify: bool) -> None:
         """See Engine; each rank is told its own."""
@@ -119,8 +120,14 @@ class Takeover:
         self._confirmed.update(moved, replayed)
         for key in (*moved, *replayed):
             self._arrivals.pop(key, None)
-        detail = "; ".join(sorted(reasons))
-        return Taken(moved=moved, replayed=replayed, bytes_by_source=_bytes(answers), detail=detail)
+        blocks = sum(one.stop for one in wanted if one.state.request.key not in without)
+        return Taken(
+            moved=moved,
+            replayed=replayed,
+            bytes_by_source=_bytes(answers),
+            bytes_needed=blocks * self._block_bytes.get(replica_id, 0),
+            detail="; ".join(sorted(reasons)),
+        )
 
     def settle(self) -> None:
         """Before held requests are released: forget those that no final call has confirmed, and let
@@ -131,6 +138,7 @@ class Takeover:
             self._scheduler.forget_held(key)
         self._arrivals.clear()
         self._confirmed.clear()
+        self._block_bytes.clear()
 
     def advance_stage(self, stage: int, layers: tuple[int, int]) -> None:
         """See Engine; of all ranks. Raises PeerLost and EngineFailed."""
@@ -219,6 +227,9 @@ class Takeover:
             pulled = self._kv.pull(order)
         finally:
             answers = self._answers(Pulled)
+        if own and not any(answer.failure for answer in (pulled, *answers)):
+            moved = _between_workers((pulled, *answers))
+            self._block_bytes[replica_id] = moved // len(own)
         return [pulled, *answers]
 
     def _hold_without_cache(self, state: LiveState) -> None:
@@ -265,6 +276,15 @@ class TakeoverFollower:
     def _advance(self, body: bytes) -> None:
         order = msgspec.msgpack.decode(body, type=StageOrder)
         self._leader.send(msgspec.msgpack.encode(self._stages.advance(order)))
+
+
+def _between_workers(answers: Iterable[Pulled]) -> int:
+    return sum(
+        count
+        for answer in answers
+        for source, count in answer.bytes_by_source.items()
+        if source != answer.worker_id
+    )
 
 
 def _bytes(answers: Iterable[Pulled]) -> dict[str, dict[str, int]]:

@@ -4,8 +4,8 @@ Queries, keys and values are one matrix product, and so are gate and up. The che
 are views into the fused ones, so that loading and resharding write by name and copy once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,17 +45,24 @@ class LayerWeights:
     down_bias: Tensor | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StageWeights:
     """``named`` holds every tensor of the rank under its checkpoint name, ``layers`` the same by
-    the layer's number in the model."""
+    the layer's number in the model, in order. Both lack what is not allocated yet."""
 
     shards: list[TensorShard]
-    named: dict[str, Tensor]
-    embedding: Tensor | None
-    layers: dict[int, LayerWeights]
-    final_norm: Tensor | None
-    output: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    named: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    embedding: Tensor | None = None
+    layers: dict[int, LayerWeights] = field(default_factory=dict[int, LayerWeights])
+    final_norm: Tensor | None = None
+    output: Tensor | None = None
+
+    @property
+    def here(self) -> list[TensorShard]:
+        """Those that are allocated."""
+        return [shard for shard in self.shards if shard.name in self.named]
 
     def free_layer(self, layer: int) -> None:
         """Let go of a layer's weights; their memory is free once nobody else holds them. The
@@ -80,39 +87,45 @@ def allocate_weights(
     allocate: Allocate = zeros,
 ) -> StageWeights:
     """Uninitialised weights of ``rank``, to be filled by name."""
-    shards = weight_shards(model, rank)
-    allocator = _Allocator({shard.name: shard for shard in shards}, dtype, device, allocate)
-    embedding = allocator.one(EMBEDDING)
-    layers = {
-        layer: _layer(allocator, f"model.layers.{layer}.") for layer in RankCut(model, rank).layers
-    }
-    final_norm = allocator.one(FINAL_NORM)
-    tied = rank.last_stage and model.tied_embeddings
-    output = embedding if tied else allocator.one(OUTPUT)
-    assert allocator.named.keys() == {shard.name for shard in shards}
-    return StageWeights(
-        shards=shards,
-        named=allocator.named,
-        embedding=embedding,
-        layers=layers,
-        final_norm=final_norm,
-        output=output,
-    )
+    weights = StageWeights(shards=weight_shards(model, rank), dtype=dtype, device=device)
+    extend_weights(weights, model, rank, weights.shards, allocate=allocate)
+    return weights
+
+
+def extend_weights(
+    weights: StageWeights,
+    model: ModelConfig,
+    rank: Rank,
+    shards: Iterable[TensorShard],
+    *,
+    allocate: Allocate,
+) -> None:
+    """Allocate ``shards``, of a layer all or none, that ``weights`` of ``rank`` lack as yet."""
+    wanted = {shard.name: shard for shard in shards}
+    allocator = _Allocator(wanted, weights, allocate)
+    for layer in RankCut(model, rank).layers:
+        if any(shard.layer == layer for shard in wanted.values()):
+            weights.layers[layer] = _layer(allocator, f"model.layers.{layer}.")
+    weights.layers = dict(sorted(weights.layers.items()))
+    if EMBEDDING in wanted:
+        weights.embedding = allocator.one(EMBEDDING)
+    if FINAL_NORM in wanted:
+        weights.final_norm = allocator.one(FINAL_NORM)
+    if OUTPUT in wanted:
+        weights.output = allocator.one(OUTPUT)
+    elif rank.last_stage and model.tied_embeddings:
+        weights.output = weights.embedding
+    assert wanted.keys() <= weights.named.keys()
 
 
 class _Allocator:
     def __init__(
-        self,
-        shards: dict[str, TensorShard],
-        dtype: torch.dtype,
-        device: torch.device,
-        allocate: Allocate,
+        self, shards: dict[str, TensorShard], weights: StageWeights, allocate: Allocate
     ) -> None:
         self._allocate = allocate
-        self.named: dict[str, Tensor] = {}
+        self._named = weights.named
         self._shards = shards
-        self._dtype = dtype
-        self._device = device
+        self._dtype, self._device = weights.dtype, weights.device
 
     def one(self, name: str) -> Tensor | None:
         return self.fused((name,))
@@ -131,7 +144,7 @@ class _Allocator:
         rows = [shard.shape[0] for shard in shards]
         shape = (sum(rows), *shards[0].shape[1:])
         whole = self._allocate(shape, self._dtype, self._device, names[0])
-        self.named.update(zip(names, torch.split(whole, rows), strict=True))
+        self._named.update(zip(names, torch.split(whole, rows), strict=True))
         return whole
 
 

@@ -69,20 +69,32 @@ class RankChannel:
         """Tell the other that this process lives; not where that would wait."""
         self.link.try_send(_BEAT + _BEAT_BODY.pack(progress, busy))
 
-    def watch(self) -> str | None:
-        """Hear what has come; says what is wrong with the other rank. Raises PeerLost."""
+    def hear(self) -> None:
+        """Take what has come, without waiting for more. Raises PeerLost."""
         if self._reading.acquire(blocking=False):
             try:
                 while self.state != "ended" and self.link.has_bytes():
                     self._take(self.link.recv(self._stall_s))
             finally:
                 self._reading.release()
-        now_s, (_, busy) = time.monotonic(), self._beat
-        if self.state == "ended":
-            return None
-        if now_s - self.link.heard_s > self._stall_s and not self.link.has_bytes():
+
+    @property
+    def silence_s(self) -> float:
+        """Since the other was heard last; 0 once it has ended."""
+        return 0.0 if self.state == "ended" else time.monotonic() - self.link.heard_s
+
+    @property
+    def silent(self) -> str | None:
+        """What is wrong with a rank that is stopped, or cannot be reached. Raises PeerLost."""
+        if self.silence_s > self._stall_s and not self.link.has_bytes():
             return f"silent for {self._stall_s:g} s"
-        if busy and now_s - self._changed_s > self._progress_s:
+        return None
+
+    @property
+    def stuck(self) -> str | None:
+        """What is wrong with one that lives, and gets no further."""
+        late = time.monotonic() - self._changed_s > self._progress_s
+        if self._beat[1] and late and self.state != "ended":
             return f"busy without progress for {self._progress_s:g} s"
         return None
 

@@ -17,7 +17,13 @@ from shared.errors import PeerLost
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
-STALL_S = 2.0
+STALL_S = 1.75
+"""With the heartbeat that was sent last, and the one at which it is noticed, that is within 2 s."""
+
+SUSPICIOUS_S = 3 * HEARTBEAT_S
+"""Of silence: as long as one rank is as silent as that, none is called stuck. It may wait for the
+silent one, which is lost soon."""
+
 CLOSE_S = 2.0  # for the watching thread to return
 
 LostCallback = Callable[[RankLost], None]
@@ -35,7 +41,7 @@ class RankSession:
         self._channels: dict[int, RankChannel] = {}
         self._callbacks: list[LostCallback] = []
         self._loss: RankLost | None = None
-        self._progress, self._busy = 0, False
+        self._progress, self._busy, self._waiting = 0, False, False
         self._closing = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
 
@@ -52,6 +58,11 @@ class RankSession:
     def busy(self, busy: bool) -> None:
         """While busy, progress is expected within the others' ``progress_s``."""
         self._busy = busy
+        self._progress += 1
+
+    def waiting(self, waiting: bool) -> None:
+        """While this rank waits for another one, no progress is expected of it, busy or not."""
+        self._waiting = waiting
         self._progress += 1
 
     def on_lost(self, callback: LostCallback) -> None:
@@ -107,21 +118,38 @@ class RankSession:
         while self._loss is None and not self._closing.wait(HEARTBEAT_S):
             with self._state:
                 channels = list(self._channels.values())
-            for channel in channels:
-                self._watch_one(channel)
+            for look in (self._hear, self._silent, self._stuck):
+                for channel in channels:
+                    self._watch_one(channel, look)
 
-    def _watch_one(self, channel: RankChannel) -> None:
+    def _hear(self, channel: RankChannel) -> str | None:
+        channel.beat(self._progress, busy=self._busy and not self._waiting)
+        channel.hear()
+        if channel.state == "ended":
+            self._ended(channel)
+        return None
+
+    def _silent(self, channel: RankChannel) -> str | None:
+        return channel.silent
+
+    def _stuck(self, channel: RankChannel) -> str | None:
+        others = [other for other in list(self._channels.values()) if other is not channel]
+        if any(other.silence_s > SUSPICIOUS_S for other in others):
+            return None
+        return channel.stuck
+
+    def _watch_one(self, channel: RankChannel, look: Callable[[RankChannel], str | None]) -> None:
+        """``look`` says what is wrong with it, or raises PeerLost."""
+        if self._loss is not None:
+            return
         try:
-            channel.beat(self._progress, busy=self._busy)
-            trouble = channel.watch()
+            trouble = look(channel)
         except OtherToldLoss as told:
             self.lose(told.loss.rank, told.loss.reason)
             return
         except PeerLost as error:
             trouble = str(error)
-        if trouble is None and channel.state == "ended":
-            self._ended(channel)
-        elif trouble is not None and channel.state != "ended":
+        if trouble is not None and channel.state != "ended":
             self._troubled(channel, trouble)
 
     def _ended(self, channel: RankChannel) -> None:

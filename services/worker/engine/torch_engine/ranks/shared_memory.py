@@ -120,7 +120,7 @@ class SharedMemoryGroup:
             for number, link in links.items():
                 self._segments[number] = _received(link, byte_count, timeout_s)
             for number, link in links.items():
-                self._signals[number] = Signals(link.detach())
+                self._signals[number] = Signals(link.detach(), self._session.waiting)
         except PeerLost as error:
             raise self._lost(number, error) from error
         if (lost := self._session.lost) is not None:  # too early for _abort to find all signals

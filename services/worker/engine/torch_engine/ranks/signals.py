@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from shared.errors import PeerLost
 
-SPIN_S = 50e-6 if (os.cpu_count() or 1) > 1 else 0.0
-"""How long a rank looks before it sleeps: about what waking it would take."""
+SPIN_S = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
+"""How long a rank looks before it sleeps: about what being woken takes, and what ranks are apart in
+a layer. Others may have its core meanwhile."""
 
 _WORD = struct.Struct("!BQ")
 _STEP, _PIECE, _ROOM = range(3)
@@ -25,8 +26,10 @@ class Signals:
     and not yet taken; ``room``: bytes of the ring to it that it has given back, ever. They grow by
     ``pull`` alone. One thread calls, but for ``abort``. Raises PeerLost."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Owns ``sock``, which does not block."""
+    def __init__(self, sock: socket.socket, on_sleep: Callable[[bool], None]) -> None:
+        """Owns ``sock``, which does not block. ``on_sleep`` is told when this rank begins to sleep
+        until the other has signalled, and when it ends."""
+        self._on_sleep = on_sleep
         self.steps, self.room = 0, 0
         self.pieces: collections.deque[int] = collections.deque()
         self._socket = sock
@@ -57,9 +60,14 @@ class Signals:
             if ready():
                 return
             if time.perf_counter() > until_s:
-                self._poll.poll()
+                self._sleep(self._poll)
             else:
                 os.sched_yield()  # the other may be on this very core
+
+    def _sleep(self, poll: select.poll) -> None:
+        self._on_sleep(True)
+        poll.poll()
+        self._on_sleep(False)
 
     def pull(self) -> None:
         """Take what has come, without waiting."""
@@ -109,7 +117,7 @@ class Signals:
     def _await_room(self) -> None:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | select.POLLOUT)
-        poll.poll()
+        self._sleep(poll)
         self.pull()
 
 
