@@ -7,6 +7,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 TORCH_VERSION ?= 2.13.0
 SEED ?= 0
+WORLD ?= mesh
 OSERVE_CONFIG ?= deploy/topologies/laptop.toml
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -69,8 +70,8 @@ mesh: $(STAMP) ## Every service of the Procfile under honcho, on nats://127.0.0.
 	@test -f .oserve/models/tiny/config.json || oserve make-model .oserve/models/tiny --size tiny
 	@OSERVE_CONFIG=$(OSERVE_CONFIG) honcho start || [ $$? -eq 130 ] # Ctrl-C is how it ends
 
-sim: $(STAMP) ## Simulated meshes under faults: make sim SEEDS=5000, or one: make sim SEED=123
-	@python -m loadgen.simulator --seed $(SEED) $(if $(SEEDS),--runs $(SEEDS) --quiet)
+sim: $(STAMP) ## Meshes under faults: make sim SEEDS=5000, one: SEED=123; WORLD=mesh, switch or calm
+	@python -m loadgen.simulator --world $(WORLD) --seed $(SEED) $(if $(SEEDS),--runs $(SEEDS) --quiet)
 
 bench: $(STAMP) ## Every benchmark, as JSON
 	@python -m loadgen.bench

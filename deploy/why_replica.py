@@ -147,7 +147,7 @@ def _what(event: ReplicaEvent) -> str:
         case ReplicaStopped():
             return "stopped"
         case ReplicaFailed():
-            return "failed"
+            return "refused" if event.refused else "failed"
 
 
 def _why(plan: DeploymentPlan, spec: ReplicaSpec, source: Source | None) -> Iterable[str]:

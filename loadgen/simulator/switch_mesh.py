@@ -8,6 +8,7 @@ all is checked that must hold then.
 import random
 from dataclasses import replace
 
+from loadgen.simulator.ambush import Ambush
 from loadgen.simulator.clients import Order, draw_orders
 from loadgen.simulator.faults import CALM, Weather, draw_weather
 from loadgen.simulator.mesh import Mesh
@@ -15,6 +16,7 @@ from loadgen.simulator.mesh_services import MODEL
 from loadgen.simulator.process import NodeSpec
 from loadgen.simulator.wisher import INPUTS, Wisher, Wishes
 from loadgen.simulator.workshop import NO_FAULTS, EngineFaults
+from services.switcher.machine import State
 from shared.hardware import Parallelism
 from shared.messages.plans import DeploymentPlan, ReplicaSpec
 
@@ -23,6 +25,11 @@ SAME_SHARE = 0.5
 """Of replicas that a plan keeps as they are, if they fit."""
 WEIGHTS_SHARE = 0.2
 """Of plans that change weights alone."""
+PHASES: tuple[State, ...] = (
+    "preparing", "pausing", "taking", "committing", "activating", "retiring", "rolling_back",
+)  # fmt: skip
+RARE: tuple[State, ...] = ("pausing", "taking", "taking", "activating", "retiring")
+"""Those of them that only the better half of switches reach: they are met more often."""
 
 
 class SwitchMesh(Mesh):
@@ -92,6 +99,18 @@ class SwitchMesh(Mesh):
             plan_id=f"w{self._number}",
             replicas=tuple(replicas),
             weights={"*": _draw_weights(rng, replicas)},
+        )
+
+    def _plan_faults(self, rng: random.Random) -> None:
+        """Some of them meet the switch in a phase that is over in a moment."""
+        super()._plan_faults(rng)
+        self.ambush = Ambush(
+            self.world,
+            rng,
+            nodes=[gpu.gpu_id for host in self._hosts for gpu in host.gpu_specs()],
+            phases=(*PHASES, *RARE),
+            most=6,
+            until_s=self.FAULTS_S * 0.9,
         )
 
     def lose(self, worker_id: str, rng: random.Random) -> None:

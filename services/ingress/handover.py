@@ -62,13 +62,13 @@ def was_home(journey: Journey, replica_id: str) -> bool:
 
 def holders(journey: Journey, now_s: float) -> tuple[Home, ...]:
     """Who is told to stop: its home, and the former one too as long as it may not know, or alone
-    while nobody has said who leads the new one, since it passes that on."""
+    while nobody has said who leads the new one, since it passes that on. Nobody while no leader of
+    the attempt is known: the next words of its home tell, and are answered by an abort."""
     home = Home(journey.replica_id, journey.leader_id)
-    if not journey.former:
-        return (home,)
+    former = [one for one in journey.former if one.leader_id][-1:]
     if not home.leader_id:
-        return journey.former[-1:]
-    return (home, journey.former[-1]) if crossing(journey, now_s) else (home,)
+        return tuple(former)
+    return (home, *former) if crossing(journey, now_s) else (home,)
 
 
 def keep_early(journey: Journey, chunk: TokenChunk, now_s: float) -> bool:

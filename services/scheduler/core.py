@@ -155,7 +155,7 @@ class Scheduler:
         in_force = (event.replica_id, event.worker_id) in {
             (spec.replica_id, gpu) for spec in self._standing.replicas for gpu in spec.gpus
         }
-        if not in_force or not self._corrects or self._pins.plan is not None:
+        if event.refused or not in_force or not self._corrects or self._pins.plan is not None:
             return
         if self._fleet.failed(event.worker_id, now_s):
             fields = {"replica_id": event.replica_id, "worker_id": event.worker_id}

@@ -6,13 +6,11 @@ tokens are in the KV cache; ranks that are prepared keep the copies that they we
 
 from collections.abc import Iterable
 
+from services.switcher.capacity import ranks
 from services.switcher.differences import leaving, staying
 from services.switcher.events import HeldCache, RequestMove, TransferWanted
 from services.switcher.live import STANDS_OR_RUNS, Live
-from shared.hardware import Parallelism
 from shared.messages.plans import ReplicaSpec
-from shared.messages.replicas import HostedReplica
-from shared.placement.sheets import Rank, cache_token_bytes
 from shared.placement.spread import ANY_TYPE
 
 
@@ -65,7 +63,7 @@ def _cache_unknown(live: Live, spec: ReplicaSpec) -> bool:
     and not what it reports since. Taken for nothing, it would be planned over."""
     return any(
         live.view.gpu(worker_id).memory_bytes and not held.cache_bytes
-        for worker_id, held, _ in _ranks(live, spec)
+        for worker_id, held, _ in ranks(live, spec)
     )
 
 
@@ -90,7 +88,7 @@ def _capacity(live: Live, specs: Iterable[ReplicaSpec]) -> int:
     found = [
         held.cache_bytes // token_bytes
         for spec in specs
-        for _, held, token_bytes in _ranks(live, spec)
+        for _, held, token_bytes in ranks(live, spec)
         if held.cache_bytes and token_bytes
     ]
     return min(found, default=0)
@@ -101,21 +99,12 @@ def _held(live: Live, specs: Iterable[ReplicaSpec]) -> dict[str, HeldCache]:
     for spec in specs:
         leader = live.leader(spec)
         tokens = leader.cache_tokens if leader else 0
-        for worker_id, held, token_bytes in _ranks(live, spec):
+        for worker_id, held, token_bytes in ranks(live, spec):
             used = tokens * token_bytes
+            # One that is small may be growing: it has been told to, and its report is older.
+            most = max(held.cache_bytes, held.cache_bytes_full)
             before = found.get(worker_id, HeldCache(0, 0))
             found[worker_id] = HeldCache(
-                before.cache_bytes + held.cache_bytes,
-                before.used_bytes + min(used, held.cache_bytes or used),
+                before.cache_bytes + most, before.used_bytes + min(used, most or used)
             )
     return found
-
-
-def _ranks(live: Live, spec: ReplicaSpec) -> Iterable[tuple[str, HostedReplica, int]]:
-    """Each rank's worker, what it says of it, and the bytes of one token in its KV cache."""
-    shape = Parallelism.parse(spec.parallelism)
-    for number, worker_id in enumerate(spec.gpus):
-        held = live.view.held((worker_id, spec.replica_id))
-        model = live.view.shape(worker_id, spec.model_id)
-        if held is not None and model is not None:
-            yield worker_id, held, cache_token_bytes(model, Rank.of(number, shape))

@@ -38,8 +38,13 @@ class Switcher:
     def __init__(self, config: SwitcherConfig) -> None:
         self._config = config
         self._walker = Walker(config)
+        self._stepped_s = float("inf")
 
     def step(self, event: SwitcherEvent, now_s: float) -> list[Effect]:
+        # Ticks leave no such gap: it is we who stood still, and what was said meanwhile is to come.
+        if (gap_s := now_s - self._stepped_s) > self._config.worker_timeout_s / 2:
+            self._walker.view.excuse(gap_s)
+        self._stepped_s = now_s
         match event:
             case core.Started():
                 effects = self._on_started(now_s)
@@ -96,11 +101,11 @@ class Switcher:
         yield from walker.begin(self._switch_to(plan, stored, now_s), stored, now_s)
 
     def _switch_to(self, plan: DeploymentPlan, stored: StoredPlan, now_s: float) -> Switch:
-        """Live, unless something is against it that is known now."""
+        """Live, unless something is against it that is known now, or it was tried in vain."""
         walker = self._walker
         way, why = way_to(stored.in_force, plan, walker.view, now_s)
-        if way == "live" and (before := walker.refusals.not_live(plan.plan_id)):
-            way, why = "reload", before
+        if way == "live":
+            way, why = walker.refusals.way_to(plan.plan_id)
         return Switch(
             origin=stored.in_force,
             target=plan,
@@ -183,7 +188,7 @@ class Switcher:
 
     def _on_phase_deadline(self, event: PhaseDeadline, now_s: float) -> Iterable[Effect]:
         walker, switch, state = self._walker, self._walker.switch, self.state
-        if switch is None or (event.epoch, event.state) != (switch.epoch, state):
+        if switch is None or event != walker.deadline or event.state != state:
             return
         told = {"epoch": switch.epoch, "state": state, "why": switch.why}
         late = f"{state} did not end within its time"

@@ -34,10 +34,12 @@ class Tick(Message, frozen=True, kw_only=True):
 
 
 class PhaseDeadline(Message, frozen=True, kw_only=True):
-    """Timer: the phase ``state`` of the switch to ``epoch`` should have ended."""
+    """Timer: the phase ``state`` of the switch to ``epoch`` should have ended; or the stage after
+    ``stage`` should have, where weights go over in stages."""
 
     epoch: int
     state: str
+    stage: int = 0
 
 
 class HeldCache(msgspec.Struct, frozen=True):

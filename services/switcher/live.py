@@ -175,16 +175,28 @@ def prepares(live: Live) -> list[Command]:
     return pending
 
 
+def lets_go(live: Live, spec: ReplicaSpec) -> bool:
+    """Whether a replica that goes will not stand still any more, though its leader is there: it
+    drains, its worker is shutting down, or it has refused. Its requests end there, or are handed
+    back when it is stopped."""
+    held, worker_id = live.leader(spec), spec.gpus[0]
+    if held is None or live.stands(spec):
+        return False
+    refused = live.course.failure((worker_id, spec.replica_id))
+    return held.phase == "draining" or live.view.leaving(worker_id) or bool(refused)
+
+
 def pauses(live: Live) -> list[Command]:
     """Leaders that still have to stand still. One that is gone, broke or never served has no
-    requests that could be taken: they are replayed."""
+    requests that could be taken: they are replayed. One that lets its requests go is not waited
+    for: the others stand still already."""
     pending: list[Command] = []
     for takeover in live.takeovers:
         for spec in takeover.sources:
             worker_id, held = spec.gpus[0], live.leader(spec)
             heard_of = live.gone(worker_id) or live.view.reported(worker_id)
             runs = held is not None and held.phase in STANDS_OR_RUNS
-            if (heard_of and not runs) or live.stands(spec):
+            if (heard_of and not runs) or live.stands(spec) or lets_go(live, spec):
                 continue
             pending.append(
                 PauseReplica(
@@ -215,7 +227,6 @@ def takes(live: Live) -> list[Command]:
                     sources=_leaders(sources),
                     peers=live.view.peers(workers),
                     shares=takeover.shares,
-                    verify=live.verify,
                 )
             )
     return pending
@@ -247,14 +258,14 @@ def activations(live: Live) -> list[Command]:
     return pending
 
 
-def lost_sources(live: Live) -> tuple[str, ...]:
-    """Replicas whose requests nobody can take over, since their leader is gone or broke."""
-    return tuple(
-        spec.replica_id
-        for spec in leaving(live.switch.origin, live.switch.target)
-        if live.gone(spec.gpus[0])
-        or ((held := live.leader(spec)) is not None and held.phase == "failed")
-    )
+def left_out(live: Live) -> Iterable[str]:
+    """Whose requests nobody takes over, and why, for the report."""
+    for spec in leaving(live.switch.origin, live.switch.target):
+        held = live.leader(spec)
+        if live.gone(spec.gpus[0]) or (held is not None and held.phase == "failed"):
+            yield f"{spec.replica_id} was lost: its requests are replayed"
+        elif lets_go(live, spec):
+            yield f"{spec.replica_id} drains: its requests end there, or are handed back"
 
 
 def _active(held: HostedReplica, epoch: int) -> bool:

@@ -5,29 +5,33 @@ from typing import Any
 
 from services.switcher.machine import State
 from services.switcher.walk import faults_of
-from shared.messages.plans import AdoptPlan, StoredPlan
+from shared.messages.plans import AdoptPlan, StoredPlan, SwitchWay
 
 
 class Refusals:
     """Remembers failed plans and what was logged of refused ones; both bounded."""
 
     PLANS_MAX = 64
+    LIVE_MAX = 3  # attempts in a row; then a plan is reloaded
 
     def __init__(self, base_s: float, base_s_max: float) -> None:
         self._base_s, self._base_s_max = base_s, base_s_max
         self._failures: dict[str, tuple[int, float]] = {}
         self._told: dict[str, str] = {}
-        self._not_live: dict[str, str] = {}
+        self._live: dict[str, tuple[int, str]] = {}  # failed attempts in a row, the last one's why
 
-    def failed_live(self, plan_id: str, why: str) -> None:
-        """Whoever asks for it again gets it another way."""
-        self._not_live.pop(plan_id, None)
-        self._not_live[plan_id] = f"live, it failed before: {why}"
-        _bound(self._not_live, self.PLANS_MAX)
+    def failed_live(self, plan_id: str, why: str, *, for_good: bool) -> None:
+        """``for_good``: there is no way to walk to it live, so that trying again is of no use."""
+        count, _ = self._live.pop(plan_id, (0, ""))
+        self._live[plan_id] = (self.LIVE_MAX if for_good else count + 1, why)
+        _bound(self._live, self.PLANS_MAX)
 
-    def not_live(self, plan_id: str) -> str:
-        """Why this plan is not walked to live; "" if it is."""
-        return self._not_live.get(plan_id, "")
+    def way_to(self, plan_id: str) -> tuple[SwitchWay, str]:
+        """The way to this plan as far as it was tried live before, and why."""
+        count, why = self._live.get(plan_id, (0, ""))
+        if count >= self.LIVE_MAX:
+            return "reload", f"live, it failed before: {why}"
+        return "live", f"live once more, for it failed: {why}" if count else ""
 
     def failed(self, plan_id: str, now_s: float) -> None:
         count, _ = self._failures.pop(plan_id, (0, 0.0))
@@ -38,7 +42,7 @@ class Refusals:
     def forget(self, plan_id: str) -> None:
         self._failures.pop(plan_id, None)
         self._told.pop(plan_id, None)
-        self._not_live.pop(plan_id, None)
+        self._live.pop(plan_id, None)
 
     def wait_s(self, plan_id: str, now_s: float) -> float:
         _, until_s = self._failures.get(plan_id, (0, 0.0))

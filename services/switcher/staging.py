@@ -9,7 +9,7 @@ from services.switcher.commands import Command
 from services.switcher.course import Course
 from services.switcher.differences import arriving, leaving, parts
 from services.switcher.events import TransferPlanned
-from services.switcher.live import STANDS_OR_RUNS, Live
+from services.switcher.live import STANDS_OR_RUNS, Live, lets_go
 from services.switcher.machine import Switch
 from services.switcher.view import WorkerView
 from shared.messages.plans import ReplicaSpec
@@ -45,13 +45,25 @@ def stage_moves(live: Live) -> list[Command]:
     return []
 
 
+def stages_done(live: Live) -> int:
+    """How many of the stages that wait for the pause are done."""
+    planned = live.course.planned
+    moves = stage_moves(live)
+    stages = [move.stage for move in moves if isinstance(move, AdvanceStage)]
+    if moves:
+        return min(stages, default=1) - 1
+    return len(planned.stages) - 1 if planned else 0
+
+
 def _headless(live: Live, going: Iterable[ReplicaSpec]) -> Iterable[Command]:
-    """Ranks that go and have lost their leader: nobody would have them free a layer."""
+    """Ranks that go and whose leader is lost, or does not stand still: nobody would have them free
+    a layer."""
     for spec in going:
         lead = live.leader(spec)
-        if lead is not None and lead.phase != "failed":
+        lost = lead is None or lead.phase == "failed"
+        if not lost and not lets_go(live, spec):
             continue
-        for worker_id in spec.gpus[1:]:
+        for worker_id in spec.gpus[1:] if lost else spec.gpus:
             held = None if live.gone(worker_id) else live.view.held((worker_id, spec.replica_id))
             if held is not None and held.phase != "failed":
                 yield StopReplica(

@@ -112,7 +112,8 @@ class WorkerView:
                 self._update(part, event.epoch, phase="draining")
             case ReplicaFailed():
                 self.failures[part] = self.failures.get(part, 0) + 1
-                self._update(part, event.epoch, phase="failed", detail=event.detail)
+                if not event.refused:
+                    self._update(part, event.epoch, phase="failed", detail=event.detail)
                 self._refused[part] = (event.epoch, event.detail)
             case ReplicaStopped():
                 self._stopped[part] = max(event.epoch, self._stopped.get(part, 0))
@@ -122,7 +123,9 @@ class WorkerView:
                     del self._workers[part[0]].hosted[part[1]]
                     self._lose(part)
             case ReplicaPaused():
-                self._update(part, event.epoch, phase="paused")
+                held = self.held(part)
+                if held is not None and held.phase != "failed":  # told before it broke
+                    self._update(part, event.epoch, phase="paused")
             case ReplicaPrepared() | RequestsTaken():
                 self._get_ready(part, event)
 
@@ -149,6 +152,12 @@ class WorkerView:
         ids = {replica_id for _, replica_id in held}
         self._held_since = {p: t for p, t in self._held_since.items() if p in held}
         self._lost_at = {p: t for p, t in self._lost_at.items() if p[1] in ids}
+
+    def excuse(self, silence_s: float) -> None:
+        """Nobody could be heard for so long: that makes no worker absent."""
+        self._started_s += silence_s
+        for worker in self._workers.values():
+            worker.seen_s += silence_s
 
     def gone(self, worker_id: str, now_s: float) -> bool:
         worker = self._workers.get(worker_id)

@@ -6,16 +6,18 @@ What a phase has to command is in walk.py; what makes it begin, and what is hear
 from collections.abc import Iterable
 
 from services.switcher import announce, machine, walk
+from services.switcher.capacity import shortfalls
 from services.switcher.commands import Command
 from services.switcher.config import SwitcherConfig
 from services.switcher.course import Course
 from services.switcher.differences import parts
 from services.switcher.events import NOTHING, PLAN_TRANSFER, PhaseDeadline
 from services.switcher.ledger import Ledger
-from services.switcher.live import Live, lost_sources
+from services.switcher.live import Live, left_out
 from services.switcher.machine import State, Switch
 from services.switcher.pacing import Pacing
 from services.switcher.refusals import Refusals
+from services.switcher.staging import stages_done
 from services.switcher.view import WorkerView
 from shared import core, subjects
 from shared.core import Effect, Log
@@ -33,6 +35,7 @@ class Walker:
         self.refusals = Refusals(config.refusal_s, config.refusal_s_max)
         self.view = WorkerView(worker_timeout_s=config.worker_timeout_s, started_s=0.0)
         self.published_s = float("-inf")
+        self.deadline: PhaseDeadline | None = None  # the last one set
 
     def check(self) -> None:
         state, switch, stored = self.state, self.switch, self.ledger.stored
@@ -112,9 +115,7 @@ class Walker:
         assert self.switch is not None, state
         self._move(state, now_s)
         self._pacing.clear()
-        timeout_s = machine.phase_timeout_s(state, self._config)
-        deadline = PhaseDeadline(epoch=self.switch.epoch, state=state)
-        yield core.SetTimer(now_s + timeout_s, deadline)
+        yield self._time(PhaseDeadline(epoch=self.switch.epoch, state=state), now_s)
         yield from self.advance(now_s)
         if self.state == state:  # a phase that has nothing to do is no news
             yield from self.progress(now_s)
@@ -131,6 +132,7 @@ class Walker:
         now = self._now(now_s)
         if now.switch.way == "live":
             now.course.see(parts(now.targets), self.view)
+            yield from self._extend(now)
         limit_s = self._config.drain_timeout_s
         step = walk.next_step(self.state, now, drain_timeout_s=limit_s)
         if step.failure:
@@ -148,8 +150,9 @@ class Walker:
     def commit(self, now_s: float) -> Iterable[Effect]:
         now = self._now(now_s)
         if now.switch.way == "live" and not now.switch.rolling_back:
-            for replica_id in lost_sources(now):
-                now.course.note(f"{replica_id} was lost: its requests are replayed")
+            for note in (*left_out(now), *shortfalls(now)):
+                now.course.note(note)
+                yield Log("switch.note", {"epoch": now.switch.epoch, "note": note}, "warning")
         self._move("committing", now_s)
         switch = now.switch
         yield self.ledger.write(
@@ -163,9 +166,12 @@ class Walker:
         assert stored is not None
         assert failed is not None
         assert course is not None
+        unplanned = course.planned is not None and bool(course.planned.failure)
         if failed.way == "live":
-            self.refusals.failed_live(failed.target.plan_id, why)
-        if course.planned is None or not course.planned.failure:
+            # In the middle of another switcher's switch, it may be that switch that stood against.
+            for_good = unplanned and not failed.recovered
+            self.refusals.failed_live(failed.target.plan_id, why, for_good=for_good)
+        if not unplanned:
             self.refusals.failed(failed.target.plan_id, now_s)
         yield Log("switch.rollback", {"epoch": failed.epoch, "reason": why}, "warning")
         back = machine.rollback_of(failed, stored.in_force, epoch=self.next_epoch(), why=why)
@@ -224,6 +230,20 @@ class Walker:
             verify=self._config.verify,
             cache_tokens_min=self._config.cache_tokens_min,
         )
+
+    def _extend(self, now: Live) -> Iterable[Effect]:
+        """Each stage has the time of the phase for itself: how many there are is no fault."""
+        deadline = self.deadline
+        if self.state == "taking" and deadline is not None:
+            done = stages_done(now)
+            if done > deadline.stage:
+                later = PhaseDeadline(epoch=deadline.epoch, state=self.state, stage=done)
+                yield self._time(later, now.now_s)
+
+    def _time(self, deadline: PhaseDeadline, now_s: float) -> core.SetTimer:
+        self.deadline = deadline
+        timeout_s = machine.phase_timeout_s(self.state, self._config)
+        return core.SetTimer(now_s + timeout_s, deadline)
 
     def _move(self, state: State, now_s: float) -> None:
         assert state in machine.MOVES[self.state], (self.state, state)

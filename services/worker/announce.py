@@ -85,6 +85,19 @@ class Announcer:
         event = ReplicaStopped(epoch=epoch, worker_id=self._worker_id, replica_id=replica_id)
         return REPLICA_STOPPED.send(event, replica_id=replica_id)
 
+    def refused(self, replica_id: str, epoch: int, detail: str) -> Iterator[Effect]:
+        """What a command asks is not done, and nothing else has changed."""
+        event = ReplicaFailed(
+            epoch=epoch,
+            worker_id=self._worker_id,
+            replica_id=replica_id,
+            detail=detail,
+            refused=True,
+        )
+        yield REPLICA_FAILED.send(event, replica_id=replica_id)
+        fields = {"replica_id": replica_id, "epoch": epoch, "detail": detail}
+        yield Log("command.refused", fields, "warning")
+
     def failed(
         self, replica_id: str, epoch: int, detail: str, *, requests_lost: int = 0
     ) -> Iterator[Effect]:

@@ -45,15 +45,17 @@ class Attempt:
             key=key,
         )
 
-    def leaves_as(self, state: LiveState) -> RequestState:
-        """For whoever takes the request over."""
+    def leaves_as(self, state: LiveState, *, whole: bool) -> RequestState:
+        """For whoever takes the request over; unless ``whole``, without its tokens."""
+        prompt, output = state.request.prompt_tokens, state.output_tokens
         return RequestState(
             request_id=self.request_id,
             attempt=self.attempt,
             ingress_id=self.ingress_id,
-            prompt_tokens=state.request.prompt_tokens,
+            prompt_tokens=prompt if whole else [],
             sampling=state.request.sampling,
-            output_tokens=state.output_tokens,
+            output_tokens=output if whole else [],
+            counts=(0, 0) if whole else (len(prompt), len(output)),
             slo_class=self.slo_class,
             request_type=self.request_type,
             computed=state.computed,
@@ -77,16 +79,18 @@ def engine_request_of(admission: Admission) -> EngineRequest:
 
 
 def arrives_as(state: RequestState) -> LiveState:
-    """For the engine that takes the request over."""
+    """For the engine that takes the request over. Zeros stand for tokens that were left out."""
+    prompt_count, output_count = state.counts
+    output = state.output_tokens or [0] * output_count
     request = EngineRequest(
         key=f"{state.request_id}/{state.attempt}",
-        prompt_tokens=state.prompt_tokens,
+        prompt_tokens=state.prompt_tokens or [0] * prompt_count,
         sampling=state.sampling,
-        output_tokens=state.output_tokens,
+        output_tokens=output,
     )
     return LiveState(
         request=request,
-        output_tokens=state.output_tokens,
+        output_tokens=output,
         computed=state.computed,
         blocks=state.blocks,
         admission=state.admission,

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 from services.worker.attempts import Attempt, engine_request_of
 from services.worker.between import Between
+from services.worker.engine.factory import Building
 from services.worker.engine.interface import Engine, EngineLoad, EngineRequest, LiveState
 from services.worker.engine_thread import EngineThread, StartGivenUp, go_on
 from services.worker.events import (
@@ -58,6 +59,7 @@ class EngineHost:
         )
         self._sender = Sender(self.replica_id, context, self._live)
         self._stopping = False
+        self._building = Building(lambda: go_on(self._stopping))
         self._stepping_since_s: float | None = None
         self._due_s = self._checked_s = 0.0
         self._load, self._block_tokens = EngineLoad(), 0
@@ -130,9 +132,13 @@ class EngineHost:
             step_s=self.step_s,
             stalled=since_s is not None and self._clock.now_s() - since_s > stall_s,
             cache_tokens=self._load.kv_blocks_used * self._block_tokens,
-            fetched_bytes=self.takeover.fetched_bytes,
+            fetched_bytes=from_elsewhere(self._fetched(), self._context.config.worker_id),
             cache_bytes=self._engine.cache_bytes if self._engine is not None else 0,
         )
+
+    def _fetched(self) -> dict[str, int]:
+        """While it is built, too."""
+        return dict(self._building.fetched if self._engine is None else self._engine.fetched)
 
     async def run(self) -> None:
         """From start to stop. Whatever an engine raises loses its replica, not the worker; a
@@ -163,9 +169,7 @@ class EngineHost:
 
     async def _serve(self, thread: EngineThread) -> None:
         started_s = self._clock.now_s()
-        engine = await thread.call(
-            lambda: self._factory.build(self._start, lambda: go_on(self._stopping))
-        )
+        engine = await thread.call(lambda: self._factory.build(self._start, self._building))
         fault: Exception | None = None
         try:
             await self._delay(started_s)
@@ -187,8 +191,6 @@ class EngineHost:
 
     def _begin(self, engine: Engine) -> None:
         self._engine, self._block_tokens = engine, engine.block_tokens
-        worker_id = self._context.config.worker_id
-        self.takeover.fetched_bytes = from_elsewhere(engine.fetched, worker_id)
         if self._context.peers is not None:
             self._handover.offer(self._context.peers)
         ready = EngineReady(
@@ -222,6 +224,7 @@ class EngineHost:
             elif engine.has_work and not self._handover.paused:
                 await self._step(engine, thread)
             else:
+                self.takeover.stepped()
                 await self._idle(engine)
 
     async def _call(self, engine: Engine, thread: EngineThread, call: Callable[[], T]) -> T:
@@ -289,6 +292,8 @@ class EngineHost:
         self.step_s += STEP_WEIGHT * (took_s - self.step_s) if self.step_s else took_s
         if result.chunks:
             await self._sender.send(result.chunks)
+        self.takeover.stepped()
+        if result.chunks:
             # What is published leaves in the next turn of the loop: not behind the next step.
             await asyncio.sleep(0)
 

@@ -82,7 +82,6 @@ class EngineTake(msgspec.Struct, frozen=True):
     sources: dict[str, str]
     peers: dict[str, str]
     shares: Shares
-    verify: bool = False
 
 
 class EngineRelease(msgspec.Struct, frozen=True):

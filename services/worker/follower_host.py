@@ -7,6 +7,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from services.worker.engine.factory import Building
 from services.worker.engine.interface import EngineLoad, Follower
 from services.worker.engine_thread import EngineThread, StartGivenUp, go_on
 from services.worker.events import (
@@ -31,11 +32,11 @@ class FollowerHost:
     def __init__(self, start: EngineStart, context: HostContext) -> None:
         assert context.factory.follow is not None, "the core has no engine part for this rank"
         self.replica_id, self.generation = start.spec.replica_id, start.generation
+        self._start, self._follow = start, context.factory.follow
         self._feed, self._worker_id = context.feed, context.config.worker_id
-        self._feed = context.feed
         self._follower: Follower | None = None
         self._stopping = asyncio.Event()
-        self._fetched_bytes = 0
+        self._building = Building(lambda: go_on(self._stopping.is_set()))
 
     def expect(self, order: EngineExpect) -> None:
         if self._follower is not None:
@@ -53,7 +54,7 @@ class FollowerHost:
             replica_id=self.replica_id,
             generation=self.generation,
             load=EngineLoad(),
-            fetched_bytes=self._fetched_bytes,
+            fetched_bytes=from_elsewhere(dict(self._building.fetched), self._worker_id),
             cache_bytes=self._follower.cache_bytes if self._follower is not None else 0,
         )
 
@@ -80,9 +81,7 @@ class FollowerHost:
             thread.close()
 
     async def _serve(self, thread: EngineThread) -> None:
-        follower = await thread.call(
-            lambda: self._follow(self._start, lambda: go_on(self._stopping.is_set()))
-        )
+        follower = await thread.call(lambda: self._follow(self._start, self._building))
         try:
             if not self._stopping.is_set():
                 self._begin(follower)
@@ -97,12 +96,10 @@ class FollowerHost:
 
     def _begin(self, follower: Follower) -> None:
         self._follower = follower
-        fetched = dict(follower.fetched)
-        self._fetched_bytes = from_elsewhere(fetched, self._worker_id)
         ready = EngineReady(
             replica_id=self.replica_id,
             generation=self.generation,
-            bytes_by_source=fetched,
+            bytes_by_source=dict(follower.fetched),
             took_s=follower.fetch_s,
             cache_bytes=follower.cache_bytes,
             cache_bytes_full=follower.cache_bytes_full,

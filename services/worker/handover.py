@@ -9,8 +9,9 @@ from services.worker.between import Between
 from services.worker.engine.interface import Engine, LiveState
 from services.worker.peers.link import PeerLink
 from services.worker.peers.server import PeerServer
+from services.worker.states import send_states, wanted_of
 from shared.clock import Clock
-from shared.messages.base import encode
+from shared.errors import EngineFailed, PeerLost
 from shared.messages.replicas import Shares
 from shared.messages.requests import RequestStates
 
@@ -24,10 +25,8 @@ def topic_of(replica_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    states: list[LiveState]
-    block_tokens: int
-    paused: bool
-    paused_for_s: float
+    head: RequestStates
+    states: list[tuple[Attempt, LiveState]]  # oldest first
 
 
 class Handover:
@@ -74,34 +73,29 @@ class Handover:
                     moving[attempt.request_id] = leader
         return moving
 
-    async def states(self) -> RequestStates:
-        """What the engine has between two steps, oldest first."""
-        seen = await self._between.do(self._snapshot)
-        states = tuple(
-            self._live[state.request.key].leaves_as(state)
-            for state in seen.states
-            if state.request.key in self._live
-        )
-        return RequestStates(
-            replica_id=self._replica_id,
-            states=states,
-            block_tokens=seen.block_tokens,
-            paused=seen.paused,
-            paused_for_s=seen.paused_for_s,
-        )
-
     def offer(self, peers: PeerServer) -> None:
-        """Answer those who take requests over, on their threads."""
+        """Answer those who take requests over, on their threads: each gets its own, and the event
+        loop only what it alone knows."""
         loop = asyncio.get_running_loop()
 
         def answer(link: PeerLink, hello: bytes) -> None:
-            del hello  # it asks for nothing in particular
-            asked = asyncio.run_coroutine_threadsafe(self.states(), loop)
+            wanted = wanted_of(hello)
+            asked = asyncio.run_coroutine_threadsafe(self._seen(), loop)
             try:
-                states = asked.result(STATES_S_MAX)
+                seen = asked.result(STATES_S_MAX)
+            except TimeoutError:
+                words = f"a step of {self._replica_id} takes longer than {STATES_S_MAX} s"
+                raise PeerLost(words) from None
+            except EngineFailed as error:
+                raise PeerLost(f"{self._replica_id} has ended: {error}") from error
             finally:
                 asked.cancel()
-            link.send(encode(states))
+            states = (
+                attempt.leaves_as(state, whole=wanted.whole)
+                for attempt, state in seen.states
+                if attempt.target(wanted.rows) == wanted.taker
+            )
+            send_states(link, seen.head, states)
 
         peers.offer(topic_of(self._replica_id), answer)
         self._withdraw = lambda: peers.withdraw(topic_of(self._replica_id), answer)
@@ -110,8 +104,19 @@ class Handover:
         if self._withdraw is not None:
             self._withdraw()
 
-    def _snapshot(self, engine: Engine) -> _Snapshot:
+    async def _seen(self) -> _Snapshot:
+        """What the engine has between two steps."""
+        head, states = await self._between.do(self._snapshot)
+        attempts = ((self._live.get(state.request.key), state) for state in states)
+        return _Snapshot(head, [(attempt, state) for attempt, state in attempts if attempt])
+
+    def _snapshot(self, engine: Engine) -> tuple[RequestStates, list[LiveState]]:
         """In the engine's thread; its host waits meanwhile, so that it cannot come to stand."""
         since_s = self._paused_since_s
-        for_s = 0.0 if since_s is None else self._clock.now_s() - since_s
-        return _Snapshot(engine.states(), engine.block_tokens, since_s is not None, for_s)
+        head = RequestStates(
+            replica_id=self._replica_id,
+            block_tokens=engine.block_tokens,
+            paused=since_s is not None,
+            paused_for_s=0.0 if since_s is None else self._clock.now_s() - since_s,
+        )
+        return head, engine.states()

@@ -186,7 +186,10 @@ class Hosting:
         spec = command.replica
         fault = self._fault(spec, hosted)
         if fault:
-            yield from self._announce.failed(spec.replica_id, command.epoch, fault)
+            # Hosted otherwise it has to be stopped first, like one that failed.
+            otherwise = hosted is not None and not self._roster.leaving
+            tell = self._announce.failed if otherwise else self._announce.refused
+            yield from tell(spec.replica_id, command.epoch, fault)
             return
         if hosted is None:
             rank = spec.gpus.index(self._roster.identity.worker_id)
@@ -214,7 +217,7 @@ class Hosting:
                 pass  # it has left since
             case _:
                 detail = LEAVING if self._roster.leaving else GONE
-                yield from self._announce.failed(replica_id, command.epoch, detail)
+                yield from self._announce.refused(replica_id, command.epoch, detail)
 
     def _obey_hosted(self, command: Command, hosted: Hosted, now_s: float) -> Iterator[Effect]:
         match command:
@@ -245,7 +248,7 @@ class Hosting:
             hosted.epoch = command.epoch
             yield from self._life.serve(hosted, keep=False)
             return
-        yield from self._announce.failed(hosted.replica_id, command.epoch, LEAVING)
+        yield from self._announce.refused(hosted.replica_id, command.epoch, LEAVING)
         if hosted.phase == "paused":
             yield from self._life.drain(hosted, hosted.drain_deadline_s or now_s)
 

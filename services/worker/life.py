@@ -48,6 +48,9 @@ class Life:
         ):
             moves.bytes_by_source, moves.took_s = {}, 0.0
             yield from self._moving.expect(hosted, command)
+        elif hosted.phase in {"paused", "draining"}:  # what else there is passes by itself
+            detail = f"cannot get ready: it is {hosted.phase}"
+            yield from self._announce.refused(hosted.replica_id, command.epoch, detail)
 
     def serve(self, hosted: Hosted, *, keep: bool) -> Iterator[Effect]:
         """Bring a hosted replica to serving, from whatever phase it is in. ``keep``: with the

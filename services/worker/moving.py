@@ -42,6 +42,9 @@ from shared.messages.replicas import (
     TakeRequests,
 )
 
+PASSING = frozenset({"starting", "preparing"})
+"""Phases that end by themselves: what cannot be done in them can be when it is asked again."""
+
 
 class Moving:
     def __init__(self, roster: Roster) -> None:
@@ -75,11 +78,12 @@ class Moving:
         """Stand still; submissions that come are acknowledged and kept."""
         if not hosted.leads or (command.epoch == hosted.serve_epoch and hosted.phase != "paused"):
             return  # a late copy: within an epoch a replica is paused before it is resumed
-        hosted.epoch = command.epoch
-        if hosted.phase in {"paused", "failed"}:
-            yield self._announce.paused(hosted)  # a failed one has stood still for long
-        elif hosted.phase == "serving" and not hosted.moves.releasing:
-            moves = hosted.moves
+        hosted.epoch, moves = command.epoch, hosted.moves
+        if hosted.phase == "paused":
+            yield self._announce.paused(hosted)
+        elif hosted.phase != "serving":
+            yield from self._decline(hosted, "stand still")
+        elif not moves.releasing:  # else its repeat finds it ready
             yield from self.give_up(hosted)
             if not moves.pausing:
                 order = EnginePause(hosted.replica_id, hosted.generation, command.shares)
@@ -122,10 +126,11 @@ class Moving:
         if not hosted.leads or command.epoch == hosted.serve_epoch:
             return  # the latter a late copy: within an epoch requests are taken before the start
         hosted.epoch = command.epoch
-        busy = moves.pausing or moves.releasing or hosted.lacks_layers
-        if hosted.phase not in {"prepared", "serving"} or busy:
-            return  # its repeat finds it ready, or the switch gives up
-        if moves.taken == command.epoch:
+        if hosted.phase not in {"prepared", "serving"} or hosted.lacks_layers:
+            yield from self._decline(hosted, "take requests over")
+        elif moves.pausing or moves.releasing:
+            return  # its repeat finds it ready, or standing still
+        elif moves.taken == command.epoch:
             assert moves.took is not None
             yield self._announce.taken(moves.took)
         elif moves.taking != command.epoch:
@@ -139,7 +144,6 @@ class Moving:
                 sources=command.sources,
                 peers=command.peers,
                 shares=command.shares,
-                verify=command.verify,
             )
             yield Start(TAKE, order)
 
@@ -150,7 +154,7 @@ class Moving:
         moves.taking = 0
         if event.failure:
             detail = f"cannot take requests over: {event.failure}"
-            yield from self._announce.failed(hosted.replica_id, event.epoch, detail)
+            yield from self._announce.refused(hosted.replica_id, event.epoch, detail)
             return
         moves.taken, moves.took = event.epoch, event
         for attempt in event.taken:
@@ -202,10 +206,12 @@ class Moving:
 
     def advance(self, hosted: Hosted, command: AdvanceStage) -> Iterator[Effect]:
         moves = hosted.moves
-        if not hosted.leads or hosted.phase not in {"prepared", "paused"}:
-            return
+        if not hosted.leads or command.epoch == hosted.serve_epoch:
+            return  # the latter a late copy: within an epoch weights come before the start
         hosted.epoch = command.epoch
-        if moves.stage >= command.stage:
+        if hosted.phase not in {"prepared", "paused"}:
+            yield from self._decline(hosted, f"go on to stage {command.stage}")
+        elif moves.stage >= command.stage:
             self._roster.changed.add(hosted.replica_id)  # the report says so
         elif not moves.staging:
             moves.staging = command.stage
@@ -243,6 +249,15 @@ class Moving:
     def holds(self, request_id: str, attempt: int) -> bool:
         held = (hosted.moves.held.get(request_id) for hosted in self._roster.replicas.values())
         return any(request is not None and request.attempt == attempt for request in held)
+
+    def _decline(self, hosted: Hosted, what: str) -> Iterator[Effect]:
+        """Say so at once where asking again would not help: a switch waits for the answer."""
+        if hosted.phase == "failed":
+            yield from self._announce.failed(hosted.replica_id, hosted.epoch, hosted.detail)
+        elif hosted.phase not in PASSING and not hosted.moves.staging:
+            lacks = ", and lacks layers" if hosted.lacks_layers else ""
+            detail = f"cannot {what}: it is {hosted.phase}{lacks}"
+            yield from self._announce.refused(hosted.replica_id, hosted.epoch, detail)
 
     def _unwanted(self, attempt: LiveAttempt) -> bool:
         """Aborted or replaced by a newer attempt, as far as this worker has heard, or held here

@@ -7,7 +7,7 @@ the engine copy it between two of its steps.
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -25,15 +25,14 @@ from services.worker.events import (
 )
 from services.worker.handover import topic_of
 from services.worker.host_context import HostContext
-from services.worker.peers.link import ask
+from services.worker.states import StatesWanted, ask_states
 from shared.errors import EngineFailed, PeerLost
-from shared.messages.base import decode
 from shared.messages.replicas import Shares
-from shared.messages.requests import RequestState, RequestStates
+from shared.messages.requests import RequestStates
 
 log = logging.getLogger("oserve.worker")
 
-ASK_S_MAX = 2.0  # for one answer of an old leader
+ASK_S_MAX = 2.0  # for an old leader's first word, and for each after it
 POLL_S = 0.005  # between questions whether it stands still
 Bytes = dict[str, dict[str, int]]
 
@@ -62,12 +61,22 @@ class _Tally:
 
 
 @dataclass(frozen=True, slots=True)
+class _Answer:
+    """What an old replica has of what falls to us."""
+
+    head: RequestStates
+    attempts: dict[str, Attempt]  # by key
+    states: list[LiveState]
+
+
+@dataclass(frozen=True, slots=True)
 class _Source:
-    """An old replica that stands still: what of it falls to us, since when it makes no step."""
+    """An old replica that stands still since ``paused_s``, or why nothing is had from it."""
 
     replica_id: str
-    states: list[RequestState]
-    paused_s: float
+    answer: _Answer | None = None
+    paused_s: float = 0.0
+    failure: str = ""
 
 
 class Takeover:
@@ -87,14 +96,16 @@ class Takeover:
         self._live = live
         self._held: list[str] = []
         self._pauses: list[tuple[float, int]] = []  # (since when, requests)
+        self._going_on: EngineReleased | None = None  # to be told after the next step
         self._tally = _Tally()
-        self.fetched_bytes = 0  # of weights, from elsewhere
         self._task: asyncio.Task[None] | None = None
 
     def expect(self, order: EngineExpect) -> None:
         self._cancel()
         self._tally = _Tally()
-        self._between.post(lambda engine: _expect(engine, order))
+        self._between.post(
+            lambda engine: engine.expect(order.copies, order.peers, verify=order.verify)
+        )
         self._task = self._tasks.create_task(self._copy_ahead(order))
 
     def take(self, order: EngineTake) -> None:
@@ -113,17 +124,24 @@ class Takeover:
             return 0
 
         def told(_: None) -> None:
-            now_s = self._clock.now_s()
-            released = EngineReleased(
+            self._going_on = EngineReleased(
                 replica_id=self._replica_id,
                 generation=self._generation,
                 epoch=order.epoch,
-                pauses=tuple((now_s - since_s, count) for since_s, count in pauses),
+                pauses=tuple(pauses),
             )
-            self._feed(released)
 
         self._between.post(lambda engine: engine.release(keep=True), told)
         return sum(key in self._live for key in held)
+
+    def stepped(self) -> None:
+        """A step has ended and its chunks are sent, or there was nothing to do: for requests that
+        were let go on before it, the pause is over."""
+        released, self._going_on = self._going_on, None
+        if released is not None:
+            now_s = self._clock.now_s()
+            pauses = tuple((now_s - since_s, count) for since_s, count in released.pauses)
+            self._feed(msgspec.structs.replace(released, pauses=pauses))
 
     def advance_stage(self, order: EngineStage) -> None:
         """EngineStaged follows."""
@@ -134,7 +152,6 @@ class Takeover:
             return {source: n - before.get(source, 0) for source, n in engine.fetched.items()}
 
         def told(fetched: dict[str, int]) -> None:
-            self.fetched_bytes += from_elsewhere(fetched, self._config.worker_id)
             staged = EngineStaged(
                 replica_id=self._replica_id,
                 generation=self._generation,
@@ -162,9 +179,9 @@ class Takeover:
         while True:
             for replica_id, worker_id in order.sources.items():
                 try:
-                    answer = await self._ask(replica_id, order.peers.get(worker_id, ""))
-                    states = [arrives_as(state) for state in self._ours(answer, order.shares)]
-                    await self._copy(replica_id, states, final=False)
+                    address = order.peers.get(worker_id, "")
+                    answer = await self._ask(replica_id, address, order.shares, whole=False)
+                    await self._copy(replica_id, answer, final=False)
                 except PeerLost as error:
                     if replica_id not in told:  # the pause will tell whether it is gone for good
                         told.add(replica_id)
@@ -182,22 +199,21 @@ class Takeover:
         pauses: list[tuple[float, int]] = []
         try:
             async with asyncio.timeout(self._config.take_timeout_s):
-                sources = [await self._standing(name, order) for name in order.sources]
+                sources = await asyncio.gather(
+                    *(self._standing(name, order) for name in order.sources)
+                )
             for source in sources:
-                states = [arrives_as(state) for state in source.states]
-                taken = await self._copy(source.replica_id, states, final=True)
-                moved, replayed = moved + len(taken.moved), replayed + len(taken.replayed)
+                taken = await self._take_from(source)
                 details |= {taken.detail} - {""}
-                known = {state.request.key for state in states}
-                ours = known & {*taken.moved, *taken.replayed}
-                found = (Attempt.of(state) for state in source.states)
-                attempts |= {attempt.key: attempt for attempt in found if attempt.key in ours}
-                pauses.append((source.paused_s, len(ours)))
-        except (PeerLost, TimeoutError) as error:
+                moved, replayed = moved + len(taken.moved), replayed + len(taken.replayed)
+                if source.answer is not None:
+                    known = source.answer.attempts
+                    ours = known.keys() & {*taken.moved, *taken.replayed}
+                    attempts |= {key: known[key] for key in known if key in ours}
+                    pauses.append((source.paused_s, len(known.keys() & taken.moved)))
+        except TimeoutError:
             self._between.post(lambda engine: engine.release(keep=False))
-            words = (
-                str(error) or f"no old leader stood still within {self._config.take_timeout_s} s"
-            )
+            words = f"an old leader did not stand still within {self._config.take_timeout_s} s"
             self._feed(self._took(order, failure=words))
             return
         except EngineFailed:
@@ -228,46 +244,67 @@ class Takeover:
         )
 
     async def _standing(self, replica_id: str, order: EngineTake) -> _Source:
-        """What falls to us of a source, once it stands still."""
+        """What falls to us of a source, once it stands still. Of one that cannot be reached that
+        is nothing: its requests are tried elsewhere once its heartbeats stop."""
         address = order.peers.get(order.sources[replica_id], "")
-        while True:
-            answer = await self._ask(replica_id, address)
-            if answer.paused:
-                since_s = self._clock.now_s() - answer.paused_for_s
-                return _Source(replica_id, self._ours(answer, order.shares), since_s)
-            await asyncio.sleep(POLL_S)
+        try:
+            while True:
+                answer = await self._ask(replica_id, address, order.shares, whole=True)
+                if answer.head.paused:
+                    since_s = self._clock.now_s() - answer.head.paused_for_s
+                    return _Source(replica_id, answer, since_s)
+                await asyncio.sleep(POLL_S)
+        except PeerLost as error:
+            return _Source(replica_id, failure=str(error))
 
-    def _ours(self, answer: RequestStates, shares: Shares) -> list[RequestState]:
-        mine = self._replica_id
-        return [s for s in answer.states if Attempt.of(s).target(shares.rows) == mine]
+    async def _take_from(self, source: _Source) -> Taken:
+        """``detail`` says why there is nothing."""
+        failure = source.failure
+        if source.answer is not None:
+            try:
+                return await self._copy(source.replica_id, source.answer, final=True)
+            except PeerLost as error:
+                failure = str(error)
+        fields = {"replica_id": source.replica_id, "error": failure}
+        log.warning("take.source_lost", extra=fields)
+        return Taken(detail=f"nothing from {source.replica_id}: {failure}")
 
-    async def _copy(self, replica_id: str, states: list[LiveState], *, final: bool) -> Taken:
-        tally = self._tally
+    async def _copy(self, replica_id: str, answer: _Answer, *, final: bool) -> Taken:
+        """Blocks of another size cannot be copied: such requests are computed anew."""
+        tally, theirs = self._tally, answer.head.block_tokens
 
         def copy(engine: Engine) -> Taken:
-            return tally.add(engine.take(replica_id, states, final=final), final=final)
+            if theirs == engine.block_tokens:
+                taken = engine.take(replica_id, answer.states, final=final)
+                return tally.add(taken, final=final)
+            if not final:
+                return Taken()
+            bare = [replace(state, computed=0, blocks=[]) for state in answer.states]
+            taken = engine.take(replica_id, bare, final=True)
+            sizes = f"{replica_id} has KV blocks of {theirs} tokens, and we of"
+            return Taken(
+                replayed=[*taken.moved, *taken.replayed],
+                detail=f"{sizes} {engine.block_tokens}: give both the same block_tokens",
+            )
 
         return await self._between.do(copy)
 
-    async def _ask(self, replica_id: str, address: str) -> RequestStates:
+    async def _ask(self, replica_id: str, address: str, shares: Shares, *, whole: bool) -> _Answer:
         """Raises PeerLost."""
         if not address:
             raise PeerLost(f"nobody said where the leader of {replica_id} is reached")
-        answer = await asyncio.to_thread(ask, address, topic_of(replica_id), timeout_s=ASK_S_MAX)
-        try:
-            return decode(answer, RequestStates)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise PeerLost(f"the leader of {replica_id} answers in other words: {error}") from error
+        wanted = StatesWanted(self._replica_id, shares.rows, whole)
+
+        def ask() -> _Answer:
+            topic = topic_of(replica_id)
+            head, states = ask_states(address, topic, wanted, timeout_s=ASK_S_MAX)
+            found = (Attempt.of(state) for state in states)
+            attempts = {attempt.key: attempt for attempt in found}
+            return _Answer(head, attempts, [arrives_as(state) for state in states])
+
+        return await asyncio.to_thread(ask)
 
 
 def from_elsewhere(fetched: Mapping[str, int], worker_id: str) -> int:
     """Of bytes by source, those that were not on ``worker_id`` already."""
     return sum(count for source, count in fetched.items() if source != worker_id)
-
-
-def _expect(engine: Engine, order: EngineExpect) -> None:
-    try:
-        engine.expect(order.copies, order.peers, verify=order.verify)
-    except PeerLost as error:  # nothing is lost yet: the taking will tell
-        fields = {"replica_id": order.replica_id, "error": str(error)}
-        log.warning("expect.failed", extra=fields)

@@ -107,7 +107,7 @@ class SwitchStarted(Message, frozen=True, kw_only=True):
     replicas_stopping: tuple[str, ...] = ()
     replicas_starting: tuple[str, ...] = ()
     way: SwitchWay = "reload"
-    why: str = ""  # why it is not live, or has to be staged
+    why: str = ""  # why it is not live, or live once more
 
 
 class SwitchProgress(Message, frozen=True, kw_only=True):
@@ -124,8 +124,9 @@ class SwitchProgress(Message, frozen=True, kw_only=True):
 class SwitchReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a switch did. ``bytes_by_link``: "<source>><target>" of workers ("disk" as a source),
     weights and KV cache; what stayed in place is left out. ``bytes_bound``: the least that any
-    plan of copies would have moved so, the KV cache that moved counted once. ``pause_*_s``: over requests taken over,
-    from their last step before to the start of the replica that goes on with them."""
+    plan of copies would have moved so, the KV cache that moved counted once. ``pause_*_s``: over
+    requests taken over, from their last step before to the start of the replica that goes on with
+    them."""
 
     way: SwitchWay = "reload"
     bytes_by_link: dict[str, int] = msgspec.field(default_factory=dict[str, int])

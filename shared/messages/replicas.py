@@ -134,7 +134,6 @@ class TakeRequests(Message, frozen=True, kw_only=True):
     sources: dict[str, str] = msgspec.field(default_factory=dict[str, str])
     peers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
     shares: Shares = msgspec.field(default_factory=Shares)
-    verify: bool = False
 
 
 class AdvanceStage(Message, frozen=True, kw_only=True):
@@ -248,9 +247,11 @@ class ReplicaStopped(Message, frozen=True, kw_only=True):
 
 
 class ReplicaFailed(Message, frozen=True, kw_only=True):
-    """The worker could not start the replica, or its engine broke; ``detail`` names the cause."""
+    """The worker could not start the replica, or its engine broke; ``detail`` names the cause.
+    ``refused``: it only does not do what a command asks; what it hosts is as it was."""
 
     epoch: int
     worker_id: str
     replica_id: str
     detail: str
+    refused: bool = False

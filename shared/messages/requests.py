@@ -138,7 +138,8 @@ class TokenChunks(DataMessage, frozen=True, kw_only=True):
 
 class RequestState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A live request as its engine has it, for whoever takes it over. ``output_tokens`` are all
-    made so far, those of earlier attempts included. The KV cache of the first ``computed`` of
+    made so far, those of earlier attempts included. ``counts`` are how many tokens prompt and
+    output have where they are left out. The KV cache of the first ``computed`` of
     prompt and output tokens is in ``blocks``, in order. ``admission`` changes whenever its blocks
     are given up: blocks copied under another one are worth nothing."""
 
@@ -153,14 +154,15 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     computed: int = 0
     blocks: list[int] = msgspec.field(default_factory=list[int])
     admission: int = 0
+    counts: tuple[int, int] = (0, 0)
 
 
 class RequestStates(Message, frozen=True, kw_only=True):
-    """What a replica's leader answers to whoever takes its requests over, oldest first.
+    """What a replica's leader answers first to whoever takes its requests over; frames of
+    RequestState follow, oldest first. ``block_tokens`` of its KV cache's blocks.
     ``paused_for_s``: how long it has stood still, 0 while it runs."""
 
     replica_id: str
-    states: tuple[RequestState, ...] = ()
     block_tokens: int = 0
     paused: bool = False
     paused_for_s: float = 0.0

@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="the torch extra is not installed")
 
 import torch
 
-from services.worker.engine.torch_engine.ranks.connect import connect_groups
+from services.worker.engine.torch_engine.ranks.connect import Groups, connect_groups
 from services.worker.engine.torch_engine.ranks.session import (
     FollowerSession,
     LeaderSession,
@@ -59,11 +59,23 @@ def run_rank(servers: list[PeerServer], number: int, device: torch.device) -> tu
     elif number == 1:
         groups.pipe.recv(tensor, 0)
         right = right and bool((tensor == 7).all())
+    right = right and crossing(groups, number, device)
     if isinstance(session, FollowerSession):
         session.recv()
     session.close()
     groups.close()
     return groups.kind, right
+
+
+def crossing(groups: Groups, number: int, device: torch.device) -> bool:
+    """Two stages send each other more than any buffer takes, each before it receives."""
+    if number > 1:
+        return True
+    sent = torch.full((32 << 20,), float(number), device=device)
+    into = torch.empty_like(sent) if number else sent.new_empty(4)
+    groups.pipe.send(sent if number == 0 else sent[:4].clone(), 1 - number)
+    groups.pipe.recv(into, 1 - number)
+    return bool((into == 1 - number).all())
 
 
 def run_on(devices: list[torch.device]) -> list[tuple[str, bool]]:

@@ -20,6 +20,7 @@ from shared.mesh import EngineSpec, MeshConfig, ModelledEngineSettings, NodeSpec
 from shared.messages.base import DataMessage, Message, decode, encode
 from shared.messages.plans import ReplicaSpec
 from shared.messages.replicas import (
+    GrowCache,
     PauseReplica,
     PrepareReplica,
     ReplicaFailed,
@@ -44,10 +45,11 @@ from shared.messages.requests import (
 )
 from shared.models import ModelSpec
 from shared.placement.copies import Copy
-from shared.placement.sheets import Rank, areas_of
+from shared.placement.sheets import Rank, areas_of, cache_token_bytes
 from shared.service import ServiceContext
 from shared.subjects import (
     ABORT_REQUEST,
+    GROW_CACHE,
     PAUSE_REPLICA,
     PREPARE_REPLICA,
     REPLICA_FAILED,
@@ -372,8 +374,19 @@ def test_real_weights_and_cache_move_to_two_ranks(tmp_path: Path) -> None:
             fields: dict[str, Any] = dict(more)
             if kind is PrepareReplica:
                 fields["copies"] = copies
+                rank_of = Rank.of(rank, Parallelism.parse(both.parallelism))
+                fields["cache_bytes_max"] = 48 * 16 * cache_token_bytes(shape, rank_of)
             message = kind(epoch=2, worker_id=worker_id, replica=both, peers=mesh.peers(), **fields)
             await mesh.tell(subject, message, worker_id)
+
+    def grown(mesh: Pair) -> dict[str, bool]:
+        """Whether each worker's part of the KV cache has its full size by now."""
+        return {
+            report.worker_id: held.cache_bytes == held.cache_bytes_full > 0
+            for report in mesh.of(WorkerReport)
+            for held in report.replicas
+            if held.replica_id == "r2"
+        }
 
     async def scenario(mesh: Pair) -> None:
         names = [f"q{n}" for n in range(4)]
@@ -393,6 +406,10 @@ def test_real_weights_and_cache_move_to_two_ranks(tmp_path: Path) -> None:
         await everywhere(mesh, START_REPLICA, StartReplica)
         await mesh.until(lambda: len(mesh.of(ReplicaStarted)) == 2)
         await mesh.stop()
+        assert grown(mesh) == {OLD: False, NEW: False}
+        grow = GrowCache(epoch=2, worker_id=NEW, replica_id="r2")
+        await mesh.tell(GROW_CACHE, grow, NEW)
+        await mesh.until(lambda: grown(mesh) == {OLD: True, NEW: True})
         await mesh.until(lambda: all(mesh.last(name) for name in names))
         await mesh.submit("undisturbed", tokens=120, worker_id=NEW)
         await mesh.until(lambda: mesh.last("undisturbed"))

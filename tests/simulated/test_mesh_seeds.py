@@ -25,8 +25,8 @@ from shared.messages.plans import AdoptPlan, PlanKept, PlanProposed
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
 from tests.simulated.planned_mesh import PlannedMesh
 
-SEEDS, SEEDS_PER_TEST = 500, 50
-PLANNED_SEEDS, PLANNED_PER_TEST = 120, 30
+SEEDS, SEEDS_PER_TEST = 200, 25
+PLANNED_SEEDS, PLANNED_PER_TEST = 40, 20
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_PER_TEST))

@@ -22,7 +22,9 @@ from shared.messages.plans import ReplicaSpec
 from shared.placement.copies import Copy
 from shared.placement.sheets import Rank, areas_of, cache_token_bytes
 
-_PATIENCE_S = 30.0
+_PATIENCE_S = 20.0
+IN_FLIGHT_BYTES = 8 << 20
+"""Of tensors between two ranks, beyond which the sender waits."""
 
 
 class World:
@@ -36,13 +38,17 @@ class World:
             for target in range(shape.gpus)
         }
         self.barriers = [threading.Barrier(shape.tp) for _ in range(shape.pp)]
-        self.slots: list[dict[int, Tensor]] = [{} for _ in range(shape.pp)]
+        self.slots: list[dict[tuple[bool, int], Tensor]] = [{} for _ in range(shape.pp)]
         self.commands = [queue.SimpleQueue[bytes | None]() for _ in range(shape.gpus)]
         self.answers = [queue.SimpleQueue[bytes]() for _ in range(shape.gpus)]
+        self.in_flight = dict.fromkeys(self.posts, 0)
+        self.received = threading.Condition()
         self.broken = False
 
     def destroy(self) -> None:
         self.broken = True
+        with self.received:
+            self.received.notify_all()
         for barrier in self.barriers:
             barrier.abort()
         for post in self.posts.values():
@@ -58,6 +64,11 @@ class ThreadGroup:
         self._world, self._place = world, rank
         self.rank = rank.tp_rank if tp else rank.number
         self.size = rank.tp if tp else rank.tp * rank.pp
+        self._odd = False
+
+    @property
+    def in_flight_bytes(self) -> int:
+        return IN_FLIGHT_BYTES
 
     def all_reduce(self, tensor: Tensor) -> None:
         assert tensor.is_contiguous()
@@ -73,7 +84,14 @@ class ThreadGroup:
 
     def send(self, tensor: Tensor, to: int) -> None:
         assert tensor.is_contiguous()
-        self._world.posts[self.rank, to].put(tensor.clone())
+        world, way = self._world, (self.rank, to)
+        with world.received:
+            world.in_flight[way] += tensor.nbytes
+            world.posts[way].put(tensor.clone())
+            if not world.received.wait_for(
+                lambda: world.broken or world.in_flight[way] <= IN_FLIGHT_BYTES, _PATIENCE_S
+            ):
+                raise EngineFailed(f"nobody receives what {self.rank} sends to {to}")
 
     def recv(self, tensor: Tensor, source: int) -> None:
         found = self._world.posts[source, self.rank].get(timeout=_PATIENCE_S)
@@ -82,6 +100,9 @@ class ThreadGroup:
         assert found.shape == tensor.shape
         assert found.dtype == tensor.dtype
         tensor.copy_(found)
+        with self._world.received:
+            self._world.in_flight[source, self.rank] -= tensor.nbytes
+            self._world.received.notify_all()
 
     def close(self) -> None:
         pass
@@ -92,11 +113,12 @@ class ThreadGroup:
             self._world.barriers[self._place.pp_rank],
             self._world.slots[self._place.pp_rank],
         )
-        slots[self._place.tp_rank] = tensor.clone()
+        # Slots take turns: who has come to this barrier has read what lay in the other ones.
+        self._odd = not self._odd
+        slots[self._odd, self._place.tp_rank] = tensor.clone()
         try:
             barrier.wait(_PATIENCE_S)
-            parts = [slots[number] for number in range(self._place.tp)]
-            barrier.wait(_PATIENCE_S)
+            parts = [slots[self._odd, number] for number in range(self._place.tp)]
         except threading.BrokenBarrierError:
             raise EngineFailed("another rank failed") from None
         return parts

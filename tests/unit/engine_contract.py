@@ -219,11 +219,11 @@ class EngineContract:
         self, case: EngineCase, engine: Engine
     ) -> None:
         """Otherwise answers would never end by themselves, or usage would miss a token."""
-        whole = run(engine, request(temperature=1.5, output_tokens_max=400))["a"]
+        whole = run(engine, request(temperature=1.5, output_tokens_max=100))["a"]
         ends = [n for n, token in enumerate(whole.tokens) if token in case.tokenizer.eos_ids]
         if not ends:
-            pytest.skip("this engine made no end token in 400 tokens")
-        ended = run(engine, request(temperature=1.5, output_tokens_max=400, ignore_eos=False))["a"]
+            pytest.skip("this engine made no end token in 100 tokens")
+        ended = run(engine, request(temperature=1.5, output_tokens_max=100, ignore_eos=False))["a"]
         assert ended.tokens == whole.tokens[: ends[0] + 1]
         assert ended.finish == "stop"
 

@@ -25,7 +25,7 @@ def torch_case(folder: Path, *, shape: str = "") -> EngineCase:
     from services.worker.engine.torch_engine.make_model import make_model
     from tests.support.rank_threads import ThreadReplica
 
-    make_model(folder)
+    make_model(folder, "nano")
 
     def config(limits: EngineLimits) -> TorchEngineConfig:
         return TorchEngineConfig(

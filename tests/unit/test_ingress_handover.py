@@ -139,6 +139,16 @@ def test_a_leader_that_is_not_named_is_learnt() -> None:
     assert aborts(driven) == [("w1", "r1")]
 
 
+def test_an_abort_goes_to_the_last_leader_that_is_known() -> None:
+    """Two switches in a row, and it would be published to nobody's subject."""
+    driven, _ = taken_over()
+    driven.chunks(chunk(2, (7,)), replica_id="r2", incarnation="i2")
+    driven.chunks(chunk(3, (8,)), replica_id="r3", incarnation="i3")
+    sent(driven)
+    driven.gateway.abort("a")
+    assert aborts(driven) == [("w1", "r1")]
+
+
 def test_late_words_of_the_former_home_change_nothing() -> None:
     """Its last chunk, its acknowledgement, its hand-back would each cost an attempt."""
     driven, choice = taken_over()

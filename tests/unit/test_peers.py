@@ -3,6 +3,7 @@
 import gc
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.peers import link as link_module
+from services.worker.peers import server as server_module
 from services.worker.peers.address import PeerAddress
 from services.worker.peers.link import PeerLink, PeerRefused, ask, connect
 from services.worker.peers.segment import Segment
-from services.worker.peers.server import PeerServer
+from services.worker.peers.server import NAMELESS, STRANGERS_MAX, PeerServer
 from services.worker.peers.wire import DESCRIPTORS_MAX
 from shared.errors import ConfigInvalid, PeerLost
 
@@ -271,28 +273,81 @@ def test_connections_are_bounded(server: PeerServer) -> None:
     small.close()
 
 
-def test_a_socket_path_that_is_too_long_names_its_remedy(tmp_path: Path) -> None:
+def test_strangers_keep_no_peer_out(server: PeerServer) -> None:
+    """Whoever reaches the port could stop all switches by calling often and saying nothing."""
+    address = msgspec.json.decode(server.address, type=PeerAddress)
+    place = address.host, address.port
+    silent = [socket.create_connection(place) for _ in range(STRANGERS_MAX + 8)]
+    links = [connect(server.address, "echo", timeout_s=WAIT_S) for _ in range(STRANGERS_MAX + 8)]
+    for link in links:  # those let in are not pushed out
+        assert link.recv(WAIT_S) == b"hello "
+    for sock in silent[:8]:  # the first of the silent ones had to go
+        sock.settimeout(WAIT_S)
+        while sock.recv(4096):
+            pass
+    for end in (*links, *silent):
+        end.close()
+
+
+def test_the_acceptor_survives_what_goes_wrong(
+    server: PeerServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker out of threads for a moment would be deaf for good."""
+    start, failing = threading.Thread.start, iter(range(3))
+
+    def failed(thread: threading.Thread) -> None:
+        if next(failing, None) is not None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failed)
+    for _ in range(3):
+        with pytest.raises(PeerLost):
+            connect(server.address, "echo", timeout_s=WAIT_S)
+    assert ask(server.address, "echo", b"x", timeout_s=WAIT_S) == b"hello x"
+    assert caplog.text.count("peers.accept_failed") == 3
+
+
+def test_a_socket_path_that_is_too_long_names_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The operator would read EINVAL."""
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
+    monkeypatch.setattr(server_module, "NAMELESS", False)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
     with pytest.raises(ConfigInvalid, match="shorter"):
-        PeerServer(worker_id="w0", folder=deep)
+        PeerServer(worker_id="w0")
     assert not list(deep.iterdir())
 
 
-def test_many_links_leave_nothing_behind() -> None:
+@pytest.mark.skipif(not NAMELESS, reason="sockets without a file are Linux's")
+def test_a_killed_worker_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder for temporary files would fill with those of workers long gone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    server = PeerServer(worker_id="w0")
+    server.offer("echo", echo)
+    link = connect(server.address, "echo", timeout_s=WAIT_S)
+    assert (link.local, list(tmp_path.iterdir())) == (True, [])
+    link.close()
+    server.close()
+
+
+@pytest.mark.parametrize("nameless", [NAMELESS, False])
+def test_many_links_leave_nothing_behind(nameless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hundred switches would end a worker for want of descriptors."""
+    monkeypatch.setattr(server_module, "NAMELESS", nameless)
     before, threads = open_fds(), threading.active_count()
     for _ in range(5):
         server = PeerServer(worker_id="w0")
         server.offer("echo", echo)
         for count in range(20):
             ask(server.address, "echo", timeout_s=WAIT_S, force_tcp=count % 2 == 0)
-        folder = Path(msgspec.json.decode(server.address, type=PeerAddress).path).parent
-        assert folder.stat().st_mode & 0o777 == 0o700
+        path = msgspec.json.decode(server.address, type=PeerAddress).path
+        assert nameless or Path(path).parent.stat().st_mode & 0o777 == 0o700
         server.close()
         server.close()
-        assert not folder.exists()
+        assert nameless or not Path(path).parent.exists()
     assert (open_fds(), threading.active_count()) == (before, threads)
 
 

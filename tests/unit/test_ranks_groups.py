@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="the torch extra is not installed")
 
 import torch
 
+from services.worker.engine.torch_engine.ranks import ring
 from services.worker.engine.torch_engine.ranks.connect import (
     GroupKind,
     Groups,
@@ -218,6 +219,19 @@ def test_tensors_larger_than_the_ring_arrive(kind: GroupKind) -> None:
         )
 
     assert run_ranks(kind, tp=1, pp=2, work=work) == [True] * 2
+
+
+def test_what_is_in_flight_fits_wherever_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that may not wait would wait: the one it waits for may wait for it."""
+    monkeypatch.setattr(ring, "RING_BYTES", 64 << 10)
+    monkeypatch.setattr(ring, "PIECE_BYTES", 8 << 10)
+    for start in range(0, 64 << 10, 960):
+        places = ring._Places()  # pyright: ignore[reportPrivateUsage]
+        for at in range(0, start, 4096):
+            places.take(min(4096, start - at))
+        sent = [5000, 8 << 10, 8 << 10, 8 << 10, 8 << 10, 40]
+        sent.append(ring.in_flight_bytes() - sum(sent))
+        assert sum(places.take(length)[1] for length in sent) <= 64 << 10
 
 
 @pytest.mark.parametrize("kind", KINDS)

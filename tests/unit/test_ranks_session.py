@@ -18,6 +18,7 @@ pytest.importorskip("torch", reason="the torch extra is not installed")
 import torch
 
 from services.worker.engine.torch_engine.ranks import channel
+from services.worker.engine.torch_engine.ranks import session as session_module
 from services.worker.engine.torch_engine.ranks.connect import connect_groups
 from services.worker.engine.torch_engine.ranks.lost import RankLost
 from services.worker.engine.torch_engine.ranks.session import (
@@ -226,6 +227,32 @@ def test_who_waits_is_not_blamed_for_whom_it_waits(server: PeerServer, fault: st
         session.close()
 
 
+def test_ranks_that_wait_for_each_other_are_lost(
+    server: PeerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would be taken for one that waits for another, and the replica would hang for ever."""
+    leader, follower = pair(server)
+    leap_s = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + leap_s[0])
+    monkeypatch.setattr(session_module, "time", clock)
+    (channel_to,) = leader._channels.values()  # pyright: ignore[reportPrivateUsage]
+    leader.waiting(waiting=True)
+    follower.busy(busy=True)
+    wait_until(lambda: channel_to.doing is channel.Doing.BUSY)
+    leap_s[0] = 100.0
+    for _ in range(2):  # the first look sees that the leader waits
+        leader._watch_all([channel_to])  # pyright: ignore[reportPrivateUsage]
+        leap_s[0] = 200.0
+        assert leader.lost is None, "one of them works"
+    follower.waiting(waiting=True)
+    wait_until(lambda: channel_to.doing is channel.Doing.WAITING)
+    leap_s[0] = 300.0
+    wait_until(lambda: leader.lost)
+    assert "wait for each other" in str(leader.lost)
+    leader.close()
+    follower.close()
+
+
 def test_progress_and_idleness_keep_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prefill, or a quiet night, would be taken for a stuck rank."""
     now_s = [100.0]
@@ -238,7 +265,7 @@ def test_progress_and_idleness_keep_a_rank(monkeypatch: pytest.MonkeyPatch) -> N
     def after(wait_s: float, progress: int | None, *, busy: bool = False) -> str | None:
         now_s[0] += wait_s
         if progress is not None:
-            there.beat(progress, busy=busy)
+            there.beat(progress, channel.Doing(busy))
         here.hear()
         return here.silent or here.stuck
 

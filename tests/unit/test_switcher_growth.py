@@ -54,6 +54,15 @@ def test_nothing_grows_during_a_switch() -> None:
     assert run.commands == []
 
 
+def test_a_cache_that_may_be_growing_counts_in_full() -> None:
+    """A report may be older than the order to grow: what is planned beside it would not fit."""
+    run = Run(live=True).in_force(A, 1, "g1")
+    run.report("g0", small(hosted("r0", 1)))
+    run.adopt(B, 1)
+    run.write()
+    assert run.questions[0].held["g0"].cache_bytes == 2
+
+
 def test_a_new_replica_may_begin_with_little() -> None:
     """A GPU that KV cache fills would else never be switched live: there is no room for a second
     cache as large."""

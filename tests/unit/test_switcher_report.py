@@ -24,6 +24,7 @@ MOVED = RequestsTaken(
     replayed=2,
     bytes_by_source={"g0": {"g0": 70, "g1": 30}, "g1": {"g1": 8, "g0": 5}},
     ahead_bytes=25,
+    bytes_needed=30,
     detail="two did not fit",
 )
 
@@ -84,7 +85,7 @@ def test_the_report_of_a_live_switch() -> None:
         "retiring": 5.0,
     }
     assert report.bytes_by_link == {"disk>g0": 40, "g0>g1": 105, "g1>g0": 30}
-    assert (report.bytes_in_place, report.bytes_bound) == (578, 110)
+    assert (report.bytes_in_place, report.bytes_bound) == (578, 110 + 30)
     assert (report.cache_bytes, report.cache_ahead_bytes) == (35, 25)
     assert (report.moved, report.replayed, report.stages) == (9, 2, 1)
     assert (report.pause_p50_s, report.pause_p99_s) == (0.1, 0.3)

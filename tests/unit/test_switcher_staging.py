@@ -5,8 +5,9 @@ from typing import Any
 import msgspec
 
 from services.switcher.config import SwitcherConfig
+from services.switcher.course import RECOVERED
 from services.switcher.events import TransferPlanned
-from shared.messages.plans import StoredPlan, SwitchStarted
+from shared.messages.plans import StoredPlan, SwitchEnded, SwitchStarted
 from shared.messages.replicas import AdvanceStage, HostedReplica, PrepareReplica
 from shared.placement.sheets import Span
 from tests.unit.switcher_runs import Run, hosted, plan, replica
@@ -61,6 +62,22 @@ def test_it_does_so_even_if_it_would_not_need_any() -> None:
     run = begun((old(0), new(0)), (old(1), new(1)))
     run.planned(TransferPlanned(epoch=2, failure="no room"))
     assert run.commands == ["stage 1 r0@g0 e2", "stage 1 r1@g1 e2"]
+
+
+def test_its_report_says_that_figures_are_missing() -> None:
+    """Otherwise less would seem to have been moved than can be."""
+    run = begun((old(0), new(0, taken=2, stage=2)), (old(1), new(1)))
+    run.planned(TransferPlanned(epoch=2, stages=OTHERS))
+    run.report("g0", old(0, stage=2), new(0, taken=2, stage=2))
+    run.report("g1", old(1, stage=2), new(1))
+    run.write()
+    run.started("r2@g0", 2)
+    run.started("r2@g1", 2)
+    run.stopped("r0@g0", 2)
+    run.stopped("r1@g1", 2)
+    (ended,) = run.said(SwitchEnded)
+    assert ended.report is not None
+    assert ended.report.notes == (RECOVERED,)
 
 
 def test_where_not_all_ranks_know_them_it_rolls_back() -> None:

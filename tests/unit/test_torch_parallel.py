@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
 from shared.errors import EngineFailed  # noqa: E402
+from tests.support import rank_threads  # noqa: E402
 from tests.unit.engine_contract import Output, finish_all, run, step  # noqa: E402
 from tests.unit.torch_oracle import (  # noqa: E402
     Oracle,
@@ -101,6 +102,23 @@ def test_preemption_changes_nothing(oracle_of: OracleOf, shape: str) -> None:
     assert engine.preemptions > 0, "the test must force preemption"
     for n, prompt in enumerate(prompts):
         assert outputs[f"r{n}"].tokens == oracle.greedy(prompt, 40)
+    engine.close()
+
+
+@pytest.mark.parametrize("shape", ["tp1pp2", "tp2pp2", "tp1pp3"])
+def test_more_than_fits_between_two_stages_goes_through(
+    oracle_of: OracleOf, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """Otherwise the first stage would wait for the last to take hidden states, and the last for the
+    first to take logits: long prompts and a large vocabulary would hang a replica for ever."""
+    monkeypatch.setattr(rank_threads, "IN_FLIGHT_BYTES", 6000)
+    oracle = oracle_of("uneven")
+    engine = load_ranks(oracle.folder, shape, batch_tokens_max=128, running_max=32).engine
+    prompts = [prompt_of(3 + n % 2, seed=n) for n in range(30)]
+    prompts += [prompt_of(300, seed=n) for n in range(2)]
+    outputs = run(engine, *(greedy_request(f"r{n}", p, 6) for n, p in enumerate(prompts)))
+    for n, prompt in enumerate(prompts):
+        assert outputs[f"r{n}"].tokens == oracle.greedy(prompt, 6)
     engine.close()
 
 

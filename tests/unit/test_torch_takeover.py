@@ -130,6 +130,7 @@ def test_what_is_full_goes_ahead_and_the_rest_in_the_pause(workers: Workers) -> 
     assert taken.moved == ["r"]
     assert not taken.replayed
     assert taken.bytes_by_source == {"b": {"a": 2 * new.kv.block_bytes}}, "not the rest alone"
+    assert taken.bytes_needed == 4 * new.kv.block_bytes, "all of it, whenever it was copied"
     assert new.holds(old, late)
     assert new.scheduler.held["r"].computed == 14
     new.scheduler.check()
@@ -142,6 +143,7 @@ def test_one_that_got_other_blocks_is_copied_again(workers: Workers) -> None:
     again = state("r", [1, 0], 8, admission=2)
     taken = new.take(again, final=True)
     assert taken.bytes_by_source == {"b": {"a": 2 * new.kv.block_bytes}}
+    assert taken.bytes_needed == 2 * new.kv.block_bytes, "copied twice, needed once"
     assert new.holds(old, again)
 
 

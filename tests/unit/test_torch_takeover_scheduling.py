@@ -128,3 +128,43 @@ def test_followers_build_the_leaders_plan_from_what_has_changed(micro_batches: i
             if len(chunk.sequence.tokens) >= chunk.sequence.tokens_max - number % 7:
                 scheduler.remove(chunk.sequence.request.key)
     assert scheduler.preemptions, "rows must change hands"
+
+
+def test_running_requests_wait_for_held_ones_no_longer_than_these_are_held() -> None:
+    """Otherwise a switch could lose blocks that hold what was handed over, or hang a replica that
+    stays: what runs goes on as far as it can, then waits without work, then goes on."""
+    scheduler = make(blocks=8)
+    for key in ("old", "young"):
+        scheduler.add(Sequence(request(key, 3)))
+    commit(scheduler, scheduler.schedule())
+    assert scheduler.take(state("held", 12, output=1, computed=12)) is not None
+    assert (scheduler.kv.free, scheduler.stuck) == (2, False)
+    while not scheduler.stuck:
+        chunks = scheduler.schedule()
+        assert chunks, "it says that there is work"
+        commit(scheduler, chunks)
+    assert scheduler.schedule() == []
+    assert (scheduler.running, scheduler.waiting) == (1, 1), "the youngest has given way"
+    assert list(scheduler.held) == ["held"]
+    scheduler.release_held(keep=True)
+    assert not scheduler.stuck
+    for _ in range(200):
+        chunks = scheduler.schedule()
+        commit(scheduler, chunks)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if len(sequence.tokens) == sequence.tokens_max:
+                scheduler.remove(sequence.request.key)
+    assert not list(scheduler)
+    assert scheduler.kv.used == 0
+
+
+def test_who_waits_for_held_ones_has_no_work() -> None:
+    """Otherwise the worker would step for nothing, as fast as it can."""
+    scheduler = make(blocks=8, running=1)
+    assert scheduler.take(state("held", 4, output=1, computed=4)) is not None
+    scheduler.add(Sequence(request("new", 4)))
+    assert scheduler.stuck, "the only row is taken"
+    scheduler.release_held(keep=False)
+    assert not scheduler.stuck
+    assert scheduler.schedule()

@@ -498,6 +498,19 @@ class TestStages:
         assert hosted(switch.new).stage == 1
         assert switch.new.of(ReplicaPrepared)[-1].bytes_by_source == {"n0-g1": 5}
 
+    def test_one_with_layers_missing_takes_no_requests(self, switch: Switch) -> None:
+        """Otherwise a switcher that knows less of the stages would have it go on with half of its
+        weights."""
+        switch.old.feed(submit("a", tokens=50))
+        switch.prepare(stages=2)
+        switch.pause()
+        switch.take()
+        assert not switch.new.of(RequestsTaken)
+        switch.new.feed(AdvanceStage(stage=1, **named(R2)))
+        switch.new.settle_jobs()
+        switch.take()
+        assert [event.epoch for event in switch.new.of(RequestsTaken)] == [2]
+
     def test_one_with_layers_missing_does_not_serve(self, switch: Switch) -> None:
         """Otherwise it would tell nonsense."""
         switch.prepare(stages=2)

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.worker.engine.interface import Engine, Follower
@@ -20,20 +20,27 @@ from shared.models import ModelSpec
 from shared.placement.sheets import ModelShape
 from shared.text import Tokenizer, byte_tokenizer, load_tokenizer
 
-Between = Callable[[], None]
+
+@dataclass(frozen=True, slots=True)
+class Building:
+    """What an engine under construction and its host share. ``go_on`` is called now and then, and
+    raises when the replica is stopped meanwhile; ``fetched`` grows as in Engine.fetched, and goes
+    on to do so in later stages."""
+
+    go_on: Callable[[], None] = lambda: None
+    fetched: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFactory:
     """Builds the replicas' engines: ``build`` the leading rank's, ``follow`` the parts of others,
-    where they have any. Both may take long and run in a thread of their own; now and then they
-    call what they are given, which raises when the replica is stopped meanwhile. ``start_s`` is how
+    where they have any. Both may take long and run in a thread of their own. ``start_s`` is how
     long a start lasts at least. ``shapes``: of the models whose weights and KV cache can move."""
 
-    build: Callable[[EngineStart, Between], Engine]
+    build: Callable[[EngineStart, Building], Engine]
     running_max: int
     waiting_max: int
-    follow: Callable[[EngineStart, Between], Follower] | None = None
+    follow: Callable[[EngineStart, Building], Follower] | None = None
     start_s: Callable[[EngineStart], float] = lambda _: 0.0
     shapes: tuple[ModelShape, ...] = ()
 
@@ -52,7 +59,7 @@ def _modelled_factory(mesh: MeshConfig) -> EngineFactory:
     tokenizers = {model.model_id: _tokenizer(model) for model in mesh.models}
     shapes = modelled_shapes(mesh)
 
-    def build(start: EngineStart, _: Between) -> Engine:
+    def build(start: EngineStart, _: Building) -> Engine:
         spec = start.spec
         return ModelledEngine(
             settings,
@@ -87,7 +94,7 @@ def _torch_factory(mesh: MeshConfig, peers: PeerServer | None) -> EngineFactory:
         for model in mesh.models
     }
 
-    def build(start: EngineStart, between: Between) -> Engine:
+    def build(start: EngineStart, building: Building) -> Engine:
         from services.worker.engine.torch_engine.engine import (  # noqa: PLC0415
             build_torch_engine,  # torch takes seconds and an extra to import: only when asked for
             load_torch_engine,
@@ -102,16 +109,18 @@ def _torch_factory(mesh: MeshConfig, peers: PeerServer | None) -> EngineFactory:
                     remedy="without peers to meet, the torch engine runs on one device: use tp1pp1",
                 )
             return load_torch_engine(path, config)
-        return build_torch_engine(start, path, config, peers, between=between)
+        between, fetched = building.go_on, building.fetched
+        return build_torch_engine(start, path, config, peers, between=between, fetched=fetched)
 
-    def follow(start: EngineStart, between: Between) -> Follower:
+    def follow(start: EngineStart, building: Building) -> Follower:
         from services.worker.engine.torch_engine.engine import (  # noqa: PLC0415
             follow_torch_engine,  # as above
         )
 
         assert peers is not None, "ranks find each other by their peers"
         path = mesh.model_of(start.spec.model_id).path
-        return follow_torch_engine(start, path, config, peers, between=between)
+        between, fetched = building.go_on, building.fetched
+        return follow_torch_engine(start, path, config, peers, between=between, fetched=fetched)
 
     return EngineFactory(
         build=build,

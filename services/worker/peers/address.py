@@ -14,7 +14,7 @@ class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: str
     host_id: str
-    path: str  # of the Unix socket, for callers on the same host
+    path: str  # of the Unix socket, for callers on the same host; "@name" is no file
     host: str
     port: int
     secret: str
@@ -32,8 +32,19 @@ class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def same_host(self) -> bool:
-        """Whether its Unix socket can be reached from here: containers share a host, not files."""
-        return self.host_id == host_id() and Path(self.path).exists()
+        """Whether its Unix socket may be reached from here: containers share a host, and not
+        always files, or names."""
+        named = self.path.startswith("@")
+        return self.host_id == host_id() and (named or Path(self.path).exists())
+
+    @property
+    def place(self) -> str:
+        """The Unix socket as the kernel calls it."""
+        return place_of(self.path)
+
+
+def place_of(path: str) -> str:
+    return "\0" + path[1:] if path.startswith("@") else path
 
 
 @functools.cache

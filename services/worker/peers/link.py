@@ -260,7 +260,7 @@ def _dial(there: PeerAddress, deadline_s: float, *, force_tcp: bool) -> socket.s
     """Over TCP where the Unix socket is gone, too."""
     if there.same_host and not force_tcp:
         with contextlib.suppress(OSError, PeerLost):
-            return _dialled(socket.AF_UNIX, there.path, deadline_s)
+            return _dialled(socket.AF_UNIX, there.place, deadline_s)
     family = socket.AF_INET6 if ":" in there.host else socket.AF_INET
     try:
         return _dialled(family, (there.host, there.port), deadline_s)

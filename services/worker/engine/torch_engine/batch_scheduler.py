@@ -14,7 +14,8 @@ With pipeline stages several steps are under way at once (micro-batches), each o
 request in flight keeps its blocks until its step has ended, whatever becomes of it.
 
 Requests that another replica hands over are *held*: they have blocks, and do not run until they are
-released.
+released. They never give way: a running request that finds no block waits for those, once nobody
+younger runs. It waits no longer than the switch, whose deadlines end in a release, or a rollback.
 """
 
 from collections import deque
@@ -64,10 +65,16 @@ class BatchScheduler:
 
     @property
     def stuck(self) -> bool:
-        """Nobody runs, and who waits first waits for the KV cache to grow."""
-        if self._running or self._ending or not self._waiting:
+        """Nothing can be computed until the KV cache grows, or held requests are let go."""
+        if self._ending or len(self._running) > 1 or not (self._running or self._waiting):
             return False
-        return self.kv.blocks_for(len(self._waiting[0].tokens)) > self.kv.total
+        kv, held = self.kv, bool(self._held)
+        first = self._running[0] if self._running else self._waiting[0]
+        needed = kv.blocks_for(len(first.tokens))
+        if first.row is None:
+            return needed > (kv.free if held else kv.total) or (held and not kv.free_rows)
+        due = first.one_left and not first.in_flight
+        return held and due and needed > kv.count(first.row) + kv.free
 
     @property
     def live_max(self) -> int:
@@ -135,10 +142,10 @@ class BatchScheduler:
         for sequence in self._running:
             pending = len(sequence.tokens) - sequence.computed
             if budget and pending > 1 and not sequence.in_flight:
-                chunks.append(_next_chunk(sequence, budget))
+                chunks.append(sequence.next_chunk(budget))
                 budget -= chunks[-1].count
         while budget and (sequence := self._admit()) is not None:
-            chunks.append(_next_chunk(sequence, budget))
+            chunks.append(sequence.next_chunk(budget))
             budget -= chunks[-1].count
         return chunks
 
@@ -159,6 +166,7 @@ class BatchScheduler:
         key = state.request.key
         assert key not in self._live, key
         sequence = self._held.get(key) or Sequence(state.request)
+        sequence.request = state.request  # the tokens of an earlier one were stand-ins
         sequence.tokens = [*state.request.prompt_tokens, *state.output_tokens]
         sequence.prefill_end = len(sequence.tokens)
         sequence.computed = state.computed
@@ -223,10 +231,9 @@ class BatchScheduler:
         for sequence in list(self._running):
             if len(chunks) == share:
                 break
-            one_left = len(sequence.tokens) - sequence.computed == 1
-            due = sequence.row is not None and one_left and not sequence.in_flight
+            due = sequence.row is not None and sequence.one_left and not sequence.in_flight
             if due and self._make_room(sequence):
-                chunks.append(_next_chunk(sequence, 1))
+                chunks.append(sequence.next_chunk(1))
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -290,9 +297,3 @@ class BatchScheduler:
         assert sequence.row is not None
         self.kv.close(sequence.row)
         sequence.row = None
-
-
-def _next_chunk(sequence: Sequence, budget: int) -> Chunk:
-    sequence.in_flight = True
-    count = min(budget, len(sequence.tokens) - sequence.computed)
-    return Chunk(sequence, sequence.computed, count)

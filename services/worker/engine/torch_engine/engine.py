@@ -39,12 +39,14 @@ def build_torch_engine(
     peers: PeerServer,
     *,
     between: Callable[[], None] = no_pause,
+    fetched: dict[str, int] | None = None,
 ) -> TorchEngine:
     """The leading rank of ``start``'s replica, ready when all its ranks are. ``between`` is called
-    while other ranks are waited for, and every few MiB of weights, and raises to give up. Raises
-    ConfigInvalid, PeerLost where a source of weights is gone, EngineFailed where another rank is.
+    while other ranks are waited for, and every few MiB of weights, and raises to give up;
+    ``fetched`` is the engine's, to be looked at meanwhile. Raises ConfigInvalid, PeerLost where a
+    source of weights is gone, EngineFailed where another rank is.
     """
-    part = RankPart(OpenedModel.open(path, config), start, peers, between)
+    part = RankPart(OpenedModel.open(path, config), start, peers, between, fetched)
     size = part.rank.tp * part.rank.pp
     with contextlib.ExitStack() as failed:
         failed.callback(part.undo.close)
@@ -68,9 +70,10 @@ def follow_torch_engine(
     peers: PeerServer,
     *,
     between: Callable[[], None] = no_pause,
+    fetched: dict[str, int] | None = None,
 ) -> TorchFollower:
     """Another rank of ``start``'s replica. Raises as build_torch_engine."""
-    part = RankPart(OpenedModel.open(path, config), start, peers, between)
+    part = RankPart(OpenedModel.open(path, config), start, peers, between, fetched)
     with contextlib.ExitStack() as failed:
         failed.callback(part.undo.close)
         session = FollowerSession.join(

@@ -128,6 +128,7 @@ class TorchEngine:
         return self._takeover.take(replica_id, states, final=final)
 
     def release(self, *, keep: bool) -> None:
+        self._pipeline.quiesce()  # a rank in the middle of a step would not answer
         if self._parts is not None and self._parts.takeover is not None:
             self._parts.takeover.settle()
         released = self._scheduler.release_held(keep=keep)

@@ -60,7 +60,7 @@ class WeightLoader:
         self._origin, self._arena = origin, arena
         self._copies = [copy for copy in origin.copies if copy.sheet != "cache"]
         self._checkpoint: Checkpoint | None = None
-        self.fetched: dict[str, int] = {}
+        self.fetched: dict[str, int] = {}  # grows piece by piece
         self.fetch_s = 0.0  # spent in ``load``
         if not self._copies or any(copy.source == DISK for copy in self._copies):
             self._checkpoint = _checked(origin.folder, model)
@@ -88,7 +88,20 @@ class WeightLoader:
             and (shard.layer is not None or shard.name not in weights.named)
         ]
         extend_weights(weights, self._model, self._rank, due, allocate=self._allocate)
-        began_s = time.perf_counter()
+        began_s, before = time.perf_counter(), dict(self.fetched)
+        try:
+            found = self._fill(stage)
+        except BaseException:
+            self.fetched.clear()
+            self.fetched.update(before)
+            raise
+        self.fetch_s += time.perf_counter() - began_s
+        if len(weights.named) == len(weights.shards):
+            self._allocate = self._arena.allocate  # what held on to tensors to be shared
+        return found
+
+    def _fill(self, stage: int) -> dict[str, int]:
+        origin, weights = self._origin, self.weights
         found: dict[str, int] = {}
         if self._copies:
             found = fetch_weights(
@@ -99,6 +112,7 @@ class WeightLoader:
                 stage=stage,
                 verify=origin.verify,
                 between=origin.between,
+                arrived=self._arrived,
                 arena=self._arena,
             )
             parts = disk_parts(weights, self._copies, stage=stage)
@@ -107,12 +121,11 @@ class WeightLoader:
         if parts:
             assert self._checkpoint is not None, "what comes from the disk was checked before"
             found[DISK] = self._checkpoint.load(parts)
-        for source, count in found.items():
-            self.fetched[source] = self.fetched.get(source, 0) + count
-        self.fetch_s += time.perf_counter() - began_s
-        if len(weights.named) == len(weights.shards):
-            self._allocate = self._arena.allocate  # what held on to tensors to be shared
+            self._arrived(DISK, found[DISK])
         return found
+
+    def _arrived(self, source: str, count: int) -> None:
+        self.fetched[source] = self.fetched.get(source, 0) + count
 
 
 def first_stages(shards: Sequence[TensorShard], copies: Sequence[Copy]) -> dict[str, int]:

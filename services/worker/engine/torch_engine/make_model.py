@@ -33,6 +33,14 @@ from shared.errors import ConfigInvalid
 
 _CONTEXT_TOKENS = 8192
 _SIZES: dict[str, dict[str, int]] = {
+    "nano": {  # 0.1 million: to try the engine itself; every shape up to tp6pp2 cuts it unevenly
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+    },
     "tiny": {  # 1.6 million parameters
         "hidden_size": 192,
         "intermediate_size": 512,

@@ -62,6 +62,7 @@ class Pipeline:
         assert self._runner is not None, "the engine is closed"
         assert not self.full
         plan = self._writer.plan(chunks)
+        self._make_way(self._runner, plan)
         step = MicroBatch(chunks, plan)
         self._under_way.append(step)
         self._broken = True
@@ -89,6 +90,18 @@ class Pipeline:
         chunks = [chunk for step in self._under_way for chunk in step.chunks]
         self._under_way.clear()
         return chunks
+
+    def _make_way(self, runner: RankRunner, plan: StepPlan) -> None:
+        """Receive logits, the oldest first, until those left under way, or else all hidden states,
+        fit between two ranks. Else we could wait for the next stage to receive hidden states, and
+        the last one for us to receive logits, for ever."""
+        coming = [step for step in self._under_way if step.logits is None]
+        room = runner.in_flight_bytes
+        while (
+            sum(runner.logits_bytes(step.plan) for step in coming) > room
+            and sum(runner.hidden_bytes(one) for one in (plan, *(s.plan for s in coming))) > room
+        ):
+            self._arrived(coming.pop(0))
 
     def _arrived(self, step: MicroBatch) -> Tensor:
         if step.logits is None:

@@ -79,9 +79,12 @@ class RankPart:
         start: EngineStart | None = None,
         peers: PeerServer | None = None,
         between: Callable[[], None] = no_pause,
+        fetched: dict[str, int] | None = None,
     ) -> None:
-        """Without ``start`` it is a replica of its own. ``between`` as in Origin."""
+        """Without ``start`` it is a replica of its own. ``between`` and ``fetched`` as in Origin
+        and WeightLoader."""
         self.model, self._start, self._peers, self._between = model, start, peers, between
+        self._fetched = {} if fetched is None else fetched
         self.rank = Rank()
         if start is not None:
             self.rank = Rank.of(start.rank, Parallelism.parse(start.spec.parallelism))
@@ -112,6 +115,7 @@ class RankPart:
         self.loader = WeightLoader(
             model.facts, self.rank, self.arena, origin, dtype=model.dtype, device=model.device
         )
+        self.loader.fetched = self._fetched
         self.loader.load(0)
         group = self._groups.tp if self._groups is not None and self.rank.tp > 1 else None
         self.stage = DecoderStage(

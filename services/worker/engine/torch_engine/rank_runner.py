@@ -49,6 +49,19 @@ class RankRunner:
     def stages(self) -> int:
         return self._stage.rank.pp
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """What can be sent to another stage before the sender waits for it."""
+        return 0 if self._pipe is None else self._pipe.in_flight_bytes
+
+    def hidden_bytes(self, plan: StepPlan) -> int:
+        """Of what each stage hands on to the next."""
+        return len(plan.tokens) * self._stage.hidden * self._stage.dtype.itemsize
+
+    def logits_bytes(self, plan: StepPlan) -> int:
+        """Of what the last stage returns."""
+        return _logits_rows(plan) * self._stage.vocabulary * torch.float32.itemsize
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:
         """This rank's part of a step. Logits [sampled, vocabulary] at a leader whose stage is the
@@ -67,8 +80,7 @@ class RankRunner:
         last stage is another's. Raises RankLost."""
         assert self._pipe is not None, "a replica of one stage has its logits at once"
         rank = self._stage.rank
-        rows = max(1, int(plan.samples.sum()))
-        shape = (rows, self._stage.vocabulary)
+        shape = (_logits_rows(plan), self._stage.vocabulary)
         logits = torch.empty(shape, dtype=torch.float32, device=self._stage.device)
         self._pipe.recv(logits, source=(rank.pp - 1) * rank.tp)
         return logits
@@ -99,3 +111,8 @@ class RankRunner:
             assert self._pipe is not None, rank
             self._pipe.send(logits, to=LEADER)
         return None
+
+
+def _logits_rows(plan: StepPlan) -> int:
+    """Where nothing is sampled there is one all the same, which nobody reads."""
+    return max(1, int(plan.samples.sum()))

@@ -35,6 +35,11 @@ class Sequence:
         return self.tokens[len(self.request.prompt_tokens) :]
 
     @property
+    def one_left(self) -> bool:
+        """To compute, that is; then the next token is known."""
+        return len(self.tokens) - self.computed == 1
+
+    @property
     def tokens_max(self) -> int:
         return len(self.request.prompt_tokens) + self.request.sampling.output_tokens_max
 
@@ -42,6 +47,11 @@ class Sequence:
     def tokens_pending(self) -> int:
         prefill = max(0, self.prefill_end - self.computed)
         return prefill + self.tokens_max - len(self.tokens)
+
+    def next_chunk(self, budget: int) -> "Chunk":
+        """Its next step, of ``budget`` tokens at most. It is in flight from now on."""
+        self.in_flight = True
+        return Chunk(self, self.computed, min(budget, len(self.tokens) - self.computed))
 
 
 @dataclass(frozen=True, slots=True)

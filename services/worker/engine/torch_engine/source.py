@@ -88,8 +88,16 @@ class Source:
         self.exports = None
         self._link.close()
 
-    def pull(self, pieces: Sequence[Piece], *, verify: bool, between: Between) -> int:
+    def pull(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        verify: bool,
+        between: Between,
+        arrived: Callable[[int], None] = lambda _: None,
+    ) -> int:
         """Copy them, and compare each with the source's own words if asked; the bytes copied.
+        ``arrived`` is told of bytes as they come, which are then copied, and not compared yet.
         Raises PeerLost, EngineFailed for a checksum that differs, and what ``between`` raises."""
         local = self.local
         most = LOCAL_BYTES_MAX if local else BULK_BYTES_MAX
@@ -100,9 +108,10 @@ class Source:
         if local:
             for piece in small:
                 piece.write(piece.part.cut(self.view(piece.part.name)))
+                arrived(piece.size)
                 between()
         else:
-            self._stream(small, between)
+            self._stream(small, between, arrived)
         if small[0].target.is_cuda:  # the source may free it as soon as we say that we have it
             torch.cuda.current_stream(small[0].target.device).synchronize()
         if verify:
@@ -172,19 +181,26 @@ class Source:
             raise self._lost(answer.refusal)
         return answer
 
-    def _stream(self, pieces: Sequence[Piece], between: Between) -> None:
+    def _stream(
+        self, pieces: Sequence[Piece], between: Between, arrived: Callable[[int], None]
+    ) -> None:
         """Ask ahead, so that bytes flow all the time."""
         asked: deque[list[Piece]] = deque()
+
+        def receive() -> None:
+            group = asked.popleft()
+            self._receive(group)
+            arrived(sum(piece.size for piece in group))
+            between()
+
         for group in grouped(pieces):
             question = WantBytes(tuple(piece.part for piece in group))
             self._link.send(msgspec.msgpack.encode(question))
             asked.append(group)
             if len(asked) == _UNDER_WAY_MAX:
-                self._receive(asked.popleft())
-                between()
-        for group in asked:
-            self._receive(group)
-            between()
+                receive()
+        while asked:
+            receive()
 
     def _receive(self, group: Sequence[Piece]) -> None:
         self._checked(self._link.recv(_ANSWER_S))

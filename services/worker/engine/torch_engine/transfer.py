@@ -7,8 +7,9 @@ replica takes the old one's memory over, and whoever is left frees it.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,11 +38,13 @@ def fetch_weights(  # noqa: PLR0913  # what a switch says of its copies
     stage: int,
     verify: bool,
     between: Between = no_pause,
+    arrived: Callable[[str, int], None] = lambda _source, _count: None,
     arena: Arena | None = None,
 ) -> dict[str, int]:
     """Fill ``weights`` along the copies of ``stage`` that have a worker as their source; bytes by
     source, those of ``worker_id`` itself being in place. ``between`` is called every few MiB and
-    may raise to stop. ``arena``: where the weights lie. Raises PeerLost, and EngineFailed where a
+    may raise to stop; ``arrived`` with a source and bytes that came from it. ``arena``: where the
+    weights lie. Raises PeerLost, and EngineFailed where a
     source holds something else."""
     fetched: dict[str, int] = defaultdict(int)
     for (source_id, replica_id), part in _by_source(copies, stage).items():
@@ -49,7 +52,9 @@ def fetch_weights(  # noqa: PLR0913  # what a switch says of its copies
         try:
             for copy in part:
                 pieces, in_place = _pieces(weights, copy, source, arena)
-                pulled = source.pull(pieces, verify=verify, between=between)
+                arrived(source_id, in_place)
+                came = partial(arrived, source_id)
+                pulled = source.pull(pieces, verify=verify, between=between, arrived=came)
                 fetched[source_id] += pulled + in_place
         finally:
             source.close()

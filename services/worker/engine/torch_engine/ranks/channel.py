@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import enum
 import struct
 import threading
 import time
@@ -18,6 +19,15 @@ _DATA, _BEAT, _END, _LOST = b"d", b"b", b"e", b"l"
 _BEAT_BODY = struct.Struct("!QB")
 
 State = Literal["joined", "ended"]
+
+
+class Doing(enum.IntEnum):
+    """What a rank is at. While it is busy it should make progress; while it waits for another
+    rank of its replica, that one should."""
+
+    IDLE = 0
+    BUSY = 1
+    WAITING = 2
 
 
 class Loss(msgspec.Struct, frozen=True, array_like=True):
@@ -47,7 +57,7 @@ class RankChannel:
         self._stall_s, self._progress_s = stall_s, progress_s
         self._inbox: collections.deque[bytes] = collections.deque()
         self._reading = threading.Lock()
-        self._beat = (0, False)
+        self._beat = (0, Doing.IDLE)
         self._changed_s = time.monotonic()
 
     def send(self, payload: bytes) -> None:
@@ -65,9 +75,9 @@ class RankChannel:
             if not self._inbox and deadline_s is not None and time.monotonic() > deadline_s:
                 raise PeerLost("has not answered in time")
 
-    def beat(self, progress: int, *, busy: bool) -> None:
+    def beat(self, progress: int, doing: Doing) -> None:
         """Tell the other that this process lives; not where that would wait."""
-        self.link.try_send(_BEAT + _BEAT_BODY.pack(progress, busy))
+        self.link.try_send(_BEAT + _BEAT_BODY.pack(progress, doing))
 
     def hear(self) -> None:
         """Take what has come, without waiting for more. Raises PeerLost."""
@@ -91,10 +101,20 @@ class RankChannel:
         return None
 
     @property
+    def doing(self) -> Doing:
+        """As it has told last."""
+        return self._beat[1]
+
+    @property
+    def changed_s(self) -> float:
+        """time.monotonic() when it last told of progress, or of another thing that it does."""
+        return self._changed_s
+
+    @property
     def stuck(self) -> str | None:
         """What is wrong with one that lives, and gets no further."""
         late = time.monotonic() - self._changed_s > self._progress_s
-        if self._beat[1] and late and self.state != "ended":
+        if self.doing is Doing.BUSY and late and self.state != "ended":
             return f"busy without progress for {self._progress_s:g} s"
         return None
 
@@ -119,9 +139,9 @@ class RankChannel:
             if len(self._inbox) > MESSAGES_MAX:
                 raise PeerLost(f"has sent {MESSAGES_MAX} messages that nobody has taken")
         elif kind == _BEAT:
-            progress, busy = _BEAT_BODY.unpack(body)
-            if (progress, bool(busy)) != self._beat:
-                self._beat, self._changed_s = (progress, bool(busy)), time.monotonic()
+            progress, doing = _BEAT_BODY.unpack(body)
+            if (progress, doing) != self._beat:
+                self._beat, self._changed_s = (progress, Doing(doing)), time.monotonic()
         elif kind == _END:
             self.state = "ended"
         elif kind == _LOST:

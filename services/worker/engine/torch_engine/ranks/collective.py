@@ -38,6 +38,10 @@ class CollectiveGroup(abc.ABC):
         }
         session.on_lost(self._on_lost)
 
+    @property
+    def in_flight_bytes(self) -> int:
+        return IN_FLIGHT_BYTES_MAX
+
     def gather(
         self, tensor: torch.Tensor, to: int = 0, *, shapes: Sequence[Sequence[int]] | None = None
     ) -> list[torch.Tensor] | None:
@@ -54,7 +58,7 @@ class CollectiveGroup(abc.ABC):
         if tensor.numel() == 0:
             return
         kept, waiting = tensor.clone(), self._in_flight[to]
-        waiting.append((self._perform(lambda: self._group.send([kept], to, 0)), kept))
+        waiting.append((self._perform(lambda: self._towards(to).send([kept], to, 0)), kept))
         while len(waiting) > IN_FLIGHT_MAX or (
             len(waiting) > 1 and sum(sent.nbytes for _, sent in waiting) > IN_FLIGHT_BYTES_MAX
         ):
@@ -63,11 +67,19 @@ class CollectiveGroup(abc.ABC):
 
     def recv(self, tensor: torch.Tensor, source: int) -> None:
         if tensor.numel():
-            self._perform(lambda: self._group.recv([tensor], source, 0).wait())
+            self._perform(lambda: self._from(source).recv([tensor], source, 0).wait())
 
     def close(self) -> None:
         self._in_flight.clear()
         self._group = None
+
+    def _towards(self, to: int) -> Any:  # noqa: ANN401, ARG002  # a torch process group
+        """What carries tensors to the member ``to``."""
+        return self._group
+
+    def _from(self, source: int) -> Any:  # noqa: ANN401, ARG002
+        """What brings those of the member ``source``."""
+        return self._group
 
     @abc.abstractmethod
     def _perform(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  # torch's Work, or nothing
@@ -137,14 +149,37 @@ class GlooGroup(CollectiveGroup):
 
 
 class NcclGroup(CollectiveGroup):
-    """Calls are put on the caller's stream and return at once; a loss aborts what is on it."""
+    """Calls are put on a stream and return at once; a loss aborts what is on it.
+
+    On one communicator all that two ranks send each other is done in order, and a large send ends
+    when it is received. So stages that send hidden states up while logits come down, each before
+    it receives, would wait for each other: down has a communicator of its own."""
+
+    def __init__(
+        self,
+        session: RankSession,
+        members: Members,
+        process_group: Any,  # noqa: ANN401
+        downwards: Any,  # noqa: ANN401  # the same members again
+    ) -> None:
+        self._down: Any = downwards
+        super().__init__(session, members, process_group)
+
+    def _towards(self, to: int) -> Any:  # noqa: ANN401
+        return self._group if to > self.rank else self._down
+
+    def _from(self, source: int) -> Any:  # noqa: ANN401
+        return self._group if source < self.rank else self._down
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         self._perform(lambda: self._group.allreduce([tensor]).wait())
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.abort() if self._session.lost else self._group.shutdown()
+        lost = self._session.lost is not None
+        for group in (self._group, self._down):
+            if group is not None:
+                group.abort() if lost else group.shutdown()
+        self._down = None
         super().close()
 
     def _perform(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401
@@ -156,5 +191,6 @@ class NcclGroup(CollectiveGroup):
             raise self._failed(error) from error
 
     def _on_lost(self, lost: RankLost) -> None:  # noqa: ARG002
-        if (group := self._group) is not None:
-            group.abort()
+        for group in (self._group, self._down):
+            if group is not None:
+                group.abort()

@@ -114,7 +114,7 @@ class _Connecting:
 
     def run(self, device: torch.device, kind: GroupKind) -> Groups:
         choice = self._agree(Place(device.type, _identity(device), self._local), kind)
-        make = self._maker(choice)
+        make = self._maker(choice, device)
         groups = Groups(tp=make(self._tp), pipe=make(self._pipe), kind=choice.kind)
         self._meet()
         self._close_offers()
@@ -170,7 +170,7 @@ class _Connecting:
             raise RankLost(0, "has closed the session while groups were made")
         return payload
 
-    def _maker(self, choice: _Choice) -> Callable[[Members], RankGroup]:
+    def _maker(self, choice: _Choice, device: torch.device) -> Callable[[Members], RankGroup]:
         def make(members: Members) -> RankGroup:
             group: RankGroup = LoneGroup() if members.size == 1 else make_one(members)
             self._made.append(group)
@@ -190,7 +190,9 @@ class _Connecting:
                     self._session, members, store, host=self._server.host, timeout_s=timeout_s
                 )
             else:
-                make_one = lambda members: nccl_group(self._session, members, store)  # noqa: E731
+                make_one = lambda members: nccl_group(  # noqa: E731
+                    self._session, members, store, device
+                )
         return make
 
     def _shared_memory(self, members: Members) -> RankGroup:

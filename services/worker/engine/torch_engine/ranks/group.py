@@ -17,6 +17,11 @@ class RankGroup(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """So much may be sent to one rank, and not be received yet, before ``send`` waits."""
+        ...
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum in place; every rank gets the same bits."""
         ...
@@ -28,8 +33,8 @@ class RankGroup(Protocol):
         ...
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Does not wait for the receiver while no more than some MiB are under way; then the tensor
-        may be used again at once."""
+        """Waits for the receiver only beyond ``in_flight_bytes``. Then the tensor may be used again
+        at once."""
         ...
 
     def recv(self, tensor: torch.Tensor, source: int) -> None:
@@ -45,6 +50,7 @@ class LoneGroup:
     """The group of a rank that is alone."""
 
     rank, size = 0, 1
+    in_flight_bytes = 0
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """It is the sum already."""

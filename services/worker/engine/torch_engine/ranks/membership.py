@@ -8,9 +8,9 @@ them: links are closed, which wakes whoever waits, and all calls raise RankLost.
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
-from services.worker.engine.torch_engine.ranks.channel import OtherToldLoss, RankChannel
+from services.worker.engine.torch_engine.ranks.channel import Doing, OtherToldLoss, RankChannel
 from services.worker.engine.torch_engine.ranks.lost import RankLost
 from shared.errors import PeerLost
 
@@ -61,7 +61,9 @@ class RankSession:
         self._progress += 1
 
     def waiting(self, waiting: bool) -> None:
-        """While this rank waits for another one, no progress is expected of it, busy or not."""
+        """While this rank waits for another one of its replica, no progress is expected of it,
+        busy or not. Some other rank is busy then: when none is, for ``progress_s``, all are lost.
+        """
         self._waiting = waiting
         self._progress += 1
 
@@ -121,9 +123,10 @@ class RankSession:
             for look in (self._hear, self._silent, self._stuck):
                 for channel in channels:
                     self._watch_one(channel, look)
+            self._watch_all(channels)
 
     def _hear(self, channel: RankChannel) -> str | None:
-        channel.beat(self._progress, busy=self._busy and not self._waiting)
+        channel.beat(self._progress, self._doing)
         channel.hear()
         if channel.state == "ended":
             self._ended(channel)
@@ -151,6 +154,15 @@ class RankSession:
             trouble = str(error)
         if trouble is not None and channel.state != "ended":
             self._troubled(channel, trouble)
+
+    @property
+    def _doing(self) -> Doing:
+        if self._waiting:
+            return Doing.WAITING
+        return Doing.BUSY if self._busy else Doing.IDLE
+
+    def _watch_all(self, channels: Sequence[RankChannel]) -> None:
+        """The leader alone hears of all ranks; see LeaderSession."""
 
     def _ended(self, channel: RankChannel) -> None:
         """The other rank has left cleanly."""

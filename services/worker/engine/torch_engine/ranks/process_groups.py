@@ -62,8 +62,17 @@ def nccl_group(
     session: RankSession,
     members: Members,
     store: Any,  # noqa: ANN401  # a torch Store
+    device: torch.device,
 ) -> NcclGroup:
-    options: Any = _dist.ProcessGroupNCCL.Options()
-    prefixed = _dist.PrefixStore(members.name, store)
-    group = _dist.ProcessGroupNCCL(prefixed, members.rank, members.size, options)
-    return NcclGroup(session, members, group)
+    """Communicators are made at once, one for each direction: later they would take seconds out of
+    a step, and one for each pair that sends to each other."""
+    numbered = torch.empty(0, device=device).device  # "cuda" alone stands for the current one
+
+    def group(direction: str) -> Any:  # noqa: ANN401  # a torch process group
+        options: Any = _dist.ProcessGroupNCCL.Options()
+        prefixed = _dist.PrefixStore(f"{members.name}/{direction}", store)
+        made: Any = _dist.ProcessGroupNCCL(prefixed, members.rank, members.size, options)
+        made.eager_connect_single_device(numbered)
+        return made
+
+    return NcclGroup(session, members, group("up"), group("down"))

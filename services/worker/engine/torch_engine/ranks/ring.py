@@ -12,6 +12,11 @@ assert RING_BYTES % ALIGNED == 0
 assert PIECE_BYTES <= RING_BYTES
 
 
+def in_flight_bytes() -> int:
+    """So much of several tensors fits into a ring, wherever in it they begin."""
+    return RING_BYTES - 2 * PIECE_BYTES
+
+
 class _Places:
     """Where pieces lie. Sender and receiver count alike: a piece that does not fit before the
     ring's end starts at its beginning, and takes the room that it leaves out."""

@@ -1,14 +1,18 @@
 """Both ends of a replica's control channel: rank 0 leads, each other rank has a link to it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import msgspec
 
-from services.worker.engine.torch_engine.ranks.channel import RankChannel
+from services.worker.engine.torch_engine.ranks.channel import Doing, RankChannel
 from services.worker.engine.torch_engine.ranks.lost import RankLost
-from services.worker.engine.torch_engine.ranks.membership import STALL_S, RankSession
+from services.worker.engine.torch_engine.ranks.membership import (
+    STALL_S,
+    SUSPICIOUS_S,
+    RankSession,
+)
 from services.worker.peers.link import PeerLink, connect
 from services.worker.peers.server import PeerServer
 from shared.errors import PeerLost
@@ -50,6 +54,7 @@ class LeaderSession(RankSession):
         self._server, self._topic = server, f"join/{name}"
         self.size = size
         self._complete = False
+        self._seen, self._seen_s = (0, Doing.IDLE), time.monotonic()
         server.offer(self._topic, self._on_join)
         self._watching.start()
 
@@ -117,6 +122,18 @@ class LeaderSession(RankSession):
         if former is not None:
             former.end()
         channel.gone.wait()
+
+    def _watch_all(self, channels: Sequence[RankChannel]) -> None:
+        """Ranks that wait for each other would do so for ever, and none of them is stuck."""
+        now_s, mine = time.monotonic(), (self._progress, self._doing)
+        if mine != self._seen:
+            self._seen, self._seen_s = mine, now_s
+        doing = {self._doing, *(channel.doing for channel in channels)}
+        changed_s = max(self._seen_s, *(channel.changed_s for channel in channels), 0.0)
+        waiting = Doing.WAITING in doing and Doing.BUSY not in doing
+        silent = any(channel.silence_s > SUSPICIOUS_S for channel in channels)
+        if self._complete and waiting and not silent and now_s - changed_s > self._progress_s:
+            self.lose(0, f"all ranks wait for each other for {self._progress_s:g} s")
 
     def _ended(self, channel: RankChannel) -> None:
         self._troubled(channel, "has left")

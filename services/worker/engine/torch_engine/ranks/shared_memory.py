@@ -18,7 +18,13 @@ from services.worker.engine.torch_engine.ranks.group import parts_for
 from services.worker.engine.torch_engine.ranks.lost import RankLost
 from services.worker.engine.torch_engine.ranks.membership import RankSession
 from services.worker.engine.torch_engine.ranks.mesh import Members
-from services.worker.engine.torch_engine.ranks.ring import RING_BYTES, Receiving, Sending, pieces_of
+from services.worker.engine.torch_engine.ranks.ring import (
+    RING_BYTES,
+    Receiving,
+    Sending,
+    in_flight_bytes,
+    pieces_of,
+)
 from services.worker.engine.torch_engine.ranks.signals import Signals
 from services.worker.peers.link import PeerLink
 from services.worker.peers.segment import Segment
@@ -64,6 +70,10 @@ class SharedMemoryGroup:
             number: Receiving(_ring(memory[number], self.rank), signals)
             for number, signals in self._signals.items()
         }
+
+    @property
+    def in_flight_bytes(self) -> int:
+        return in_flight_bytes()
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)

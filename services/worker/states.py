@@ -1,0 +1,81 @@
+"""Requests on their way from one leader to another: what is asked, and the frames of the answer.
+
+First the head, then frames of states, an empty one at the end. Each state is encoded and decoded by
+itself, away from the event loop: whoever else needs the interpreter gets it in between. While the
+old replica runs, states travel without their tokens, which only the last answer has to bring.
+"""
+
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from services.worker.peers.link import PeerLink, connect
+from shared.errors import PeerLost
+from shared.messages.base import decode, encode
+from shared.messages.requests import RequestState, RequestStates
+
+FRAME_BYTES = 1 << 20  # of states, but for one that is larger by itself
+STATES_BYTES_MAX = 1 << 30  # of one answer
+
+_encoder = msgspec.msgpack.Encoder()
+_frames = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_states = msgspec.msgpack.Decoder(RequestState)
+
+
+class StatesWanted(msgspec.Struct, frozen=True, array_like=True):
+    """What falls to replica ``taker`` by these rows (see Shares); with ``whole``, tokens too."""
+
+    taker: str
+    rows: dict[str, dict[str, float]]
+    whole: bool
+
+
+def wanted_of(hello: bytes) -> StatesWanted:
+    """Raises PeerLost."""
+    try:
+        return msgspec.msgpack.decode(hello, type=StatesWanted)
+    except msgspec.DecodeError as error:
+        raise PeerLost(f"the caller asks in other words: {error}") from error
+
+
+def send_states(link: PeerLink, head: RequestStates, states: Iterable[RequestState]) -> None:
+    """Raises PeerLost."""
+    link.send(encode(head))
+    frame: list[msgspec.Raw] = []
+    size = 0
+    for state in states:
+        one = _encoder.encode(state)
+        if frame and size + len(one) > FRAME_BYTES:
+            link.send(_encoder.encode(frame))
+            frame, size = [], 0
+        frame.append(msgspec.Raw(one))
+        size += len(one)
+    if frame:
+        link.send(_encoder.encode(frame))
+    link.send(_encoder.encode([]))
+
+
+def ask_states(
+    address: str, topic: str, wanted: StatesWanted, *, timeout_s: float
+) -> tuple[RequestStates, list[RequestState]]:
+    """Raises PeerLost, too where the peer answers in other words or more than STATES_BYTES_MAX.
+    ``timeout_s`` is for the first word, and for each frame after it."""
+    deadline_s = time.monotonic() + timeout_s
+    link = connect(address, topic, _encoder.encode(wanted), timeout_s=timeout_s)
+    try:
+        head = decode(link.recv(deadline_s - time.monotonic()), RequestStates)
+        states: list[RequestState] = []
+        size = 0
+        while frame := _frames.decode(payload := link.recv(timeout_s)):
+            size += len(payload)
+            if size > STATES_BYTES_MAX:
+                raise PeerLost(
+                    f"{link.peer} has more than {STATES_BYTES_MAX} bytes of requests to hand over"
+                )
+            states += [_states.decode(one) for one in frame]
+    except msgspec.DecodeError as error:  # ValidationError included
+        raise PeerLost(f"{link.peer} answers in other words: {error}") from error
+    finally:
+        link.close()
+    return head, states
