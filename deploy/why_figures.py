@@ -184,9 +184,15 @@ def switch_lines(switch: SwitchOutlook) -> list[str]:
     return [
         f"Switch{step}: {verdict}{why}",
         f"  {sums}; {payback}, demand expected to last {lasting(switch.horizon_s)}",
-        f"  takes {time_text(switch.seconds)}, {served}",
+        f"  takes {time_text(switch.seconds)}{_live(switch)}, {served}",
         f"  {moved}; pauses {number(switch.requests_paused)} requests",
     ]
+
+
+def _live(switch: SwitchOutlook) -> str:
+    if switch.pause_s is None:
+        return ""
+    return f" live, with a pause of {time_text(switch.pause_s)}"
 
 
 def solved_line(decision: Decision) -> str:

@@ -10,6 +10,7 @@ BENCHMARKS = (
     "loadgen.bench.bench_predictions",
     "loadgen.bench.bench_simulator",
     "loadgen.bench.bench_fidelity",
+    "loadgen.bench.bench_torch_engine",
     "loadgen.bench.bench_torch_fidelity",
     "loadgen.bench.bench_switch",
     "loadgen.bench.bench_transfer",

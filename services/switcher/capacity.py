@@ -30,7 +30,7 @@ def shortfalls(live: Live) -> Iterable[str]:
             if 0 < tokens < had[largest]:
                 yield (
                     f"{spec.replica_id} has KV cache for {tokens} tokens, {largest} had it for"
-                    f" {had[largest]}: a request that is longer fails, in words, when it goes on"
+                    f" {had[largest]}: a request longer than that fails when it is to go on"
                 )
 
 

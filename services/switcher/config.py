@@ -12,7 +12,7 @@ class SwitcherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     start_timeout_s: float = 120.0  # loading weights takes minutes for big models
     prepare_timeout_s: float = 120.0  # to make new replicas ready beside the old; late rolls back
     pause_timeout_s: float = 5.0  # to reach a step boundary; late rolls back
-    take_timeout_s: float = 10.0  # to take requests and KV cache over; late rolls back
+    take_timeout_s: float = 10.0  # to take requests and KV cache over, or for a stage; likewise
     activate_timeout_s: float = 5.0  # the plan is in force by then: late is left to repair
     retire_timeout_s: float = 15.0  # the same, for freeing the old replicas' GPUs
     stages_max: int = 16  # of weights that do not fit beside the old ones; above it reloads

@@ -38,13 +38,9 @@ class Switcher:
     def __init__(self, config: SwitcherConfig) -> None:
         self._config = config
         self._walker = Walker(config)
-        self._stepped_s = float("inf")
 
     def step(self, event: SwitcherEvent, now_s: float) -> list[Effect]:
-        # Ticks leave no such gap: it is we who stood still, and what was said meanwhile is to come.
-        if (gap_s := now_s - self._stepped_s) > self._config.worker_timeout_s / 2:
-            self._walker.view.excuse(gap_s)
-        self._stepped_s = now_s
+        self._walker.view.listen(now_s)
         match event:
             case core.Started():
                 effects = self._on_started(now_s)
@@ -131,7 +127,8 @@ class Switcher:
         if walker.course is not None:
             walker.course.on_event(event)
         if isinstance(event, replicas.ReplicaFailed):
-            yield Log("replica.failed", announce.fields(event), "warning")
+            what = "command.refused" if event.refused else "replica.failed"
+            yield Log(what, announce.fields(event), "warning")
         if self.state != "settled":  # there the report that follows says more: why it changed
             yield from walker.advance(now_s)
 

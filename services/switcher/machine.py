@@ -11,7 +11,8 @@ preparing       the copies are planned, and new replicas made ready beside what 
                 back, nobody has noticed anything.
 pausing         leaders that go stand still at a step boundary. Late: roll back, they resume.
 taking          weights that did not fit beside the old ones are fetched stage by stage, then new
-                leaders take requests and KV cache over. Late: roll back, the old ones resume.
+                leaders take requests and KV cache over. Late, or a stage is: roll back, the old
+                ones resume.
 committing      the target goes to the bucket as the plan in force. Before it every failure rolls
                 back; after it nothing does, and what is late is left to repair.
 activating      new replicas go on with the requests that they hold. Late: go on.
@@ -105,8 +106,8 @@ def phase_timeout_s(state: State, config: SwitcherConfig) -> float:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
     """A switch under way, from ``origin``, the plan in force when it began. ``way_why``: why it is
-    not live. With ``why`` it is the rollback of ``failed``, whose epoch was ``failed_epoch``; both
-    are unknown to a switcher started in the middle of it."""
+    not live, or live once more. With ``why`` it is the rollback of ``failed``, whose epoch was
+    ``failed_epoch``; both are unknown to a switcher started in the middle of it."""
 
     origin: DeploymentPlan
     target: DeploymentPlan

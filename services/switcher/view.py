@@ -57,7 +57,7 @@ class WorkerView:
 
     def __init__(self, *, worker_timeout_s: float, started_s: float) -> None:
         self._timeout_s = worker_timeout_s
-        self._started_s = started_s
+        self._started_s = self._listened_s = started_s
         self._workers: dict[str, _Worker] = {}
         self._stopped: dict[Part, int] = {}
         self._drained: dict[Part, int] = {}
@@ -153,11 +153,15 @@ class WorkerView:
         self._held_since = {p: t for p, t in self._held_since.items() if p in held}
         self._lost_at = {p: t for p, t in self._lost_at.items() if p[1] in ids}
 
-    def excuse(self, silence_s: float) -> None:
-        """Nobody could be heard for so long: that makes no worker absent."""
-        self._started_s += silence_s
-        for worker in self._workers.values():
-            worker.seen_s += silence_s
+    def listen(self, now_s: float) -> None:
+        """At each step. Timers leave no long gap between two: it is this process that stood still
+        then. What workers said meanwhile is to come, and that nobody was heard makes none absent.
+        """
+        gap_s, self._listened_s = now_s - self._listened_s, now_s
+        if gap_s > self._timeout_s / 2:
+            self._started_s += gap_s
+            for worker in self._workers.values():
+                worker.seen_s += gap_s
 
     def gone(self, worker_id: str, now_s: float) -> bool:
         worker = self._workers.get(worker_id)

@@ -121,6 +121,7 @@ class EngineHost:
         since_s = self._stepping_since_s
         if since_s is None and self._engine is not None:
             self._load = self._engine.load()
+        fetched = (self._engine or self._building).fetched
         return MeasuredEngine(
             replica_id=self.replica_id,
             generation=self.generation,
@@ -132,13 +133,9 @@ class EngineHost:
             step_s=self.step_s,
             stalled=since_s is not None and self._clock.now_s() - since_s > stall_s,
             cache_tokens=self._load.kv_blocks_used * self._block_tokens,
-            fetched_bytes=from_elsewhere(self._fetched(), self._context.config.worker_id),
+            fetched_bytes=from_elsewhere(fetched, self._context.config.worker_id),
             cache_bytes=self._engine.cache_bytes if self._engine is not None else 0,
         )
-
-    def _fetched(self) -> dict[str, int]:
-        """While it is built, too."""
-        return dict(self._building.fetched if self._engine is None else self._engine.fetched)
 
     async def run(self) -> None:
         """From start to stop. Whatever an engine raises loses its replica, not the worker; a
@@ -292,10 +289,9 @@ class EngineHost:
         self.step_s += STEP_WEIGHT * (took_s - self.step_s) if self.step_s else took_s
         if result.chunks:
             await self._sender.send(result.chunks)
-        self.takeover.stepped()
-        if result.chunks:
             # What is published leaves in the next turn of the loop: not behind the next step.
             await asyncio.sleep(0)
+        self.takeover.stepped()
 
     async def _pace(self, now_s: float, duration_s: float) -> None:
         """Wait until the step is due. Due times add up, so that many short steps do not drift by

@@ -194,7 +194,7 @@ class EngineTook(Message, frozen=True, kw_only=True):
 
 
 class EngineReleased(Message, frozen=True, kw_only=True):
-    """The requests taken go on. ``pauses`` as in ReplicaStarted."""
+    """The requests taken have gone on, for a step. ``pauses`` as in ReplicaStarted."""
 
     replica_id: str
     generation: int

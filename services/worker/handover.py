@@ -9,18 +9,13 @@ from services.worker.between import Between
 from services.worker.engine.interface import Engine, LiveState
 from services.worker.peers.link import PeerLink
 from services.worker.peers.server import PeerServer
-from services.worker.states import send_states, wanted_of
+from services.worker.states import send_states, topic_of, wanted_of
 from shared.clock import Clock
 from shared.errors import EngineFailed, PeerLost
 from shared.messages.replicas import Shares
 from shared.messages.requests import RequestStates
 
 STATES_S_MAX = 2.0  # for a question to wait for the end of a step
-
-
-def topic_of(replica_id: str) -> str:
-    """Where a replica's leader is asked for its requests."""
-    return f"requests/{replica_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +85,11 @@ class Handover:
                 raise PeerLost(f"{self._replica_id} has ended: {error}") from error
             finally:
                 asked.cancel()
+            send = seen.head.paused or not wanted.whole  # what still runs is asked for again
             states = (
                 attempt.leaves_as(state, whole=wanted.whole)
                 for attempt, state in seen.states
-                if attempt.target(wanted.rows) == wanted.taker
+                if send and attempt.target(wanted.rows) == wanted.taker
             )
             send_states(link, seen.head, states)
 

@@ -5,16 +5,21 @@ itself, away from the event loop: whoever else needs the interpreter gets it in 
 old replica runs, states travel without their tokens, which only the last answer has to bring.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import msgspec
 
+from services.worker.attempts import Attempt, arrives_as
+from services.worker.engine.interface import LiveState
 from services.worker.peers.link import PeerLink, connect
 from shared.errors import PeerLost
 from shared.messages.base import decode, encode
 from shared.messages.requests import RequestState, RequestStates
 
+ASK_S_MAX = 2.0  # for an old leader's first word, and for each frame after it
 FRAME_BYTES = 1 << 20  # of states, but for one that is larger by itself
 STATES_BYTES_MAX = 1 << 30  # of one answer
 
@@ -23,12 +28,26 @@ _frames = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _states = msgspec.msgpack.Decoder(RequestState)
 
 
+def topic_of(replica_id: str) -> str:
+    """Where a replica's leader is asked for its requests."""
+    return f"requests/{replica_id}"
+
+
 class StatesWanted(msgspec.Struct, frozen=True, array_like=True):
     """What falls to replica ``taker`` by these rows (see Shares); with ``whole``, tokens too."""
 
     taker: str
     rows: dict[str, dict[str, float]]
     whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an old replica has of what falls to the taker, oldest first; ``attempts`` by key."""
+
+    head: RequestStates
+    attempts: dict[str, Attempt]
+    states: list[LiveState]
 
 
 def wanted_of(hello: bytes) -> StatesWanted:
@@ -79,3 +98,17 @@ def ask_states(
     finally:
         link.close()
     return head, states
+
+
+async def ask_leader(replica_id: str, address: str, wanted: StatesWanted) -> Answer:
+    """Raises PeerLost."""
+    if not address:
+        raise PeerLost(f"nobody said where the leader of {replica_id} is reached")
+
+    def ask() -> Answer:
+        head, states = ask_states(address, topic_of(replica_id), wanted, timeout_s=ASK_S_MAX)
+        found = (Attempt.of(state) for state in states)
+        attempts = {attempt.key: attempt for attempt in found}
+        return Answer(head, attempts, [arrives_as(state) for state in states])
+
+    return await asyncio.to_thread(ask)

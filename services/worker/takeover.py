@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from services.worker.attempts import Attempt, arrives_as
+from services.worker.attempts import Attempt
 from services.worker.between import Between
-from services.worker.engine.interface import Engine, LiveState, Taken
+from services.worker.engine.interface import Engine, Taken
 from services.worker.events import (
     EngineExpect,
     EngineRelease,
@@ -23,16 +23,12 @@ from services.worker.events import (
     EngineTake,
     EngineTook,
 )
-from services.worker.handover import topic_of
 from services.worker.host_context import HostContext
-from services.worker.states import StatesWanted, ask_states
+from services.worker.states import Answer, StatesWanted, ask_leader
 from shared.errors import EngineFailed, PeerLost
-from shared.messages.replicas import Shares
-from shared.messages.requests import RequestStates
 
 log = logging.getLogger("oserve.worker")
 
-ASK_S_MAX = 2.0  # for an old leader's first word, and for each after it
 POLL_S = 0.005  # between questions whether it stands still
 Bytes = dict[str, dict[str, int]]
 
@@ -61,20 +57,11 @@ class _Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """What an old replica has of what falls to us."""
-
-    head: RequestStates
-    attempts: dict[str, Attempt]  # by key
-    states: list[LiveState]
-
-
-@dataclass(frozen=True, slots=True)
 class _Source:
     """An old replica that stands still since ``paused_s``, or why nothing is had from it."""
 
     replica_id: str
-    answer: _Answer | None = None
+    answer: Answer | None = None
     paused_s: float = 0.0
     failure: str = ""
 
@@ -128,7 +115,7 @@ class Takeover:
                 replica_id=self._replica_id,
                 generation=self._generation,
                 epoch=order.epoch,
-                pauses=tuple(pauses),
+                pauses=tuple((since_s, count) for since_s, count in pauses if count),
             )
 
         self._between.post(lambda engine: engine.release(keep=True), told)
@@ -180,7 +167,8 @@ class Takeover:
             for replica_id, worker_id in order.sources.items():
                 try:
                     address = order.peers.get(worker_id, "")
-                    answer = await self._ask(replica_id, address, order.shares, whole=False)
+                    wanted = StatesWanted(self._replica_id, order.shares.rows, whole=False)
+                    answer = await ask_leader(replica_id, address, wanted)
                     await self._copy(replica_id, answer, final=False)
                 except PeerLost as error:
                     if replica_id not in told:  # the pause will tell whether it is gone for good
@@ -210,7 +198,7 @@ class Takeover:
                     known = source.answer.attempts
                     ours = known.keys() & {*taken.moved, *taken.replayed}
                     attempts |= {key: known[key] for key in known if key in ours}
-                    pauses.append((source.paused_s, len(known.keys() & taken.moved)))
+                    pauses.append((source.paused_s, len(known.keys() & {*taken.moved})))
         except TimeoutError:
             self._between.post(lambda engine: engine.release(keep=False))
             words = f"an old leader did not stand still within {self._config.take_timeout_s} s"
@@ -247,9 +235,10 @@ class Takeover:
         """What falls to us of a source, once it stands still. Of one that cannot be reached that
         is nothing: its requests are tried elsewhere once its heartbeats stop."""
         address = order.peers.get(order.sources[replica_id], "")
+        wanted = StatesWanted(self._replica_id, order.shares.rows, whole=True)
         try:
             while True:
-                answer = await self._ask(replica_id, address, order.shares, whole=True)
+                answer = await ask_leader(replica_id, address, wanted)
                 if answer.head.paused:
                     since_s = self._clock.now_s() - answer.head.paused_for_s
                     return _Source(replica_id, answer, since_s)
@@ -269,7 +258,7 @@ class Takeover:
         log.warning("take.source_lost", extra=fields)
         return Taken(detail=f"nothing from {source.replica_id}: {failure}")
 
-    async def _copy(self, replica_id: str, answer: _Answer, *, final: bool) -> Taken:
+    async def _copy(self, replica_id: str, answer: Answer, *, final: bool) -> Taken:
         """Blocks of another size cannot be copied: such requests are computed anew."""
         tally, theirs = self._tally, answer.head.block_tokens
 
@@ -289,22 +278,7 @@ class Takeover:
 
         return await self._between.do(copy)
 
-    async def _ask(self, replica_id: str, address: str, shares: Shares, *, whole: bool) -> _Answer:
-        """Raises PeerLost."""
-        if not address:
-            raise PeerLost(f"nobody said where the leader of {replica_id} is reached")
-        wanted = StatesWanted(self._replica_id, shares.rows, whole)
-
-        def ask() -> _Answer:
-            topic = topic_of(replica_id)
-            head, states = ask_states(address, topic, wanted, timeout_s=ASK_S_MAX)
-            found = (Attempt.of(state) for state in states)
-            attempts = {attempt.key: attempt for attempt in found}
-            return _Answer(head, attempts, [arrives_as(state) for state in states])
-
-        return await asyncio.to_thread(ask)
-
 
 def from_elsewhere(fetched: Mapping[str, int], worker_id: str) -> int:
     """Of bytes by source, those that were not on ``worker_id`` already."""
-    return sum(count for source, count in fetched.items() if source != worker_id)
+    return sum(count for source, count in dict(fetched).items() if source != worker_id)

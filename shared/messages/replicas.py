@@ -184,7 +184,8 @@ class ResumeReplica(Message, frozen=True, kw_only=True):
 
 class ReplicaStarted(Message, frozen=True, kw_only=True):
     """The worker's part of the replica is ready to serve. ``pauses``: (seconds, requests) for
-    those taken over that go on now: how long no step was made for them."""
+    those taken over that go on with their KV cache: from when the old replica stood still to the
+    end of the first step here. Those computed anew wait longer, and are not among them."""
 
     epoch: int
     worker_id: str

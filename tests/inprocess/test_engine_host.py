@@ -12,7 +12,7 @@ import pytest
 
 from services.worker import follower_host
 from services.worker.config import WorkerConfig
-from services.worker.engine.factory import EngineFactory
+from services.worker.engine.factory import Building, EngineFactory
 from services.worker.engine.interface import Engine, StepResult
 from services.worker.engine.modelled import ModelledEngine
 from services.worker.engine_host import EngineHost
@@ -99,7 +99,7 @@ async def bench(
 ) -> AsyncGenerator[Bench]:
     engine = SlowEngine()
     factory = EngineFactory(
-        build=lambda _start, _between: build(engine) if build else engine,
+        build=lambda _start, _building: build(engine) if build else engine,
         running_max=2,
         waiting_max=2,
     )
@@ -337,8 +337,8 @@ async def follow(rank: Rank, then: Callable[[FollowerHost], None]) -> list[Messa
         context = HostContext(
             config=WorkerConfig(worker_id="n0-g0"),
             factory=EngineFactory(
-                build=lambda _start, _between: SlowEngine(),
-                follow=lambda _start, _between: rank,
+                build=lambda _start, _building: SlowEngine(),
+                follow=lambda _start, _building: rank,
                 running_max=2,
                 waiting_max=2,
             ),
@@ -388,16 +388,48 @@ def test_a_rank_whose_leader_has_closed_the_replica_is_broken(
 
 
 @pytest.mark.parametrize("kind", [EngineHost, FollowerHost])
+def test_what_is_fetched_shows_while_it_comes(kind: type[EngineHost | FollowerHost]) -> None:
+    """A switch's progress bar would stand at nothing until all is there."""
+    half, on = threading.Event(), threading.Event()
+
+    def fetch(_start: EngineStart, building: Building) -> NoReturn:
+        building.fetched["n0-g1"] = 5
+        building.fetched["n0-g0"] = 7  # its own
+        half.set()
+        on.wait(20)
+        raise EngineFailed("enough")
+
+    async def look() -> int:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            context = HostContext(
+                config=WorkerConfig(worker_id="n0-g0"),
+                factory=EngineFactory(build=fetch, follow=fetch, running_max=2, waiting_max=2),
+                outbox=Outbox(MemoryBus(), incarnation="r", delay_s=0.1, metrics=Metrics("worker")),
+                clock=SystemClock(),
+                feed=lambda _: None,
+                tasks=tasks,
+            )
+            host = kind(EngineStart(spec(), 1), context)
+            tasks.create_task(host.run())
+            await asyncio.to_thread(half.wait, 20)
+            told = host.measured() if isinstance(host, FollowerHost) else host.measured(stall_s=9.0)
+            on.set()
+        return told.fetched_bytes
+
+    assert asyncio.run(look()) == 5
+
+
+@pytest.mark.parametrize("kind", [EngineHost, FollowerHost])
 def test_a_start_that_waits_for_other_ranks_ends_when_it_is_stopped(
     kind: type[EngineHost | FollowerHost],
 ) -> None:
     """Otherwise a switch that is rolled back would wait for a rank that never comes."""
     waiting = threading.Event()
 
-    def wait_for_others(_start: EngineStart, between: Callable[[], None]) -> NoReturn:
+    def wait_for_others(_start: EngineStart, building: Building) -> NoReturn:
         while True:
             waiting.set()
-            between()
+            building.go_on()
             time.sleep(0.001)
 
     async def stop_it() -> list[Message]:

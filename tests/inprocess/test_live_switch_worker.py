@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 from services.worker.config import WorkerConfig
+from services.worker.peers.server import PeerServer
 from services.worker.service import serve
 from shared.bus import Delivery
 from shared.bus_memory import MemoryBus
@@ -175,12 +176,18 @@ class Pair:
         await self.tell(PAUSE_REPLICA, command, OLD)
         await self.until(lambda: self.of(ReplicaPaused))
 
-    async def take(self, epoch: int = 2, *, peers: dict[str, str] | None = None) -> None:
+    async def take(
+        self,
+        epoch: int = 2,
+        *,
+        peers: dict[str, str] | None = None,
+        sources: dict[str, str] | None = None,
+    ) -> None:
         command = TakeRequests(
             epoch=epoch,
             worker_id=NEW,
             replica_id="r2",
-            sources={"r1": OLD},
+            sources={"r1": OLD} if sources is None else sources,
             peers=self.peers() if peers is None else peers,
             shares=SHARES,
         )
@@ -215,7 +222,11 @@ async def pair(topology: MeshConfig) -> AsyncGenerator[Pair]:
                 stopping=stopping,
             )
             config = WorkerConfig(
-                worker_id=worker_id, report_s=0.02, worker_report_s=0.05, pause_patience_s=0.2
+                worker_id=worker_id,
+                report_s=0.02,
+                worker_report_s=0.05,
+                pause_patience_s=0.2,
+                take_timeout_s=1.0,
             )
             tasks.create_task(serve(config, context))
         await mesh.until(lambda: len(mesh.peers()) == 2)
@@ -248,7 +259,7 @@ def test_streams_go_on_at_another_worker_as_if_nothing_had_happened() -> None:
         made = {name: len(mesh.tokens(name)) for name in names}
         await mesh.start("r2", NEW, 2)
         [started] = mesh.of(ReplicaStarted)
-        assert sum(count for _, count in started.pauses) == 8
+        assert sum(count for _, count in started.pauses) == taken.moved > 0
         assert all(seconds > 0 for seconds, _ in started.pauses)
         await mesh.stop()
         await mesh.until(lambda: all(mesh.last(name) for name in names))
@@ -336,17 +347,52 @@ def test_an_abort_follows_its_request() -> None:
     run(scenario)
 
 
-def test_a_source_that_cannot_be_reached_is_told() -> None:
-    """Otherwise the switch would wait for its deadline with all streams standing."""
+def test_a_source_that_cannot_be_reached_costs_its_own_requests_alone() -> None:
+    """One old worker that has just died would undo the switch of all others."""
+
+    async def scenario(mesh: Pair) -> None:
+        await mesh.submit("a", tokens=60)
+        await mesh.prepare()
+        await mesh.pause()
+        gone = PeerServer(worker_id="gone")  # it has no such replica
+        gone.close()
+        peers = mesh.peers() | {"gone": gone.address}
+        await mesh.take(peers=peers, sources={"r1": OLD, "r9": "gone", "r8": "unheard-of"})
+        [taken] = mesh.of(RequestsTaken)
+        assert (taken.moved, taken.replayed) == (1, 0)
+        assert "nothing from r9: worker gone cannot be reached" in taken.detail
+        assert "nothing from r8: nobody said where" in taken.detail
+
+    run(scenario)
+
+
+def test_taking_from_nobody_is_taking_nothing() -> None:
+    """A switch away from workers that have died would never come about."""
 
     async def scenario(mesh: Pair) -> None:
         await mesh.submit("a", tokens=60)
         await mesh.prepare()
         await mesh.pause()
         await mesh.take(peers={OLD: ""})
+        [taken] = mesh.of(RequestsTaken)
+        assert (taken.moved, taken.replayed, "nothing from r1" in taken.detail) == (0, 0, True)
+        await mesh.start("r2", NEW, 2)
+        assert mesh.of(ReplicaStarted)[0].pauses == ()
+
+    run(scenario)
+
+
+def test_a_source_that_does_not_stand_still_is_told() -> None:
+    """Its requests would run at two places."""
+
+    async def scenario(mesh: Pair) -> None:
+        await mesh.submit("a", tokens=60)
+        await mesh.prepare()
+        await mesh.take()
         [failed] = mesh.of(ReplicaFailed)
-        assert "cannot take requests over" in failed.detail
-        await mesh.take()  # its repeat, by right addresses
+        assert "did not stand still" in failed.detail
+        await mesh.pause()
+        await mesh.take()  # its repeat
         await mesh.until(lambda: mesh.of(RequestsTaken))
 
     run(scenario)

@@ -267,6 +267,13 @@ class Scenario:
             ReplicaFailed(epoch=1, worker_id=gpu, replica_id=replica_id, detail="engine broke")
         )
 
+    def refused(self, replica_id: str, gpu: str) -> None:
+        self.step(
+            ReplicaFailed(
+                epoch=1, worker_id=gpu, replica_id=replica_id, detail="it drains", refused=True
+            )
+        )
+
     def pin(self, *replicas: str) -> None:
         parts = [replica.partition("@") for replica in replicas]
         specs = tuple(
@@ -312,7 +319,7 @@ EVENTS: dict[str, Callable[..., None]] = {
         Scenario.seconds, Scenario.forecast, Scenario.observed, Scenario.load, Scenario.solved,
         Scenario.prompt, Scenario.raises, Scenario.answers, Scenario.in_force,
         Scenario.rolled_back, Scenario.die, Scenario.leave, Scenario.back, Scenario.failed,
-        Scenario.pin, Scenario.release, Scenario.restart, Scenario.watch,
+        Scenario.refused, Scenario.pin, Scenario.release, Scenario.restart, Scenario.watch,
     )
 }  # fmt: skip
 SAID_OTHERWISE = ("plan.proposed", "plan.kept", "solve.started", "solve.ended")

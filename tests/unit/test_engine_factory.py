@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.worker.engine.factory import EngineFactory, engine_factory
+from services.worker.engine.factory import Building, EngineFactory, engine_factory
 from services.worker.engine.interface import EngineRequest
 from services.worker.engine.torch_engine.make_model import make_model
 from services.worker.events import EngineStart
@@ -21,7 +21,7 @@ PROMPT = list(range(5, 25))
 def _tokens(factory: EngineFactory, model_id: str, *, output_tokens_max: int = 8) -> list[int]:
     """What a replica of ``model_id`` answers to PROMPT, at temperature 0."""
     spec = ReplicaSpec(replica_id="r", model_id=model_id, parallelism="tp1pp1", gpus=("g",))
-    engine = factory.build(EngineStart(spec, 1), lambda: None)
+    engine = factory.build(EngineStart(spec, 1), Building())
     sampling = SamplingParams(
         output_tokens_max=output_tokens_max, temperature=0.0, seed=1, ignore_eos=True
     )

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.worker.engine.factory import engine_factory
+from services.worker.engine.factory import Building, engine_factory
 from services.worker.engine.interface import EngineRequest
 from services.worker.engine.modelled import ModelledEngine
 from services.worker.engine.torch_engine.make_model import make_model
@@ -133,7 +133,7 @@ class TestFactory:
             replica_id="r", model_id="modelled", parallelism="tp2pp1", gpus=("n0-g0", "n0-g1")
         )
         assert (
-            factory.build(EngineStart(spec, 1), lambda: None).load().kv_blocks_total
+            factory.build(EngineStart(spec, 1), Building()).load().kv_blocks_total
             == 2 * SETTINGS.kv_blocks
         )
 
@@ -164,7 +164,7 @@ class TestFactory:
         mesh = MeshConfig(engine=EngineSpec(kind="torch"), model=model)
         spec = ReplicaSpec(replica_id="r", model_id="m", parallelism="tp2pp1", gpus=("a", "b"))
         with pytest.raises(ConfigInvalid, match="one device"):
-            engine_factory(mesh).build(EngineStart(spec, 1), lambda: None)
+            engine_factory(mesh).build(EngineStart(spec, 1), Building())
 
     @pytest.mark.torch
     def test_a_longer_context_than_the_checkpoints_is_refused(self, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.worker.engine.factory import engine_factory
+from services.worker.engine.factory import Building, engine_factory
 from services.worker.engine.interface import EngineRequest
 from services.worker.engine.modelled_timing import modelled_replica
 from services.worker.events import EngineStart
@@ -58,7 +58,7 @@ def test_times_blocks_and_start_are_the_profiles(kind: str) -> None:
     factory = engine_factory(mesh(kind, speedup=2.0))
     replica = spec("tp2", "n0-g0", "n0-g1")
     shape, gpu, profile = Parallelism(tp=2), small_gpu(), small_profile()
-    engine = factory.build(EngineStart(replica, 1), lambda: None)
+    engine = factory.build(EngineStart(replica, 1), Building())
     capacity = kv_capacity_tokens(profile, gpu, shape)
     assert engine.load().kv_blocks_total == capacity // 4 > 0
     assert factory.start_s(EngineStart(replica, 1)) == start_s(profile, gpu, shape) / 2
@@ -123,7 +123,7 @@ def test_prefix_caching_shortens_the_second_prompt(kind: str) -> None:
     """Otherwise the setting would do nothing in the engine that hashes its prompts itself."""
     for caching, quicker in ((True, True), (False, False)):
         start = EngineStart(spec("tp1", "n0-g0"), 1)
-        engine = engine_factory(mesh(kind, prefix_caching=caching)).build(start, lambda: None)
+        engine = engine_factory(mesh(kind, prefix_caching=caching)).build(start, Building())
         took: list[float] = []
         for key, last in (("a", 65), ("b", 66)):
             sampling = SamplingParams(output_tokens_max=1)

@@ -206,6 +206,17 @@ def test_a_worker_that_vanishes_while_starting_rolls_back_at_once() -> None:
     assert run.commands == ["start r0@g0 e3"]
 
 
+def test_a_switcher_that_stood_still_does_not_take_silence_for_absence() -> None:
+    """Held for longer than workers may be silent, it would roll back a switch that goes well."""
+    run = starting()
+    run.now_s += 2 * CONFIG.worker_timeout_s
+    run.step(Tick())
+    assert run.core.state == "starting"
+    for _ in range(5):
+        run.later()
+    assert run.core.state == "storing_target", "who is silent from then on is absent"
+
+
 def test_a_rollback_resumes_what_only_drained() -> None:
     """Otherwise a replica that was merely drained would refuse requests for ever."""
     wide = plan("AC", *A.replicas, replica("r2", "g2"))

@@ -149,7 +149,7 @@ def test_it_waits_for_whoever_reads(replicas: Replicas) -> None:
 
 
 def test_what_only_the_full_cache_has_room_for_waits(replicas: Replicas) -> None:
-    """Taken over it may not be lost, only because the new replica is small for a second."""
+    """It may not be lost, or refused for good, because the new replica is small for a second."""
     one, two = replicas.make("tp1", "one"), replicas.make("tp2", "two", small=12)
     replicas.add(one, big=60, small=5)
     replicas.steps(one, 4)
@@ -158,12 +158,15 @@ def test_what_only_the_full_cache_has_room_for_waits(replicas: Replicas) -> None
     assert (taken.moved, taken.replayed) == (["small"], ["big"])
     one.engine.close()
     two.engine.release(keep=True)
-    with pytest.raises(Rejected, match="overloaded"):
-        two.engine.add(greedy_request("new", prompt_of(60), _TOKENS))
+    before = len(replicas.outputs["big"].tokens)
+    replicas.add(two, new=60)
+    with pytest.raises(Rejected, match="too_long"):
+        two.engine.add(greedy_request("long", prompt_of(500), _TOKENS))
     while two.engine.has_work:
         replicas.steps(two, 1)
     assert replicas.outputs["small"].finish == "length"
-    assert replicas.outputs["big"].finish is None
+    assert len(replicas.outputs["big"].tokens) == before
+    assert not replicas.outputs["new"].tokens
     two.engine.grow_cache()
     assert two.engine.has_work
     replicas.finish(two)

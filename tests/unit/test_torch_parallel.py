@@ -156,16 +156,18 @@ def test_states_and_aborts_between_steps(oracle_of: OracleOf, shape: str) -> Non
     engine.close()
 
 
-def test_all_stages_work_at_once(oracle_of: OracleOf) -> None:
-    """Otherwise a pipeline of n stages would be as fast as one of its GPUs."""
-    engine = load_ranks(oracle_of("uneven").folder, "tp1pp3").engine
-    outputs = {f"r{n}": Output(0) for n in range(6)}
+@pytest.mark.parametrize(("stages", "requests"), [(2, 2), (3, 6)])
+def test_all_stages_work_at_once(oracle_of: OracleOf, stages: int, requests: int) -> None:
+    """Otherwise a pipeline of n stages would be as fast as one of its GPUs. Each step yields what
+    the oldest of n micro-batches made; the others are under way meanwhile."""
+    engine = load_ranks(oracle_of("uneven").folder, f"tp1pp{stages}").engine
+    outputs = {f"r{n}": Output(0) for n in range(requests)}
     for key in outputs:
         engine.add(greedy_request(key, prompt_of(5), 30))
     for _ in range(9):
         step(engine, outputs)
-    yielded = [{chunk.key for chunk in engine.step().chunks} for _ in range(3)]
-    assert [len(keys) for keys in yielded] == [2, 2, 2]
+    yielded = [{chunk.key for chunk in engine.step().chunks} for _ in range(stages)]
+    assert [len(keys) for keys in yielded] == [requests // stages] * stages
     assert {key for keys in yielded for key in keys} == set(outputs)
     engine.drop_all()
     engine.close()

@@ -1,5 +1,6 @@
 """Requests taken over with their KV cache: what is copied when, what is replayed, and why."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import msgspec
 import torch
 
 from services.worker.engine.interface import EngineRequest, LiveState, Taken
+from services.worker.engine.torch_engine import kv_transfer as kv_transfer_module
 from services.worker.engine.torch_engine import takeover as takeover_module
 from services.worker.engine.torch_engine.batch_scheduler import BatchScheduler
 from services.worker.engine.torch_engine.commands import parted
@@ -147,6 +149,31 @@ def test_one_that_got_other_blocks_is_copied_again(workers: Workers) -> None:
     assert new.holds(old, again)
 
 
+def test_one_that_gave_way_is_copied_again(workers: Workers) -> None:
+    """Blocks that another request has written to meanwhile would be taken for its own."""
+    old, new = Old(workers), New(workers)
+    one = state("r", [5, 2, 9], 12)
+    new.take(one, final=False)
+    new.scheduler.forget_held("r")
+    taken = new.take(one, final=True)
+    assert taken.bytes_by_source == {"b": {"a": 3 * new.kv.block_bytes}}
+    assert new.holds(old, one)
+
+
+def test_what_lacks_a_block_is_copied_as_far_as_it_goes(workers: Workers) -> None:
+    """Otherwise it would be copied from its beginning again and again."""
+    old, new = Old(workers), New(workers, blocks=7)
+    assert new.scheduler.take(state("other", [1, 2, 3], 12)) is not None
+    new.take(state("r", [5, 2], 8), final=False)
+    late = state("r", [5, 2, 9, 3], 16)
+    short = new.take(late, final=False)
+    assert short.bytes_by_source == {"b": {"a": new.kv.block_bytes}}, "it has room for three"
+    assert new.holds(old, late, blocks=3)
+    new.scheduler.forget_held("other")
+    assert new.take(late, final=True).bytes_by_source == {"b": {"a": new.kv.block_bytes}}
+    assert new.holds(old, late)
+
+
 def test_one_that_ended_meanwhile_is_forgotten(workers: Workers) -> None:
     """Its ingress has had all of it: nobody would ever end it here."""
     _, new = Old(workers), New(workers)
@@ -237,6 +264,28 @@ def test_a_source_that_goes_in_the_pause_means_replay(workers: Workers) -> None:
     assert (taken.moved, taken.replayed) == (["done"], ["r"])
     assert "worker a" in taken.detail
     new.scheduler.check()
+
+
+def test_a_source_that_stands_still_is_not_waited_for(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that stays would make no step meanwhile, and its own requests be replayed."""
+    monkeypatch.setattr(kv_transfer_module, "SOURCE_S", 0.05)
+    old, new = Old(workers), New(workers)
+    thawed = threading.Event()
+    workers["a"].offer("tensors/old", lambda _link, _hello: assert_set(thawed))
+    one = state("r", [5, 2, 9], 10)
+    with pytest.raises(PeerLost, match="silent"):
+        new.take(one, final=False)
+    taken = new.take(one, final=True)
+    assert (taken.moved, taken.replayed) == ([], ["r"])
+    assert "silent" in taken.detail
+    thawed.set()
+    old.held.close()
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(20), "the test has ended without"
 
 
 def test_other_block_sizes_are_refused_with_replay(workers: Workers) -> None:

@@ -130,6 +130,65 @@ def test_followers_build_the_leaders_plan_from_what_has_changed(micro_batches: i
     assert scheduler.preemptions, "rows must change hands"
 
 
+def test_what_is_only_copied_ahead_gives_way() -> None:
+    """Otherwise a switch that is being prepared, for minutes perhaps, would stop the replica that
+    stays: its own requests would lose their blocks, or wait for those of others."""
+    scheduler = make(blocks=8, running=3)
+    scheduler.add(Sequence(request("own", 3)))
+    commit(scheduler, scheduler.schedule())
+    assert scheduler.take(state("first", 8, output=1, computed=8), ahead=True) is not None
+    assert scheduler.take(state("newest", 8, output=1, computed=8), ahead=True) is not None
+    while "newest" in scheduler.held:
+        commit(scheduler, scheduler.schedule())
+    assert (scheduler.running, scheduler.preemptions, list(scheduler.held)) == (1, 0, ["first"])
+    scheduler.add(Sequence(request("arrives", 12)))
+    keys = [chunk.sequence.request.key for chunk in scheduler.schedule()]
+    assert keys == ["own", "arrives"], "it waits for what is copied ahead"
+    assert not scheduler.held
+    scheduler.check()
+
+
+def test_rows_that_are_only_copied_ahead_give_way() -> None:
+    """Otherwise a replica that stays could not admit a request, though it runs few."""
+    scheduler = make(running=2)
+    for key in "ab":
+        assert scheduler.take(state(key, 4, output=1, computed=4), ahead=True) is not None
+    scheduler.add(Sequence(request("own", 3)))
+    assert not scheduler.stuck
+    assert [chunk.sequence.request.key for chunk in scheduler.schedule()] == ["own"]
+    assert list(scheduler.held) == ["a"]
+    assert scheduler.take(state("b", 4, output=1, computed=4)) is not None, "final: a gives way"
+    assert list(scheduler.held) == ["b"]
+    scheduler.check()
+
+
+def test_nothing_gives_way_in_vain() -> None:
+    """Otherwise what was copied would be lost, and nobody could run for it."""
+    scheduler = make(blocks=10)
+    assert scheduler.take(state("final", 20, output=1, computed=20)) is not None
+    assert scheduler.take(state("ahead", 4, output=1, computed=4), ahead=True) is not None
+    scheduler.add(Sequence(request("long", 20)))
+    assert scheduler.schedule() == []
+    assert scheduler.stuck
+    assert list(scheduler.held) == ["final", "ahead"]
+
+
+def test_one_that_lacks_a_block_keeps_what_was_copied_ahead() -> None:
+    """Otherwise all of it would be copied again as soon as a block is free."""
+    scheduler = make(blocks=7)
+    scheduler.add(Sequence(request("own", 7)))
+    commit(scheduler, scheduler.schedule())
+    first = scheduler.take(state("a", 12, output=1, computed=12), ahead=True)
+    assert first is not None
+    assert scheduler.take(state("a", 12, output=5, computed=16), ahead=True) == first
+    scheduler.check()
+    scheduler.remove("own")
+    again = scheduler.take(state("a", 12, output=5, computed=16), ahead=True)
+    assert again is not None
+    assert (len(again), again[: len(first)]) == (5, first)
+    scheduler.check()
+
+
 def test_running_requests_wait_for_held_ones_no_longer_than_these_are_held() -> None:
     """Otherwise a switch could lose blocks that hold what was handed over, or hang a replica that
     stays: what runs goes on as far as it can, then waits without work, then goes on."""

@@ -1,32 +1,44 @@
 """Weights between ranks: memory that goes when it should, what is shared, what stops a copy."""
 
+import gc
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch", reason="needs the torch extra")
 
+import msgspec
 import torch
 from torch import Tensor
 
 from services.worker.engine.torch_engine.arena import Arena, group_of
-from services.worker.engine.torch_engine.exports import Exports
+from services.worker.engine.torch_engine.exports import (
+    Answer,
+    Exports,
+    TensorEntry,
+    TensorTable,
+)
 from services.worker.engine.torch_engine.loading import Origin, WeightLoader
 from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import kv_shards, weight_shards
-from services.worker.engine.torch_engine.source import Between, Source
+from services.worker.engine.torch_engine.shared_memory import MemorySegment
+from services.worker.engine.torch_engine.source import Between, Busy, Source, unwatched
 from services.worker.engine.torch_engine.stages import StageOrder, WeightStages
 from services.worker.engine.torch_engine.transfer import (
     check_covered,
+    connect_source,
     disk_parts,
     fetch_weights,
     free_layers,
     within,
 )
 from services.worker.engine.torch_engine.weights import allocate_weights
+from services.worker.peers.link import PeerLink
 from shared.errors import EngineFailed, PeerLost
 from shared.hardware import Parallelism
 from shared.placement.copies import DISK, Copy
@@ -182,9 +194,11 @@ def test_a_copy_that_went_wrong_is_noticed(
     old = held_whole(workers, model, "old", "a")
 
     class Faulty(Source):
-        def pull(self, pieces: Sequence[Piece], *, verify: bool, between: Between) -> int:
+        def pull(
+            self, pieces: Sequence[Piece], *, verify: bool, between: Between, **more: Any
+        ) -> int:
             assert verify
-            count = super().pull(pieces, verify=False, between=between)
+            count = super().pull(pieces, verify=False, between=between, **more)
             pieces[0].target.view(-1)[:1] += 1
             self._verify(pieces, between)
             return count
@@ -218,6 +232,69 @@ def test_a_stop_is_heard_between_two_pieces(workers: Workers, remote: bool) -> N
     assert calls == 1
     assert sum(bool(tensor.any()) for tensor in weights.named.values()) < len(weights.named)
     old.close()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_progress_is_expected_of_a_copy_and_not_of_a_wait(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    """A rank that hangs in a copy would hang its replica; and one whose source stands still would
+    be blamed for it."""
+    model = small_model()
+    old = held_whole(workers, model, "old", "a")
+    weights = allocate_weights(model, Rank(), dtype=torch.float32, device=CPU)
+    mine, doing, waited = threading.get_ident(), [False], 0
+    receive = PeerLink.recv_fds
+
+    def told(busy: bool) -> None:
+        doing[0] = busy
+
+    def noted(link: PeerLink, timeout_s: float | None = None) -> tuple[bytes, list[int]]:
+        nonlocal waited
+        if threading.get_ident() == mine:
+            waited += 1
+            assert not doing[0], "it waits for the source"
+        return receive(link, timeout_s)
+
+    def between() -> None:
+        assert doing[0], "it copies"
+
+    monkeypatch.setattr(PeerLink, "recv_fds", noted)
+    fetch_weights(
+        weights, all_from("a", model, Rank()), workers.peers("a", remote=remote),
+        worker_id="b", stage=0, verify=True, between=between, busy=told,
+    )  # fmt: skip
+    assert not doing[0]
+    assert waited > 4
+    old.close()
+
+
+@pytest.mark.parametrize(("segments", "size"), [(1, 4097), (1, 0), (0, 4096), (2, 4096)])
+def test_memory_that_is_not_as_said_is_refused(workers: Workers, segments: int, size: int) -> None:
+    """To read beyond the end of a segment would kill this worker; and each descriptor that is not
+    closed brings it nearer to its limit."""
+    entry = TensorEntry("t", 0, 0, (4,), (1,), "layers", 0, None, 0, 0, 1)
+    segment = MemorySegment.create("short")
+    segment.extend(4096)
+    asked = threading.Event()
+
+    def serve(link: PeerLink, _: bytes) -> None:
+        link.send(msgspec.msgpack.encode(TensorTable("x", "cpu", "float32", 1, (entry,))))
+        link.recv()
+        sizes = (size,) if segments < 2 else (size, size)
+        link.send(msgspec.msgpack.encode(Answer(sizes=sizes)), [segment.fd] * segments)
+        asked.set()
+
+    workers["a"].offer("tensors/old", serve)
+    source = connect_source(workers.peers("a"), "a", "old", worker_id="b")
+    gc.collect()
+    before = descriptors()
+    with pytest.raises(PeerLost, match="segments are not as it says"):
+        source.view("t")
+    assert asked.wait(10)
+    source.close()
+    gc.collect()
+    assert descriptors() <= before
 
 
 def test_a_source_that_is_gone_is_peer_lost(workers: Workers) -> None:
@@ -341,3 +418,30 @@ def test_a_layer_takes_memory_from_its_stage_on(workers: Workers, tmp_path: Path
         assert torch.equal(loader.weights.named[name], tensor)
     assert loader.fetch_s > 0
     arena.close()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_progress_grows_piece_by_piece_and_a_failure_takes_it_back(
+    workers: Workers, tmp_path: Path, remote: bool
+) -> None:
+    """A bar would stand at nothing and jump to the end; or count what came twice."""
+    model = small_model(hidden=512, intermediate=4096, layers=2)
+    old = held_whole(workers, model, "old", "a")
+    copies = [copy for copy in all_from("a", model, Rank()) if copy.sheet != "cache"]
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(sum(loader.fetched.values()))
+        if len(seen) == 3:
+            raise PeerLost("gone")
+
+    arena, peers = Arena("new"), workers.peers("a", remote=remote)
+    origin = Origin(folder=tmp_path, worker_id="b", copies=copies, peers=peers, between=look)
+    loader = WeightLoader(model, Rank(), arena, origin, dtype=torch.float32, device=CPU)
+    with pytest.raises(PeerLost):
+        loader.load(0)
+    assert loader.fetched == {}
+    assert loader.load(0) == loader.fetched
+    assert 0 < seen[0] < seen[1] < seen[2] < sum(loader.fetched.values()) == seen[-1]
+    arena.close()
+    old.close()

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 
 from deploy.journal import Journal, Load, Past, ReplicaEvent, load_of, read_journal
 from deploy.status import MeshStatus
+from deploy.why_figures import switch_lines
 from deploy.why_kept import why_not_switching
 from deploy.why_plan import why_plan
 from deploy.why_replica import why_replica
@@ -414,6 +415,13 @@ def test_a_rival_that_is_no_better_says_so() -> None:
     answer = why_not_switching(_journal(kept=(_kept(NOW_S - 10, decision),)), IN_FORCE)
     assert "less lateness" in answer.would_change[0]
     assert "never pays back" in _shown(kept_view(answer))
+
+
+def test_a_live_switch_says_for_how_long_it_pauses() -> None:
+    """Its seconds alone would read as if nothing were served meanwhile."""
+    live = msgspec.structs.replace(PAYS, pause_s=0.29, served_share=1.0)
+    assert any("takes 48 s live, with a pause of 290 ms" in line for line in switch_lines(live))
+    assert not any("live" in line for line in switch_lines(PAYS))
 
 
 def test_what_holds_back_a_switch_that_pays() -> None:

@@ -119,8 +119,8 @@ class Engine(Protocol):
     def grow_cache(self) -> None:
         """Give the KV cache of all ranks its full size, if it was made smaller to fit beside other
         replicas; live requests keep what they have. Put off, and to be asked for again, while a
-        peer reads the cache or requests are taken over. Until then ``add`` refuses as
-        ``overloaded`` what only the full size has room for."""
+        peer reads the cache or requests are taken over. Until then
+        what only the full size has room for waits."""
         ...
 
     def states(self) -> list[LiveState]:
@@ -135,7 +135,8 @@ class Engine(Protocol):
         """Take over requests of ``replica_id``, with their KV cache where it fits, and hold them:
         they do not run until ``release``. Called with ``final`` False while they still run there:
         copies ahead what will not change any more, a bounded part of it each time, and holds
-        nothing that a later call does not confirm; what is not among the states of the final call
+        nothing that a later call does not confirm; their tokens are stand-ins then, as many as
+        there are. What is not among the states of the final call
         is forgotten. A request that does not fit, or whose KV cache cannot be had, is held
         without it (``replayed``); one that never fits here, not even alone in the full cache, ends
         with ``failed`` once it is let go on. Raises PeerLost when the source is gone and Rejected
@@ -143,7 +144,8 @@ class Engine(Protocol):
         ...
 
     def release(self, *, keep: bool) -> None:
-        """Let the held requests run, or forget them."""
+        """Let the held requests run, or forget them. Once a final call has taken them they give way
+        to nobody, and who runs here may have to wait for their KV cache: release them soon."""
         ...
 
     def advance_stage(self, stage: int, layers: tuple[int, int]) -> None:

@@ -14,8 +14,10 @@ With pipeline stages several steps are under way at once (micro-batches), each o
 request in flight keeps its blocks until its step has ended, whatever becomes of it.
 
 Requests that another replica hands over are *held*: they have blocks, and do not run until they are
-released. They never give way: a running request that finds no block waits for those, once nobody
-younger runs. It waits no longer than the switch, whose deadlines end in a release, or a rollback.
+released. Those that are only copied ahead still run elsewhere: they give way to whoever needs their
+blocks or rows, the newest first, since they can be copied again. The others stand still everywhere,
+and give way to nobody: a running request that finds no block waits for them, once nobody younger
+runs. It waits no longer than the switch, whose deadlines end in a release, or a rollback.
 """
 
 from collections import deque
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Mapping
 
 from services.worker.engine.interface import LiveState
 from services.worker.engine.torch_engine.kv_cache import KvBlocks
+from services.worker.engine.torch_engine.seats import Seats
 from services.worker.engine.torch_engine.sequences import Chunk, Sequence
 from shared.errors import Rejected
 
@@ -40,7 +43,7 @@ class BatchScheduler:
         """``micro_batches``: how many steps may be under way at once; they share
         ``batch_tokens_max``."""
         assert batch_tokens_max >= running_max, "each running request decodes in every step"
-        self.kv = kv
+        self.kv, self._seats = kv, Seats(kv)
         self.preemptions = 0
         self._micro_batches = micro_batches
         self._step_tokens_max = -(-batch_tokens_max // micro_batches)
@@ -52,7 +55,6 @@ class BatchScheduler:
         self._ending: list[Sequence] = []  # removed while in flight
         self._held: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._admissions = 0
         self._live_bound = self.live_max
 
     @property
@@ -69,12 +71,13 @@ class BatchScheduler:
         if self._ending or len(self._running) > 1 or not (self._running or self._waiting):
             return False
         kv, held = self.kv, bool(self._held)
-        first = self._running[0] if self._running else self._waiting[0]
-        needed = kv.blocks_for(len(first.tokens))
+        first, ahead = self._running[0] if self._running else self._waiting[0], self._ahead()
+        needed, free = kv.blocks_for(len(first.tokens)), kv.free + self._seats.blocks(ahead)
         if first.row is None:
-            return needed > (kv.free if held else kv.total) or (held and not kv.free_rows)
+            no_row = held and not (kv.free_rows or ahead)
+            return no_row or needed > (free if held else kv.total)
         due = first.one_left and not first.in_flight
-        return held and due and needed > kv.count(first.row) + kv.free
+        return held and due and needed > kv.count(first.row) + free
 
     @property
     def live_max(self) -> int:
@@ -103,7 +106,7 @@ class BatchScheduler:
 
     def states(self) -> list[LiveState]:
         """Of those that are not held, oldest first."""
-        return [self._state(sequence) for sequence in (*self._running, *self._waiting)]
+        return [sequence.state(self.kv) for sequence in (*self._running, *self._waiting)]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises Rejected when the queue is full or it can never be run."""
@@ -131,7 +134,7 @@ class BatchScheduler:
         if sequence.in_flight:
             self._ending.append(sequence)
         else:
-            self._release(sequence)
+            self._seats.release(sequence)
         return True
 
     def schedule(self) -> list[Chunk]:
@@ -157,24 +160,30 @@ class BatchScheduler:
         sequence.in_flight = False
         if sequence in self._ending:
             self._ending.remove(sequence)
-            self._release(sequence)
+            self._seats.release(sequence)
 
-    def take(self, state: LiveState) -> list[int] | None:
+    def take(self, state: LiveState, *, ahead: bool = False) -> list[int] | None:
         """Hold a request that another replica hands over, and reserve blocks for all its tokens;
-        the blocks in order. Taken again, with more tokens, it keeps those it has. None, and it is
-        not held, where a row or blocks are lacking; with ``computed`` 0 it is held without any."""
+        the blocks in order. Taken again, with more tokens, it keeps those it has; where more are
+        lacking, with ``ahead`` it is as it was. None, and it is not held, where a row or blocks are
+        lacking; with ``computed`` 0 it is held without any."""
         key = state.request.key
         assert key not in self._live, key
         sequence = self._held.get(key) or Sequence(state.request)
+        former = sequence.tokens
         sequence.request = state.request  # the tokens of an earlier one were stand-ins
         sequence.tokens = [*state.request.prompt_tokens, *state.output_tokens]
-        sequence.prefill_end = len(sequence.tokens)
-        sequence.computed = state.computed
-        if state.computed and not self._reserve(sequence):
+        sequence.ahead = ahead
+        reserve = self._reserve if ahead else self._find
+        if state.computed and not reserve(sequence):
+            if ahead and sequence.row is not None:
+                sequence.tokens = former
+                return self.kv.blocks(sequence.row)
             self.forget_held(key)
             return None
+        sequence.prefill_end, sequence.computed = len(sequence.tokens), state.computed
         if not state.computed and sequence.row is not None:
-            self._release(sequence)
+            self._seats.release(sequence)
         self._held[key] = sequence
         return [] if sequence.row is None else self.kv.blocks(sequence.row)
 
@@ -182,7 +191,7 @@ class BatchScheduler:
         """Free what a held request has; False if there is none."""
         sequence = self._held.pop(key, None)
         if sequence is not None and sequence.row is not None:
-            self._release(sequence)
+            self._seats.release(sequence)
         return sequence is not None
 
     def release_held(self, *, keep: bool) -> list[Sequence]:
@@ -241,11 +250,13 @@ class BatchScheduler:
         will be free without it."""
         assert sequence.row is not None
         while not self.kv.grow(sequence.row, tokens=len(sequence.tokens)):
+            if self._give_way(sequence):
+                continue
             victim = self._running[-1]
             if victim.in_flight or (victim is sequence and (self._ending or self._held)):
                 return False
             self._running.pop()
-            self._release(victim)
+            self._seats.release(victim)
             victim.computed, victim.prefill_end = 0, len(victim.tokens)
             self._waiting.appendleft(victim)
             self.preemptions += 1
@@ -254,10 +265,10 @@ class BatchScheduler:
         return True
 
     def _admit(self) -> Sequence | None:
-        if not self._waiting or len(self._running) >= self._running_max or not self.kv.free_rows:
+        if not self._waiting or len(self._running) >= self._running_max:
             return None
         sequence = self._waiting[0]
-        if not self._reserve(sequence):
+        if not self._find(sequence):
             others = self._running or self._ending or self._held
             small = self.kv.total < self.kv.total_full  # it may have to wait for more
             assert others or small, "a request alone must fit: add refuses the others"
@@ -266,34 +277,24 @@ class BatchScheduler:
         return sequence
 
     def _reserve(self, sequence: Sequence) -> bool:
-        """Blocks for all its tokens, and a row if it has none; False, and nothing changed, if
-        there are too few."""
-        needed = self.kv.blocks_for(len(sequence.tokens))
-        if sequence.row is not None:
-            needed -= self.kv.count(sequence.row)
-        # One spare block for each running request: else the newcomer would soon be preempted.
-        spare = self.kv.free - len(self._running)
-        if needed > max(0, spare) or (sequence.row is None and not self.kv.free_rows):
-            return False
-        if sequence.row is None:
-            sequence.row = self.kv.open()
-            self._admissions += 1
-            sequence.admission = self._admissions
-        grown = self.kv.grow(sequence.row, tokens=len(sequence.tokens))
-        assert grown, sequence
+        # One block stays for each running request: else a newcomer would soon be preempted.
+        return self._seats.reserve(sequence, len(self._running))
+
+    def _find(self, sequence: Sequence) -> bool:
+        """Blocks for all its tokens, and a row, held requests giving way; False if too few."""
+        while not self._reserve(sequence):
+            if not self._give_way(sequence):
+                return False
         return True
 
-    def _state(self, sequence: Sequence) -> LiveState:
-        count = self.kv.blocks_for(sequence.computed)
-        return LiveState(
-            request=sequence.request,
-            output_tokens=sequence.output_tokens,
-            computed=sequence.computed,
-            blocks=[] if sequence.row is None else self.kv.blocks(sequence.row)[:count],
-            admission=sequence.admission,
-        )
+    def _ahead(self) -> list[Sequence]:
+        """The held requests that give way, oldest first."""
+        return [held for held in self._held.values() if held.ahead and held.row is not None]
 
-    def _release(self, sequence: Sequence) -> None:
-        assert sequence.row is not None
-        self.kv.close(sequence.row)
-        sequence.row = None
+    def _give_way(self, sequence: Sequence) -> bool:
+        """Forget the newest held request that is only copied ahead, if all of them together have
+        what ``sequence`` lacks; False if not."""
+        ahead, spare = self._ahead(), len(self._running)
+        if not ahead or self._seats.lacking(sequence, spare) > self._seats.blocks(ahead):
+            return False
+        return self.forget_held(ahead[-1].request.key)

@@ -16,7 +16,7 @@ from torch import Tensor
 from services.worker.engine.torch_engine.exports import Part
 from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import TensorShard
-from services.worker.engine.torch_engine.source import Between, Source
+from services.worker.engine.torch_engine.source import Between, Busy, Source, unwatched
 from services.worker.engine.torch_engine.transfer import (
     connect_source,
     covered,
@@ -26,6 +26,10 @@ from services.worker.engine.torch_engine.transfer import (
 )
 from shared.errors import EngineFailed, PeerLost
 from shared.placement.copies import Copy
+
+SOURCE_S = 2.0
+"""How long a source may take over one answer. The thread that waits also runs the replica's steps,
+and a source that lives answers at once: a dead one is given up, and its requests are replayed."""
 
 
 class PullOrder(msgspec.Struct, frozen=True, array_like=True):
@@ -64,11 +68,12 @@ class KvTransfer:
         *,
         worker_id: str,
         between: Between = no_pause,
+        busy: Busy = unwatched,
     ) -> None:
-        """``shards``: of the KV cache, under the names of ``named``."""
+        """``shards``: of the KV cache, under the names of ``named``. ``busy`` as in Source.pull."""
         self._shards, self._named = shards, named
         self._worker_id = worker_id
-        self._between = between
+        self._between, self._busy = between, busy
         self._lock = threading.Lock()
         self._expected: tuple[dict[str, list[Copy]], dict[str, str], bool] = ({}, {}, False)
         self._stale = False  # what is open was opened for an earlier expectation
@@ -101,9 +106,13 @@ class KvTransfer:
             for source, routes in self._sources(order) if order.own else ():
                 pieces = [_piece(route, order) for route in routes]
                 pulled[source.worker_id] += source.pull(
-                    pieces, verify=verify, between=self._between
+                    pieces, verify=verify, between=self._between, busy=self._busy
                 )
-        except (PeerLost, EngineFailed) as error:
+        except (
+            PeerLost,
+            EngineFailed,
+            RuntimeError,
+        ) as error:  # torch's, of a handle not to be had
             self.forget(order.replica_id)
             return Pulled(self._worker_id, {}, str(error))
         except BaseException:
@@ -133,7 +142,13 @@ class KvTransfer:
             self._check_covered(replica_id, copies)
             opened = self._open[replica_id] = []
             for worker_id in sorted({copy.source for copy in copies}):
-                source = connect_source(peers, worker_id, replica_id, worker_id=self._worker_id)
+                source = connect_source(
+                    peers,
+                    worker_id,
+                    replica_id,
+                    worker_id=self._worker_id,
+                    answer_s=SOURCE_S,
+                )
                 routes: list[_Route] = []
                 opened.append((source, routes))
                 for copy in copies:

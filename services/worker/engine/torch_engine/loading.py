@@ -15,6 +15,7 @@ from services.worker.engine.torch_engine.arena import Arena
 from services.worker.engine.torch_engine.checkpoint import Checkpoint
 from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.sharding import TensorShard, weight_shards
+from services.worker.engine.torch_engine.source import Busy, unwatched
 from services.worker.engine.torch_engine.transfer import (
     adopting,
     check_covered,
@@ -32,7 +33,7 @@ from shared.placement.sheets import Rank
 class Origin:
     """Where the weights of worker ``worker_id`` come from: along ``copies`` from ``peers``, and
     without any from the checkpoint in ``folder``. ``between`` is called every few MiB, and raises
-    to stop."""
+    to stop; ``busy`` as in Source.pull."""
 
     folder: Path
     worker_id: str = ""
@@ -40,6 +41,7 @@ class Origin:
     peers: Mapping[str, str]
     verify: bool = False
     between: Callable[[], None] = no_pause
+    busy: Busy = unwatched
 
 
 class WeightLoader:
@@ -79,7 +81,7 @@ class WeightLoader:
         """Allocate and fill what the copies of ``stage`` bring; bytes by source, DISK for the
         checkpoint. May be called again after it has failed. Raises ConfigInvalid, PeerLost,
         EngineFailed, and what ``between`` raises."""
-        origin, weights = self._origin, self.weights
+        weights = self.weights
         due = [
             shard
             for shard in weights.shards
@@ -112,6 +114,7 @@ class WeightLoader:
                 stage=stage,
                 verify=origin.verify,
                 between=origin.between,
+                busy=origin.busy,
                 arrived=self._arrived,
                 arena=self._arena,
             )

@@ -24,6 +24,7 @@ from services.worker.engine.torch_engine.pipeline import Pipeline
 from services.worker.engine.torch_engine.rank_runner import RankRunner
 from services.worker.engine.torch_engine.ranks.group import RankGroup
 from services.worker.engine.torch_engine.sharding import kv_shards
+from services.worker.engine.torch_engine.source import Busy, unwatched
 from services.worker.engine.torch_engine.stages import WeightStages
 from services.worker.engine.torch_engine.step_plan import PlanReader, PlanWriter
 from services.worker.engine.torch_engine.takeover import Takeover, TakeoverFollower
@@ -96,8 +97,15 @@ class RankPart:
         self._link: RankLink | None = None
 
     def connect(self, link: RankLink, groups: RankGroups) -> None:
-        """To the replica's other ranks."""
+        """To the replica's other ranks, which watch from here on whether this one gets further."""
         self._link, self._groups = link, groups
+        stopped = self._between
+
+        def between() -> None:
+            link.progress()
+            stopped()
+
+        self._between = between
 
     def load(self) -> None:
         """Allocate and fill the weights. Raises ConfigInvalid, PeerLost, EngineFailed."""
@@ -111,6 +119,7 @@ class RankPart:
                 peers=start.peers,
                 verify=start.verify,
                 between=self._between,
+                busy=self._busy,
             )
         self.loader = WeightLoader(
             model.facts, self.rank, self.arena, origin, dtype=model.dtype, device=model.device
@@ -168,8 +177,8 @@ class RankPart:
             stage.kv_named,
             worker_id=start.spec.gpus[start.rank],
             between=self._between,
+            busy=self._busy,
         )
-        kv.expect(start.copies, start.peers, verify=start.verify)
         return kv, WeightStages(stage.weights, self.arena, self.exports, load=self.loader.load)
 
     def growth(self, transfer: KvTransfer | None) -> CacheGrowth:
@@ -185,6 +194,10 @@ class RankPart:
     def cache_bytes(self, blocks: int, full: int) -> int:
         """Of ``full`` blocks, as this rank's ``blocks`` take what they do."""
         return self.stage.cache_bytes // blocks * full
+
+    @property
+    def _busy(self) -> Busy:
+        return unwatched if self._link is None else self._link.busy
 
     def runner(self, table: BlockTable) -> RankRunner:
         if self._groups is None or self._link is None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from services.worker.engine.interface import EngineRequest
+from services.worker.engine.interface import EngineRequest, LiveState
+from services.worker.engine.torch_engine.kv_cache import KvBlocks
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +22,7 @@ class Sequence:
     row: int | None = None  # in the KV block table while running
     admission: int = 0
     in_flight: bool = False
+    ahead: bool = False  # held, and still running where it comes from
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_tokens, *self.request.output_tokens]
@@ -47,6 +49,17 @@ class Sequence:
     def tokens_pending(self) -> int:
         prefill = max(0, self.prefill_end - self.computed)
         return prefill + self.tokens_max - len(self.tokens)
+
+    def state(self, kv: KvBlocks) -> LiveState:
+        """For another replica; its blocks are in ``kv``."""
+        count = kv.blocks_for(self.computed)
+        return LiveState(
+            request=self.request,
+            output_tokens=self.output_tokens,
+            computed=self.computed,
+            blocks=[] if self.row is None else kv.blocks(self.row)[:count],
+            admission=self.admission,
+        )
 
     def next_chunk(self, budget: int) -> "Chunk":
         """Its next step, of ``budget`` tokens at most. It is in flight from now on."""

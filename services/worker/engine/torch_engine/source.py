@@ -4,9 +4,10 @@ Three ways to the same bytes: tensors of this very process, memory of this host 
 descriptors, and a stream from another host.
 """
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import msgspec
 import torch
@@ -34,7 +35,7 @@ from services.worker.engine.torch_engine.shared_memory import MemorySegment, vie
 from services.worker.peers.link import PeerLink, connect
 from shared.errors import EngineFailed, PeerLost
 
-_ANSWER_S = 10.0
+ANSWER_S = 10.0
 """How long a peer may take over one answer: 8 MiB at the slowest link that is of any use."""
 
 _UNDER_WAY_MAX = 3
@@ -47,6 +48,13 @@ that computes may keep this one waiting for the interpreter."""
 Between = Callable[[], None]
 """Called between two pieces of work; raises to stop it."""
 
+Busy = Callable[[bool], None]
+"""Told when work begins that should show progress, and when it ends, or waits for a peer."""
+
+
+def unwatched(busy: bool) -> None:
+    """Nobody watches the progress."""
+
 
 class Source:
     """What worker ``worker_id`` holds of ``replica_id``. Close it, also after an error."""
@@ -58,12 +66,14 @@ class Source:
         worker_id: str,
         replica_id: str,
         same_process: bool = False,
+        answer_s: float = ANSWER_S,
     ) -> None:
         """Raises PeerLost. With ``same_process``, tensors that turn out to lie here are used as
         they are."""
         self.worker_id, self.replica_id = worker_id, replica_id
-        self._link = link
-        self._table = msgspec.msgpack.decode(link.recv(_ANSWER_S), type=TensorTable)
+        self._link, self._answer_s = link, answer_s
+        self._busy: Busy = unwatched
+        self._table = msgspec.msgpack.decode(link.recv(answer_s), type=TensorTable)
         self.entries = {entry.name: entry for entry in self._table.entries}
         self.exports: Exports | None = None
         if same_process:
@@ -72,12 +82,15 @@ class Source:
 
     @classmethod
     def connect(
-        cls, address: str, *, worker_id: str, replica_id: str, own: bool, force_tcp: bool = False
+        cls, address: str, *, worker_id: str, replica_id: str, own: bool, answer_s: float = ANSWER_S
     ) -> "Source":
-        """``own``: it is our own worker. Raises PeerLost."""
-        link = connect(address, topic_of(replica_id), timeout_s=_ANSWER_S, force_tcp=force_tcp)
+        """``own``: it is our own worker. ``answer_s`` bounds each wait for it. Raises PeerLost."""
+        link = connect(address, topic_of(replica_id), timeout_s=answer_s)
         try:
-            return cls(link, worker_id=worker_id, replica_id=replica_id, same_process=own)
+            return cls(
+                link, worker_id=worker_id, replica_id=replica_id, same_process=own,
+                answer_s=answer_s,
+            )  # fmt: skip
         except BaseException:
             link.close()
             raise
@@ -94,11 +107,28 @@ class Source:
         *,
         verify: bool,
         between: Between,
+        busy: Busy = unwatched,
         arrived: Callable[[int], None] = lambda _: None,
     ) -> int:
         """Copy them, and compare each with the source's own words if asked; the bytes copied.
         ``arrived`` is told of bytes as they come, which are then copied, and not compared yet.
+        Not ``busy`` while the source is waited for: whose fault that is nobody here can tell.
         Raises PeerLost, EngineFailed for a checksum that differs, and what ``between`` raises."""
+        self._busy = busy
+        busy(True)
+        try:
+            return self._pull(pieces, verify, between, arrived)
+        finally:
+            self._busy = unwatched
+            busy(False)
+
+    def _pull(
+        self,
+        pieces: Sequence[Piece],
+        verify: bool,
+        between: Between,
+        arrived: Callable[[int], None],
+    ) -> int:
         local = self.local
         most = LOCAL_BYTES_MAX if local else BULK_BYTES_MAX
         small = [part for piece in pieces for part in split(piece, most)]
@@ -157,17 +187,23 @@ class Source:
         if self._table.device != "cpu":
             wanted = (number,)  # a handle must be opened exactly once: ask for what is needed
         answer, fds = self._ask(WantSegments(wanted))
-        for position, other in enumerate(wanted):
-            if answer.handles:
-                self._memories[other] = cuda_memory.open_handle(answer.handles[position])
-            else:
-                segment = MemorySegment(fds[position])
-                size = answer.sizes[position]
-                self._memories[other] = segment.map(offset=0, size=size, writable=False)
+        segments = [MemorySegment(fd) for fd in fds]  # which close them, whatever goes wrong
+        if answer.handles:
+            for other, handle in zip(wanted, answer.handles, strict=True):
+                self._memories[other] = cuda_memory.open_handle(handle)
+            return
+        sizes = answer.sizes
+        if not len(segments) == len(sizes) == len(wanted) or any(
+            not 0 < size <= segment.size for segment, size in zip(segments, sizes, strict=True)
+        ):  # reading beyond the end of one would kill this process
+            raise self._lost(f"its segments are not as it says: {len(segments)} of {sizes} bytes")
+        for other, segment, size in zip(wanted, segments, sizes, strict=True):
+            self._memories[other] = segment.map(offset=0, size=size, writable=False)
 
     def _ask(self, question: WantSegments | WantChecksums) -> tuple[Answer, list[int]]:
         self._link.send(msgspec.msgpack.encode(question))
-        payload, fds = self._link.recv_fds(_ANSWER_S)
+        with self._waiting():
+            payload, fds = self._link.recv_fds(self._answer_s)
         try:
             return self._checked(payload), fds
         except BaseException:
@@ -203,7 +239,9 @@ class Source:
             receive()
 
     def _receive(self, group: Sequence[Piece]) -> None:
-        self._checked(self._link.recv(_ANSWER_S))
+        with self._waiting():
+            payload = self._link.recv(self._answer_s)
+        self._checked(payload)
         target = group[0].target
         if (
             len(group) == 1
@@ -222,7 +260,17 @@ class Source:
             at += piece.size
 
     def _fill(self, buffer: Tensor) -> None:
-        self._link.recv_bulk_into(buffer.numpy().data, _ANSWER_S)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
+        values: memoryview = buffer.numpy().data  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
+        with self._waiting():
+            self._link.recv_bulk_into(values, self._answer_s)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Generator[None]:
+        self._busy(False)
+        try:
+            yield
+        finally:
+            self._busy(True)
 
     def _verify(self, pieces: Sequence[Piece], between: Between) -> None:
         for group in grouped(pieces):

@@ -179,7 +179,11 @@ class Takeover:
             key = state.request.key
             # Of a request that waits nothing is copied, and so nothing is lost: it is moved.
             able = self._can_run(state)
-            own = self._scheduler.take(state) if able and (state.computed or final) else None
+            if key not in self._scheduler.held:  # it gave way, or was aborted
+                self._arrivals.pop(key, None)
+            own: list[int] | None = None
+            if able and (state.computed or final):
+                own = self._scheduler.take(state, ahead=not final)
             if own is None:
                 self._arrivals.pop(key, None)
                 self._scheduler.forget_held(key)
@@ -193,6 +197,7 @@ class Takeover:
                 arrival.admission, arrival.copied = state.admission, 0
             tokens = self._scheduler.kv.block_tokens
             stop = -(-state.computed // tokens) if final else state.computed // tokens
+            stop = min(stop, len(own))  # copied ahead it may have fewer, until more are free
             # A block that was full, and copied, does not change; the one after it may have.
             wanted.append(_Wanted(state, own, min(arrival.copied, stop), stop))
         return wanted, replayed, reasons

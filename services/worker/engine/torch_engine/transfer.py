@@ -18,7 +18,13 @@ from services.worker.engine.torch_engine.arena import Arena, Place
 from services.worker.engine.torch_engine.exports import Exports, Part, TensorEntry
 from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import TensorShard
-from services.worker.engine.torch_engine.source import Between, Source
+from services.worker.engine.torch_engine.source import (
+    ANSWER_S,
+    Between,
+    Busy,
+    Source,
+    unwatched,
+)
 from services.worker.engine.torch_engine.weights import Allocate, StageWeights
 from shared.errors import EngineFailed, PeerLost
 from shared.placement.copies import DISK, Copy
@@ -38,14 +44,15 @@ def fetch_weights(  # noqa: PLR0913  # what a switch says of its copies
     stage: int,
     verify: bool,
     between: Between = no_pause,
+    busy: Busy = unwatched,
     arrived: Callable[[str, int], None] = lambda _source, _count: None,
     arena: Arena | None = None,
 ) -> dict[str, int]:
     """Fill ``weights`` along the copies of ``stage`` that have a worker as their source; bytes by
     source, those of ``worker_id`` itself being in place. ``between`` is called every few MiB and
-    may raise to stop; ``arrived`` with a source and bytes that came from it. ``arena``: where the
-    weights lie. Raises PeerLost, and EngineFailed where a
-    source holds something else."""
+    may raise to stop; ``arrived`` with a source and bytes that came from it; ``busy`` as in
+    Source.pull. ``arena``: where the weights lie. Raises PeerLost, and EngineFailed where a source
+    holds something else."""
     fetched: dict[str, int] = defaultdict(int)
     for (source_id, replica_id), part in _by_source(copies, stage).items():
         source = connect_source(peers, source_id, replica_id, worker_id=worker_id)
@@ -54,7 +61,9 @@ def fetch_weights(  # noqa: PLR0913  # what a switch says of its copies
                 pieces, in_place = _pieces(weights, copy, source, arena)
                 arrived(source_id, in_place)
                 came = partial(arrived, source_id)
-                pulled = source.pull(pieces, verify=verify, between=between, arrived=came)
+                pulled = source.pull(
+                    pieces, verify=verify, between=between, busy=busy, arrived=came
+                )
                 fetched[source_id] += pulled + in_place
         finally:
             source.close()
@@ -112,14 +121,23 @@ def covered(shards: Iterable[TensorShard], copy: Copy) -> Iterator[tuple[TensorS
 
 
 def connect_source(
-    peers: Mapping[str, str], source_id: str, replica_id: str, *, worker_id: str
+    peers: Mapping[str, str],
+    source_id: str,
+    replica_id: str,
+    *,
+    worker_id: str,
+    answer_s: float = ANSWER_S,
 ) -> Source:
-    """Raises PeerLost."""
+    """``answer_s`` as in Source.connect. Raises PeerLost."""
     address = peers.get(source_id, "")
     if not address:
         raise PeerLost(f"worker {source_id} has no address, and holds part of {replica_id}")
     return Source.connect(
-        address, worker_id=source_id, replica_id=replica_id, own=source_id == worker_id
+        address,
+        worker_id=source_id,
+        replica_id=replica_id,
+        own=source_id == worker_id,
+        answer_s=answer_s,
     )
 
 
