@@ -1,4 +1,4 @@
-"""What every engine must do with the requests of another: the second half of the engine contract."""
+"""What every engine must do with the requests of another: the contract's second half."""
 
 from collections.abc import Iterator
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from services.worker.peers import link as link_module
 from services.worker.peers import server as server_module
 from services.worker.peers.address import PeerAddress
-from services.worker.peers.link import PeerLink, PeerRefused, ask, connect
+from services.worker.peers.link import PeerLink, PeerRefused, connect
 from services.worker.peers.segment import Segment
 from services.worker.peers.server import NAMELESS, STRANGERS_MAX, PeerServer
 from services.worker.peers.wire import DESCRIPTORS_MAX
@@ -37,6 +37,17 @@ def echo(link: PeerLink, hello: bytes) -> None:
         link.send(payload, fds)
         for fd in fds:
             os.close(fd)
+
+
+def ask(
+    address: str, topic: str, hello: bytes = b"", *, timeout_s: float, force_tcp: bool = False
+) -> bytes:
+    """One question, one reply, on a link of its own."""
+    link = connect(address, topic, hello, timeout_s=timeout_s, force_tcp=force_tcp)
+    try:
+        return link.recv(timeout_s)
+    finally:
+        link.close()
 
 
 @pytest.fixture
@@ -273,8 +284,9 @@ def test_connections_are_bounded(server: PeerServer) -> None:
     small.close()
 
 
-def test_strangers_keep_no_peer_out(server: PeerServer) -> None:
+def test_strangers_keep_no_peer_out(server: PeerServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reaches the port could stop all switches by calling often and saying nothing."""
+    monkeypatch.setattr(server_module, "HANDSHAKE_S", 10 * WAIT_S)
     address = msgspec.json.decode(server.address, type=PeerAddress)
     place = address.host, address.port
     silent = [socket.create_connection(place) for _ in range(STRANGERS_MAX + 8)]

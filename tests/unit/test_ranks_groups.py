@@ -29,6 +29,7 @@ from services.worker.engine.torch_engine.ranks.session import (
     FollowerSession,
     LeaderSession,
 )
+from services.worker.engine.torch_engine.ranks.shared_memory import SharedMemoryGroup
 from services.worker.peers.server import PeerServer
 from shared.hardware import Parallelism
 from shared.placement.sheets import Rank
@@ -219,6 +220,29 @@ def test_tensors_larger_than_the_ring_arrive(kind: GroupKind) -> None:
         )
 
     assert run_ranks(kind, tp=1, pp=2, work=work) == [True] * 2
+
+
+def test_all_ways_were_used_once_before_a_replica_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first step would take as long as NCCL takes to set them up, and end as a lost rank."""
+    used: set[tuple[int, int]] = set()
+    summed: list[int] = []
+    send, all_reduce = SharedMemoryGroup.send, SharedMemoryGroup.all_reduce
+
+    def noted_send(group: SharedMemoryGroup, tensor: torch.Tensor, to: int) -> None:
+        used.add((group.rank, to))
+        send(group, tensor, to)
+
+    def noted_sum(group: SharedMemoryGroup, tensor: torch.Tensor) -> None:
+        summed.append(group.rank)
+        all_reduce(group, tensor)
+
+    monkeypatch.setattr(SharedMemoryGroup, "send", noted_send)
+    monkeypatch.setattr(SharedMemoryGroup, "all_reduce", noted_sum)
+    run_ranks("shm", tp=2, pp=3, work=lambda _: None)
+    assert used == {(0, 2), (1, 3), (2, 4), (3, 5), (4, 0)}
+    assert sorted(summed) == [0, 0, 0, 1, 1, 1]
 
 
 def test_what_is_in_flight_fits_wherever_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:

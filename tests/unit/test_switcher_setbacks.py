@@ -133,6 +133,9 @@ class TestRefusals:
         run.report("g1", hosted("r1", 2, "paused"), leaving=True)
         run.paused("r0@g0", 2)
         assert run.commands == ["take r2@g2 e2 of r0,r1"]
+        run.taken("r2@g2", 2)
+        finish(run)
+        assert notes(run) == ()
 
     def test_one_that_broke_does_not_stand(self) -> None:
         """Otherwise requests would be asked of a replica that has lost them, and whoever asks

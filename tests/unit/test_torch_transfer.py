@@ -27,7 +27,7 @@ from services.worker.engine.torch_engine.model_config import ModelConfig
 from services.worker.engine.torch_engine.pieces import Piece
 from services.worker.engine.torch_engine.sharding import kv_shards, weight_shards
 from services.worker.engine.torch_engine.shared_memory import MemorySegment
-from services.worker.engine.torch_engine.source import Between, Busy, Source, unwatched
+from services.worker.engine.torch_engine.source import Between, Source
 from services.worker.engine.torch_engine.stages import StageOrder, WeightStages
 from services.worker.engine.torch_engine.transfer import (
     check_covered,
@@ -249,12 +249,14 @@ def test_progress_is_expected_of_a_copy_and_not_of_a_wait(
     def told(busy: bool) -> None:
         doing[0] = busy
 
-    def noted(link: PeerLink, timeout_s: float | None = None) -> tuple[bytes, list[int]]:
+    def noted(
+        link: PeerLink, timeout_s: float | None = None, **options: int
+    ) -> tuple[bytes, list[int]]:
         nonlocal waited
         if threading.get_ident() == mine:
             waited += 1
             assert not doing[0], "it waits for the source"
-        return receive(link, timeout_s)
+        return receive(link, timeout_s, **options)
 
     def between() -> None:
         assert doing[0], "it copies"
@@ -273,7 +275,7 @@ def test_progress_is_expected_of_a_copy_and_not_of_a_wait(
 def test_memory_that_is_not_as_said_is_refused(workers: Workers, segments: int, size: int) -> None:
     """To read beyond the end of a segment would kill this worker; and each descriptor that is not
     closed brings it nearer to its limit."""
-    entry = TensorEntry("t", 0, 0, (4,), (1,), "layers", 0, None, 0, 0, 1)
+    entry = TensorEntry("t", 0, 0, (4,), (1,), "layer", 0, None, 0, 0, 1)
     segment = MemorySegment.create("short")
     segment.extend(4096)
     asked = threading.Event()

@@ -239,18 +239,6 @@ def connect(
     return link
 
 
-def ask(
-    address: str, topic: str, hello: bytes = b"", *, timeout_s: float, force_tcp: bool = False
-) -> bytes:
-    """One question, one reply, on a link of its own; ``timeout_s`` is for the whole."""
-    deadline_s = time.monotonic() + timeout_s
-    link = connect(address, topic, hello, timeout_s=timeout_s, force_tcp=force_tcp)
-    try:
-        return link.recv(deadline_s - time.monotonic())
-    finally:
-        link.close()
-
-
 def proof_of(secret: str, challenge: bytes, topic: str) -> bytes:
     """What only one who knows ``secret`` can say to ``challenge``; it cannot be used twice."""
     return hmac.digest(bytes.fromhex(secret), challenge + topic.encode(), hashlib.sha256)

@@ -18,7 +18,9 @@ from services.worker.engine.torch_engine.exports import Exports
 from services.worker.engine.torch_engine.kv_cache import KvBlocks
 from services.worker.engine.torch_engine.kv_transfer import KvTransfer
 from services.worker.engine.torch_engine.model import DecoderStage
+from services.worker.engine.torch_engine.source import Busy, unwatched
 from services.worker.engine.torch_engine.takeover import FollowerLink, Followers
+from services.worker.engine.torch_engine.transfer import no_pause
 
 GROW = 3
 """Tag of what the leader tells its followers; takeover.py has the others."""
@@ -44,21 +46,26 @@ class Grown(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheGrowth:
-    """One rank's part. ``exports``, ``transfer``: None for a rank that no peer knows of."""
+    """One rank's part. ``exports``, ``transfer``: None for a rank that no peer knows of. ``busy``
+    and ``progress`` tell the other ranks that it works, and of each layer that is done."""
 
     stage: DecoderStage
     arena: Arena
     block_tokens: int
     exports: Exports | None = None
     transfer: KvTransfer | None = None
+    busy: Busy = unwatched
+    progress: Callable[[], None] = no_pause
 
     def obey(self, order: GrowOrder) -> Grown:
         if order.ask:
             return Grown(self.exports is None or self.exports.shut())
         try:
+            self.busy(True)
             if order.blocks:
                 self._grow(order)
         finally:
+            self.busy(False)
             if self.exports is not None:
                 self.exports.reopen()
         return Grown(bool(order.blocks))
@@ -74,6 +81,7 @@ class CacheGrowth:
             free=self.arena.free_cache,
         )
         for shards in grown:
+            self.progress()
             if self.exports is not None:
                 self.exports.add(shards, self.stage.kv_named)
             if self.stage.device.type == "cuda":

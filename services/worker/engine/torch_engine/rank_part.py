@@ -189,6 +189,8 @@ class RankPart:
             block_tokens=self.model.config.block_tokens,
             exports=self.exports,
             transfer=transfer,
+            busy=self._busy,
+            progress=no_pause if self._link is None else self._link.progress,
         )
 
     def cache_bytes(self, blocks: int, full: int) -> int:

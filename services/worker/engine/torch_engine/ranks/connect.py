@@ -118,6 +118,7 @@ class _Connecting:
         groups = Groups(tp=make(self._tp), pipe=make(self._pipe), kind=choice.kind)
         self._meet()
         self._close_offers()
+        self._warm_up(groups, device)
         return groups
 
     def close(self) -> None:
@@ -163,6 +164,23 @@ class _Connecting:
             self._session.recv(number, self._left_s)
         self._session.broadcast(b"")
         self._store = None
+
+    def _warm_up(self, groups: Groups, device: torch.device) -> None:
+        """Whoever will send to whom does it once: NCCL sets its ways up when they are first used,
+        and in a step, where progress is expected, the rank would be taken for one that is stuck."""
+        rank, word = self._rank, torch.zeros(1, device=device)
+        groups.tp.all_reduce(word)
+        if not rank.first_stage:
+            groups.pipe.recv(word, rank.number - rank.tp)
+        if not rank.last_stage:
+            groups.pipe.send(word, rank.number + rank.tp)
+        logits = (rank.pp - 1) * rank.tp
+        if logits and rank.number == logits:
+            groups.pipe.send(word, 0)
+        if logits and rank.number == 0:
+            groups.pipe.recv(word, logits)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def _heard(self, session: FollowerSession) -> bytes:
         payload = session.recv()
