@@ -1,8 +1,8 @@
-"""Requests on their way from one leader to another: what is asked, and the frames of the answer.
+"""Requests on their way from one leader to another: what is asked, and the answer in frames.
 
-First the head, then frames of states, an empty one at the end. Each state is encoded and decoded by
-itself, away from the event loop: whoever else needs the interpreter gets it in between. While the
-old replica runs, states travel without their tokens, which only the last answer has to bring.
+A frame is a RequestStates, small enough that whoever else needs the interpreter gets it in between;
+all is encoded and decoded away from the event loop. While the old replica runs, requests travel
+without their tokens, which only the last answer has to bring.
 """
 
 import asyncio
@@ -20,12 +20,9 @@ from shared.messages.base import decode, encode
 from shared.messages.requests import RequestState, RequestStates
 
 ASK_S_MAX = 2.0  # for an old leader's first word, and for each frame after it
-FRAME_BYTES = 1 << 20  # of states, but for one that is larger by itself
+FRAME_TOKENS = 1 << 16  # and blocks, in one frame, unless one request has more
+REQUEST_TOKENS = 64  # as large as that is a request at least
 STATES_BYTES_MAX = 1 << 30  # of one answer
-
-_encoder = msgspec.msgpack.Encoder()
-_frames = msgspec.msgpack.Decoder(list[msgspec.Raw])
-_states = msgspec.msgpack.Decoder(RequestState)
 
 
 def topic_of(replica_id: str) -> str:
@@ -59,45 +56,46 @@ def wanted_of(hello: bytes) -> StatesWanted:
 
 
 def send_states(link: PeerLink, head: RequestStates, states: Iterable[RequestState]) -> None:
-    """Raises PeerLost."""
-    link.send(encode(head))
-    frame: list[msgspec.Raw] = []
+    """``head`` is repeated in each frame. Raises PeerLost."""
+    frame: list[RequestState] = []
     size = 0
     for state in states:
-        one = _encoder.encode(state)
-        if frame and size + len(one) > FRAME_BYTES:
-            link.send(_encoder.encode(frame))
+        tokens = len(state.prompt_tokens) + len(state.output_tokens) + len(state.blocks)
+        if frame and size + tokens > FRAME_TOKENS:
+            link.send(encode(msgspec.structs.replace(head, states=tuple(frame), more=True)))
             frame, size = [], 0
-        frame.append(msgspec.Raw(one))
-        size += len(one)
-    if frame:
-        link.send(_encoder.encode(frame))
-    link.send(_encoder.encode([]))
+        frame.append(state)
+        size += REQUEST_TOKENS + tokens
+    link.send(encode(msgspec.structs.replace(head, states=tuple(frame))))
 
 
 def ask_states(
     address: str, topic: str, wanted: StatesWanted, *, timeout_s: float
 ) -> tuple[RequestStates, list[RequestState]]:
-    """Raises PeerLost, too where the peer answers in other words or more than STATES_BYTES_MAX.
-    ``timeout_s`` is for the first word, and for each frame after it."""
+    """The last frame, for what all have in common, and the states of all. Raises PeerLost, too
+    where the peer answers in other words or more than STATES_BYTES_MAX. ``timeout_s`` is for the
+    first frame, and for each after it."""
     deadline_s = time.monotonic() + timeout_s
-    link = connect(address, topic, _encoder.encode(wanted), timeout_s=timeout_s)
+    link = connect(address, topic, msgspec.msgpack.encode(wanted), timeout_s=timeout_s)
+    states: list[RequestState] = []
+    size = 0
     try:
-        head = decode(link.recv(deadline_s - time.monotonic()), RequestStates)
-        states: list[RequestState] = []
-        size = 0
-        while frame := _frames.decode(payload := link.recv(timeout_s)):
+        while True:
+            payload = link.recv(deadline_s - time.monotonic())
             size += len(payload)
             if size > STATES_BYTES_MAX:
                 raise PeerLost(
                     f"{link.peer} has more than {STATES_BYTES_MAX} bytes of requests to hand over"
                 )
-            states += [_states.decode(one) for one in frame]
+            frame = decode(payload, RequestStates)
+            states += frame.states
+            if not frame.more:
+                return frame, states
+            deadline_s = time.monotonic() + timeout_s
     except msgspec.DecodeError as error:  # ValidationError included
         raise PeerLost(f"{link.peer} answers in other words: {error}") from error
     finally:
         link.close()
-    return head, states
 
 
 async def ask_leader(replica_id: str, address: str, wanted: StatesWanted) -> Answer:

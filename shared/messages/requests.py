@@ -158,14 +158,16 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RequestStates(Message, frozen=True, kw_only=True):
-    """What a replica's leader answers first to whoever takes its requests over; frames of
-    RequestState follow, oldest first. ``block_tokens`` of its KV cache's blocks.
+    """What a replica's leader answers to whoever takes its requests over, oldest first; with
+    ``more``, another such message follows. ``block_tokens``: of a block of its KV cache.
     ``paused_for_s``: how long it has stood still, 0 while it runs."""
 
     replica_id: str
+    states: tuple[RequestState, ...] = ()
     block_tokens: int = 0
     paused: bool = False
     paused_for_s: float = 0.0
+    more: bool = False
 
 
 class RequestCompleted(Message, frozen=True, kw_only=True):

@@ -132,17 +132,19 @@ class ThreadGroups:
 
 @dataclass(slots=True)
 class ThreadLink:
-    """See LeaderLink; ``plan_bytes`` are the lengths of what was broadcast."""
+    """See LeaderLink; ``plan_bytes`` are the lengths of what was broadcast, ``told`` how often it
+    heard of progress while it was ``working``."""
 
     world: World
-    layers: int = 0
+    working: bool = False
+    told: int = 0
     plan_bytes: list[int] = field(default_factory=list[int])
 
     def progress(self) -> None:
-        self.layers += 1
+        self.told += self.working
 
     def busy(self, busy: bool) -> None:
-        pass
+        self.working = busy
 
     def broadcast(self, payload: bytes) -> None:
         self.plan_bytes.append(len(payload))

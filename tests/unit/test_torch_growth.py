@@ -85,7 +85,10 @@ def test_text_does_not_notice(replicas: Replicas, shape: str) -> None:
     assert [_FULL * r.cache_bytes for r in ranks] == [_SMALL * r.cache_bytes_full for r in ranks]
     replicas.add(one, **_LENGTHS)
     replicas.steps(one, 6)
+    told = one.link.told
     one.engine.grow_cache()
+    assert one.link.told > told, "a rank that hangs in it would not be noticed"
+    assert not one.link.working
     one.engine.check()
     assert _total(one) == _FULL
     assert [r.cache_bytes for r in ranks] == [r.cache_bytes_full for r in ranks]

@@ -127,7 +127,8 @@ def test_every_subject_is_well_formed_and_unlike_the_others() -> None:
 def test_a_snapshot_holds_all_there_is_to_know() -> None:
     """Coalescing anything but a full snapshot loses messages: replies, chunks, events."""
     snapshots = {subject.message.__name__ for subject in _every_subject() if subject.snapshot}
-    assert snapshots == {"ReplicaReport", "WorkerReport", PlanInForce.__name__}
+    whole = {"ReplicaReport", "WorkerReport", "SwitchProgress", PlanInForce.__name__}
+        assert snapshots == whole
 
 
 def test_errors_keep_their_fields() -> None:

@@ -181,7 +181,7 @@ def test_no_number_of_requests_is_too_large(
     server: PeerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the bound of a message no live switch would ever succeed."""
-    monkeypatch.setattr(states_module, "FRAME_BYTES", 1000)
+    monkeypatch.setattr(states_module, "FRAME_TOKENS", 200)
     monkeypatch.setattr("services.worker.peers.link.MESSAGE_BYTES_MAX", 2000)
     states = [wire(number, tokens=10 * (number % 20)) for number in range(200)]
     offer(server, states)
@@ -193,7 +193,7 @@ def test_an_answer_without_end_is_refused(
     server: PeerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A peer gone wrong would take all memory."""
-    monkeypatch.setattr(states_module, "FRAME_BYTES", 1000)
+    monkeypatch.setattr(states_module, "FRAME_TOKENS", 200)
     monkeypatch.setattr(states_module, "STATES_BYTES_MAX", 3000)
     offer(server, [wire(number, tokens=50) for number in range(50)])
     with pytest.raises(PeerLost, match="more than 3000 bytes"):

@@ -6,6 +6,7 @@ for each mapping, and a model has hundreds: the C library is called instead.
 """
 
 import ctypes
+import fcntl
 import os
 import weakref
 from collections.abc import Sequence
@@ -41,7 +42,10 @@ class MemorySegment:
 
     @classmethod
     def create(cls, name: str) -> "MemorySegment":
-        return cls(os.memfd_create(f"oserve-{name}", os.MFD_CLOEXEC))
+        """Nobody can ever cut it off: that would kill whoever reads it."""
+        fd = os.memfd_create(f"oserve-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        return cls(fd)
 
     @property
     def committed_bytes(self) -> int:
