@@ -45,20 +45,21 @@ def messages(kind: type[Any]) -> st.SearchStrategy[Any]:
 def _strategy(kind: shapes.Type) -> st.SearchStrategy[Any]:
     match kind:
         case shapes.StructType():
-            fields = {f.name: _strategy(f.type) for f in kind.fields}
-            return st.builds(kind.cls, **fields)
+            found = st.builds(kind.cls, **{f.name: _strategy(f.type) for f in kind.fields})
         case shapes.UnionType():
-            return st.one_of([_strategy(part) for part in kind.types])
+            found = st.one_of([_strategy(part) for part in kind.types])
         case shapes.ListType():
-            return st.lists(_strategy(kind.item_type), max_size=4)
+            found = st.lists(_strategy(kind.item_type), max_size=4)
         case shapes.VarTupleType():
-            return st.lists(_strategy(kind.item_type), max_size=4).map(tuple)
+            found = st.lists(_strategy(kind.item_type), max_size=4).map(tuple)
         case shapes.TupleType():
-            return st.tuples(*(_strategy(item) for item in kind.item_types))
+            found = st.tuples(*(_strategy(item) for item in kind.item_types))
         case shapes.DictType():
-            return st.dictionaries(_strategy(kind.key_type), _strategy(kind.value_type), max_size=4)
+            keys, values = _strategy(kind.key_type), _strategy(kind.value_type)
+            found = st.dictionaries(keys, values, max_size=4)
         case _:
-            return _scalar(kind)
+            found = _scalar(kind)
+    return found
 
 
 def _scalar(kind: shapes.Type) -> st.SearchStrategy[Any]:

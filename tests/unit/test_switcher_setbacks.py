@@ -266,14 +266,17 @@ def fail(run: Run, epoch: int) -> None:
 TOKEN_BYTES = cache_token_bytes(SHAPE, Rank.of(0, Parallelism.parse("tp1pp1")))
 
 
-@pytest.mark.parametrize(("full", "short"), [(500, True), (1000, False)])
+@pytest.mark.parametrize(("full", "short"), [(500, True), (1000, False), (0, False)])
 def test_a_taker_with_less_cache_than_its_sources_is_noted(*, full: int, short: bool) -> None:
     """Otherwise nobody could tell why a long request fails right after a switch."""
     run = taking()
     held = msgspec.structs.replace(hosted("r0", 2, "paused"), cache_bytes=1000 * TOKEN_BYTES)
     run.report("g0", held)
     run.report(
-        "g2", ready(cache_bytes=100 * TOKEN_BYTES, cache_bytes_full=full * TOKEN_BYTES, taken=2)
+        "g2",
+        ready(
+            cache_bytes=min(full, 100) * TOKEN_BYTES, cache_bytes_full=full * TOKEN_BYTES, taken=2
+        ),
     )
     assert ("switch.note" in run.logged()) == short
     finish(run)

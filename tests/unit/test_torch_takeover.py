@@ -160,6 +160,19 @@ def test_one_that_gave_way_is_copied_again(workers: Workers) -> None:
     assert new.holds(old, one)
 
 
+def test_tokens_that_were_left_out_ahead_come_in_the_pause(workers: Workers) -> None:
+    """The request would go on after a prompt of zeros, here or after the next switch."""
+    old, new = Old(workers), New(workers)
+    one = state("r", [5, 2], 8)
+    bare = replace(one.request, prompt_tokens=[0] * 8, output_tokens=[0])
+    new.take(replace(one, request=bare, output_tokens=[0]), final=False)
+    assert new.take(one, final=True).moved == ["r"]
+    assert new.holds(old, one)
+    [released] = new.scheduler.release_held(keep=True)
+    assert released.tokens == [*range(1, 9), 7]
+    assert new.scheduler.states()[0].request == one.request
+
+
 def test_what_lacks_a_block_is_copied_as_far_as_it_goes(workers: Workers) -> None:
     """Otherwise it would be copied from its beginning again and again."""
     old, new = Old(workers), New(workers, blocks=7)

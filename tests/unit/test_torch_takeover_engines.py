@@ -10,6 +10,7 @@ pytest.importorskip("torch", reason="needs the torch extra")
 
 from services.worker.engine.interface import Taken
 from services.worker.engine.torch_engine.config import TorchEngineConfig
+from tests.support import rank_threads
 from tests.support.rank_threads import ThreadReplica
 from tests.support.torch_ranks import mapped_bytes
 from tests.unit.engine_contract import Output, finish_all, step
@@ -121,6 +122,8 @@ def test_the_text_goes_on(
         assert before > 0, "nothing was copied ahead"
     taken = pair.take(final=True)
     assert not taken.detail
+    assert pair.new.link.told > 0, "a rank that hangs in it would not be noticed"
+    assert not pair.new.link.working
     assert sorted(taken.moved) == sorted(_LENGTHS)
     assert len(taken.bytes_by_source) == pair.new.world.shape.gpus, "a rank has copied nothing"
     if ahead:
@@ -184,6 +187,25 @@ def test_too_few_blocks_mean_replay_not_loss(oracle: Oracle, pairs: list[Pair]) 
     assert "no KV blocks" in taken.detail
     pair.go_on()
     pair.check_texts()
+
+
+def test_a_rollback_waits_for_the_steps_under_way(
+    oracle: Oracle, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that waits for its logits to be received would not answer, and a replica that stays
+    would be lost to a switch that failed."""
+    monkeypatch.setattr(rank_threads, "IN_FLIGHT_BYTES", 100)
+    pairs.append(pair := Pair(oracle, "tp1", "tp1pp2"))
+    pair.steps(4)
+    outputs = {f"own{n}": Output(0) for n in range(4)}
+    for n, key in enumerate(outputs):
+        pair.new.engine.add(greedy_request(key, prompt_of(10 + n), 12))
+    pair.take(final=False)
+    step(pair.new.engine, outputs)
+    pair.new.engine.release(keep=False)
+    finish_all(pair.new.engine, outputs)
+    for n, output in enumerate(outputs.values()):
+        assert output.tokens == oracle.greedy(prompt_of(10 + n), 12)
 
 
 def test_a_rolled_back_takeover_leaves_no_trace(oracle: Oracle, pairs: list[Pair]) -> None:

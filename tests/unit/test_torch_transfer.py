@@ -1,6 +1,7 @@
 """Weights between ranks: memory that goes when it should, what is shared, what stops a copy."""
 
 import gc
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -115,6 +116,15 @@ def test_memory_is_committed_by_the_first_write_and_goes_layer_by_layer() -> Non
     arena.close()
     assert mapped_bytes("layers-test") == 0
     assert arena.allocated_bytes == arena.committed_bytes == 0
+
+
+def test_memory_that_others_map_cannot_be_cut_off() -> None:
+    """Whoever reads a page that has gone is killed."""
+    segment = MemorySegment.create("kept")
+    segment.extend(8192)
+    with pytest.raises(PermissionError):
+        os.ftruncate(segment.fd, 4096)
+    assert segment.extend(10) == 8192
 
 
 def test_closing_frees_descriptors() -> None:

@@ -128,7 +128,7 @@ def test_a_snapshot_holds_all_there_is_to_know() -> None:
     """Coalescing anything but a full snapshot loses messages: replies, chunks, events."""
     snapshots = {subject.message.__name__ for subject in _every_subject() if subject.snapshot}
     whole = {"ReplicaReport", "WorkerReport", "SwitchProgress", PlanInForce.__name__}
-        assert snapshots == whole
+    assert snapshots == whole
 
 
 def test_errors_keep_their_fields() -> None:
