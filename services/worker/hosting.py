@@ -56,6 +56,7 @@ class Hosting:
         self._announce = Announcer(roster.identity.worker_id)
         self._replicas_max, self._patience_s = replicas_max, pause_patience_s
         self._epochs: OrderedDict[str, int] = OrderedDict()
+        self._epoch_max = 0  # of all commands
         self.moving = Moving(roster)
         self._life = Life(roster, self.moving)
 
@@ -70,8 +71,11 @@ class Hosting:
     def obey(self, command: Command, now_s: float) -> Iterable[Effect]:
         """A command of an epoch lower than the highest seen for its replica is a late one."""
         replica_id = _replica_id(command)
+        self._epoch_max = max(self._epoch_max, command.epoch)
         if self._outdated(replica_id, command.epoch):
             return ()
+        if isinstance(command, PrepareReplica) and command.epoch < self._epoch_max:
+            return ()  # of a switch that is over: one at a time, under an epoch of its own
         hosted = self._roster.replicas.get(replica_id)
         stopping = hosted is not None and hosted.engine == "stopping"
         if stopping and not isinstance(command, StopReplica | DrainReplica):

@@ -135,6 +135,14 @@ class TestPreparing:
         assert len(switch.new.expected) == 1
         assert not switch.new.jobs
 
+    def test_one_of_a_switch_that_is_over_is_too_late(self, switch: Switch) -> None:
+        """Otherwise what nobody wants any more would take memory beside what comes."""
+        switch.new.feed(prepare(3, spec("r3", NEW)))
+        switch.new.settle_jobs()
+        switch.new.feed(prepare(2, R2, source=("r1", OLD)))
+        assert not switch.new.jobs
+        assert hosted(switch.new).replica_id == "r3"
+
     def test_requests_are_refused_until_it_is_started(self, switch: Switch) -> None:
         """Otherwise requests would run on a replica that no plan knows."""
         switch.prepare()
