@@ -193,6 +193,7 @@ class Moving:
         moves = hosted.moves
         if moves.releasing == event.epoch:
             moves.releasing, moves.pauses = 0, event.pauses
+            self._roster.changed.add(hosted.replica_id)
             yield self._announce.started(hosted)
 
     def give_up(self, hosted: Hosted) -> Iterator[Effect]:

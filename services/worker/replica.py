@@ -168,7 +168,7 @@ class Hosted:
             detail=self.detail,
             model_id=self.spec.model_id,
             prepared=moves.prepared,
-            taken=moves.taken,
+            taken=moves.taken or moves.releasing,  # until the first step after the release
             stage=moves.stage,
             fetched_bytes=max(
                 sum(n for source, n in moves.bytes_by_source.items() if source != self.worker_id),
