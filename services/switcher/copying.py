@@ -13,6 +13,9 @@ from services.switcher.live import STANDS_OR_RUNS, Live
 from shared.messages.plans import ReplicaSpec
 from shared.placement.spread import ANY_TYPE
 
+NOT_YET = frozenset({"starting", "preparing", "failed"})
+"""Phases in which a rank does not know the size of its KV cache."""
+
 
 def wanted(live: Live) -> TransferWanted | None:
     """The question; None while workers that it needs have neither reported nor fallen silent."""
@@ -60,9 +63,15 @@ def _whole(live: Live, spec: ReplicaSpec) -> bool:
 
 def _cache_unknown(live: Live, spec: ReplicaSpec) -> bool:
     """Whether what it holds of a limited memory is not known yet: we heard that it was started,
-    and not what it reports since. Taken for nothing, it would be planned over."""
+    and no report since. Taken for nothing, it would be planned over. An engine that has no memory
+    of its own, as a modelled one, reports none for good."""
+    view = live.view
     return any(
-        live.view.gpu(worker_id).memory_bytes and not held.cache_bytes
+        view.gpu(worker_id).memory_bytes
+        and not held.cache_bytes
+        and (
+            (told := view.in_report((worker_id, spec.replica_id))) is None or told.phase in NOT_YET
+        )
         for worker_id, held, _ in ranks(live, spec)
     )
 

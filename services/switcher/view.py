@@ -209,6 +209,12 @@ class WorkerView:
         worker = self._workers.get(worker_id)
         return {} if worker is None else worker.hosted
 
+    def in_report(self, part: Part) -> HostedReplica | None:
+        """As the worker's newest report itself shows it, whatever events have told since."""
+        worker = self._workers.get(part[0])
+        replicas = worker.report.replicas if worker is not None else ()
+        return next((held for held in replicas if held.replica_id == part[1]), None)
+
     def held(self, part: Part) -> HostedReplica | None:
         return self.hosted(part[0]).get(part[1])
 

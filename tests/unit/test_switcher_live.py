@@ -700,13 +700,24 @@ def test_nothing_is_planned_over_memory_that_nobody_has_told_of() -> None:
     """Otherwise a replica whose start was heard of, and its report not yet, would be taken for one
     without KV cache, and more would be laid beside it than fits."""
     run = Run(live=True).in_force(TWO, 1)
-    run.report("g0", hosted("r0", 1), memory_bytes=1 << 30)
+    run.report("g0", hosted("r0", 1, "starting"), memory_bytes=1 << 30)
+    run.started("r0@g0", 1)
     run.adopt(WIDE, 1)
     run.write()
     assert not run.questions
     known = msgspec.structs.replace(hosted("r0", 1), cache_bytes=1 << 20)
     run.report("g0", known, memory_bytes=1 << 30)
     assert run.questions[0].held["g0"].cache_bytes == 1 << 20
+
+
+def test_an_engine_without_memory_of_its_own_is_planned_with() -> None:
+    """Otherwise a switch of modelled engines on GPUs of a known size would wait for figures that
+    never come, until it is too late."""
+    run = Run(live=True).in_force(TWO, 1)
+    run.report("g0", hosted("r0", 1), memory_bytes=1 << 30)
+    run.adopt(WIDE, 1)
+    run.write()
+    assert run.questions[0].held["g0"].cache_bytes == 0
 
 
 def test_a_report_that_comes_late_changes_nothing() -> None:
