@@ -221,9 +221,10 @@ def _best(played: Sequence[Played], *, elastic: bool) -> Played:
         close = [each for each in close if each.candidate.price <= cheapest * (1 + PRICE_TIE)]
     close = _roomy(close) if not elastic else close
     best = max(each.worth for each in close)
-    uniform = max((each.worth for each in close if _uniform(each.candidate)), default=0.0)
-    if uniform >= best * (1 - MIXED_GAIN):
-        close, best = [each for each in close if _uniform(each.candidate)], uniform
+    uniform = [each for each in close if _uniform(each.candidate)]
+    even = max((each.worth for each in uniform), default=0.0)
+    if uniform and even >= best * (1 - MIXED_GAIN):  # where nothing is worth anything, too
+        close, best = uniform, even
     close = [each for each in close if each.worth >= best * (1 - TIE)]
     return max(close, key=lambda each: (each.candidate.headroom, each.worth))
 
