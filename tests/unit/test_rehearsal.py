@@ -407,6 +407,29 @@ def test_room_comes_before_speed(
     assert all(each.why for each in ranking.alternatives)
 
 
+def test_one_of_several_plans_that_are_worth_nothing_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under hopeless demand, with unlike replicas only, a decision would fail, and nothing move."""
+    judge = case(1.0)
+    four, eight = (next(iter(uniform(judge, shape))) for shape in ("tp4", "tp8"))
+    mixed = judge.dispatched({four: 2, eight: 1})
+    nothing = Fared(
+        requests=9, ttft_s=Spread(), tpot_s=Spread(), goodput_share=0.0, e2e_s=Spread(p99=1.0)
+    )
+    hopeless = Rehearsed(types=(), columns={}, whole=nothing, requests=9)
+
+    def seen(*_: object) -> Rehearsed:
+        return hopeless
+
+    def worthless(_: object) -> float:
+        return 0.0
+
+    monkeypatch.setattr(rehearsal_choice, "rehearse", seen)
+    monkeypatch.setattr(rehearsal_choice, "worth", worthless)
+    assert rehearsed(judge, [mixed]).best is mixed
+
+
 def test_worth_falls_with_the_tail_and_with_what_is_late() -> None:
     """A dispatch that lets one type wait forever would win by a few requests in time."""
 
