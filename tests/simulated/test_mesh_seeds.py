@@ -25,6 +25,7 @@ from shared.messages.plans import AdoptPlan, PlanKept, PlanProposed
 from shared.messages.requests import SubmitRequest, TokenChunk, TokenChunks
 from tests.simulated.planned_mesh import PlannedMesh
 
+HUNTED = 160  # of them, one of which must notice that a guard is gone
 SEEDS, SEEDS_PER_TEST = 200, 25
 PLANNED_SEEDS, PLANNED_PER_TEST = 40, 20
 
@@ -174,7 +175,7 @@ def test_a_failing_seed_says_how_to_replay_it_and_does_so_bit_for_bit(
         return False
 
     monkeypatch.setattr(Hosting, "_outdated", broken)
-    seed = next(seed for seed in range(60) if _breaks(seed))
+    seed = next(seed for seed in range(HUNTED) if _breaks(seed))
     assert main(["--seed", str(seed - 1), "--runs", "2", "--quiet"]) == 1
     hunt = capsys.readouterr().out
     (line,) = {line for line in hunt.splitlines() if line.startswith(f"seed {seed} failed")}
@@ -190,7 +191,7 @@ def test_a_failing_seed_says_how_to_replay_it_and_does_so_bit_for_bit(
 
 def test_without_compare_and_set_the_seeds_would_fail() -> None:
     """Otherwise two switchers at once are never simulated, or nobody checks what they write."""
-    assert any(_breaks(seed, checks_revision=False) for seed in range(60))
+    assert any(_breaks(seed, checks_revision=False) for seed in range(HUNTED))
 
 
 def test_plans_based_on_a_past_epoch_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +204,7 @@ def test_plans_based_on_a_past_epoch_would_be_noticed(monkeypatch: pytest.Monkey
             return super().step(event, now_s)
 
     monkeypatch.setattr(switcher, "Switcher", Gullible)
-    assert any(_breaks(seed) for seed in range(60))
+    assert any(_breaks(seed) for seed in range(HUNTED))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_the_loss_of_a_guard_would_be_noticed(
         return answer
 
     monkeypatch.setattr(owner, guard, broken)
-    assert any(_breaks(seed) for seed in range(60))
+    assert any(_breaks(seed) for seed in range(HUNTED))
 
 
 def test_kv_blocks_beyond_memory_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +254,7 @@ def test_kv_blocks_beyond_memory_would_be_noticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(KvBlocks, "due", due)
     monkeypatch.setattr(KvBlocks, "steps_that_fit", steps_that_fit)
     found: list[str] = []
-    for seed in range(60):
+    for seed in range(HUNTED):
         try:
             Mesh(seed, trace_max=1).run()
         except AssertionError as error:
@@ -270,7 +271,7 @@ def test_tokens_shown_behind_a_gap_would_be_noticed(monkeypatch: pytest.MonkeyPa
         return "new", Taken(chunk.tokens, None, chunk.position)
 
     monkeypatch.setattr(intake, "take", careless)
-    assert any(_breaks(seed) for seed in range(60))
+    assert any(_breaks(seed) for seed in range(HUNTED))
 
 
 def _breaks(seed: int, *, checks_revision: bool = True) -> bool:
