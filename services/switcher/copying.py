@@ -17,15 +17,16 @@ NOT_YET = frozenset({"starting", "preparing", "failed"})
 """Phases in which a rank does not know the size of its KV cache."""
 
 
-def wanted(live: Live) -> TransferWanted | None:
-    """The question; None while workers that it needs have neither reported nor fallen silent."""
+def wanted(live: Live) -> TransferWanted | str:
+    """The question; or, in words, what it waits for: workers that it needs have neither reported
+    nor fallen silent, or do not say yet how much memory they use."""
     switch, view = live.switch, live.view
     models = {spec.model_id for spec in live.targets}
     gone = [s for s in leaving(switch.origin, switch.target) if s.model_id in models]
     kept = [s for s in staying(switch.origin, switch.target) if s.model_id in models]
     workers = sorted({gpu for spec in (*gone, *kept, *live.arriving) for gpu in spec.gpus})
-    if any(not view.reported(w) and not live.gone(w) for w in workers):
-        return None
+    if silent := [w for w in workers if not view.reported(w) and not live.gone(w)]:
+        return f"a report of {', '.join(silent)}"
     shapes = {
         model_id: shape
         for worker_id in workers
@@ -34,8 +35,8 @@ def wanted(live: Live) -> TransferWanted | None:
     }
     going = tuple(spec for spec in gone if _whole(live, spec))
     stays = tuple(spec for spec in kept if _whole(live, spec))
-    if any(_cache_unknown(live, spec) for spec in (*going, *stays)):
-        return None
+    if unknown := [s.replica_id for s in (*going, *stays) if _cache_unknown(live, s)]:
+        return f"the size of the KV cache of {', '.join(unknown)}"
     return TransferWanted(
         epoch=switch.epoch,
         shapes=shapes,

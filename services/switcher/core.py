@@ -187,7 +187,7 @@ class Switcher:
         walker, switch, state = self._walker, self._walker.switch, self.state
         if switch is None or event != walker.deadline or event.state != state:
             return
-        told = {"epoch": switch.epoch, "state": state, "why": switch.why}
+        told = {"epoch": switch.epoch, "state": state, "why": switch.why, "waits": walker.waits}
         late = f"{state} did not end within its time"
         if state == "rolling_back":
             yield Log("rollback.late", told, "error")
@@ -198,4 +198,5 @@ class Switcher:
                 walker.course.note(late)
             yield from walker.enter(machine.GO_ON_LATE[state], now_s)
         else:
+            yield Log("switch.late", told, "warning")
             yield from walker.roll_back(late, now_s)

@@ -37,12 +37,13 @@ from shared.messages.replicas import (
 class Next:
     """What a phase still has to command; when that is nothing, the phase ``after`` it. With
     ``failure`` the switch cannot succeed any more; with ``plan`` its copies have to be planned.
-    None of them: wait."""
+    None of them: wait, for what ``waits`` says or for the commands to be obeyed."""
 
     commands: list[Command]
     after: State | None = None
     failure: str = ""
     plan: TransferWanted | None = None
+    waits: str = ""
 
 
 def faults_of(plan: DeploymentPlan) -> str:
@@ -97,8 +98,11 @@ def _live_step(state: State, now: Live) -> Next:
         return _then("committing", stage_moves(now) or live.takes(now))
     planned = now.course.planned
     if now.targets and planned is None:
-        plan = None if now.course.asked else copying.wanted(now)
-        return Next(commands=[], plan=plan, failure=live.too_late(now))
+        failure = live.too_late(now)
+        wanted = "its plan of copies" if now.course.asked else copying.wanted(now)
+        if isinstance(wanted, str):
+            return Next(commands=[], waits=wanted, failure=failure)
+        return Next(commands=[], plan=wanted, failure=failure)
     failure = f"no plan of copies: {planned.failure}" if planned and planned.failure else ""
     if failure := failure or live.too_late(now):
         return Next(commands=[], failure=failure)

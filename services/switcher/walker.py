@@ -35,6 +35,7 @@ class Walker:
         self.refusals = Refusals(config.refusal_s, config.refusal_s_max)
         self.view = WorkerView(worker_timeout_s=config.worker_timeout_s, started_s=0.0)
         self.published_s = float("-inf")
+        self.waits = ""  # what for, while nothing can be commanded
         self.deadline: PhaseDeadline | None = None  # the last one set
 
     def check(self) -> None:
@@ -145,6 +146,9 @@ class Walker:
             now.course.asked = step.plan
             yield core.Start(PLAN_TRANSFER, step.plan)
         else:
+            if step.waits and step.waits != self.waits:
+                yield Log("switch.waits", {"epoch": now.switch.epoch, "for": step.waits})
+            self.waits = step.waits
             yield from self._send(step.commands, now_s)
 
     def commit(self, now_s: float) -> Iterable[Effect]:
@@ -247,7 +251,7 @@ class Walker:
 
     def _move(self, state: State, now_s: float) -> None:
         assert state in machine.MOVES[self.state], (self.state, state)
-        self.state = state
+        self.state, self.waits = state, ""
         if self.course is not None:
             self.course.enter(state, now_s)
 
