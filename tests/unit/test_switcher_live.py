@@ -705,7 +705,7 @@ def test_nothing_is_planned_over_memory_that_nobody_has_told_of() -> None:
     run.adopt(WIDE, 1)
     run.write()
     assert not run.questions
-    assert "switch.waits" in run.logged, "an operator would see two minutes of nothing"
+    assert "switch.waits" in run.logged(), "an operator would see two minutes of nothing"
     known = msgspec.structs.replace(hosted("r0", 1), cache_bytes=1 << 20)
     run.report("g0", known, memory_bytes=1 << 30)
     assert run.questions[0].held["g0"].cache_bytes == 1 << 20
